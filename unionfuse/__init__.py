@@ -1,4 +1,4 @@
-"""unionfuse: a stack of read-only layer directories and one writable upper directory as one tree."""
+"""unionfuse: read-only layer directories and one writable upper directory as one tree."""
 
 # The map of this package. Arrows point from caller to callee, and only downwards:
 #
