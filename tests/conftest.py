@@ -1,0 +1,108 @@
+"""Fixtures for every test: see tests/README.md for what they give and what they watch over."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness.mounts import DOORS, KINDS, Workshop, remove_tree
+from harness.watchdog import Watchdog
+
+_SECONDS_FOR_A_TEST = 60
+_USUAL_KINDS = ("plain", "overlay", "unionfuse")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests that take minutes too")
+    parser.addoption(
+        "--kinds",
+        default=",".join(_USUAL_KINDS),
+        help=f"what the scenarios run on, out of {', '.join(KINDS)} (default: %(default)s)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "on(*kinds): the kinds of tree that this scenario is about (default: all)"
+    )
+    config.addinivalue_line(
+        "markers", "doors: this scenario runs through every door of unionfuse (tests/README.md)"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "workshop" not in metafunc.fixturenames:
+        return
+    wanted = metafunc.config.getoption("--kinds").split(",")
+    mark = metafunc.definition.get_closest_marker("on")
+    if metafunc.definition.get_closest_marker("doors"):
+        wanted += [door for door in DOORS if door not in wanted and "unionfuse" in wanted]
+    kinds = [kind for kind in wanted if mark is None or _covers(mark.args, kind)]
+    metafunc.parametrize("workshop", kinds, indirect=True, scope="function")
+
+
+def _covers(named: tuple[str, ...], kind: str) -> bool:
+    # who names unionfuse means all of its doors; a peer is asked what kernel overlayfs is asked
+    return (
+        kind in named
+        or ("unionfuse" in named and kind in DOORS)
+        or ("overlay" in named and kind == "fuse-overlayfs")
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        skip = pytest.mark.skip(reason="runs for minutes: --long")
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    setattr(item, f"report_{report.when}", report)
+    shop = getattr(item, "funcargs", {}).get("workshop")
+    if report.failed and isinstance(shop, Workshop) and (messages := shop.messages()):
+        report.sections.append(("what the daemons said", messages))
+    return report
+
+
+@pytest.fixture(scope="session")
+def scratch() -> Iterator[Path]:
+    """A directory for mounts. Not pytest's own: its path is short, on one file system, 0755."""
+    directory = Path(tempfile.mkdtemp(prefix="unionfuse-test-"))
+    os.chmod(directory, 0o755)
+    yield directory
+    remove_tree(directory)
+
+
+@pytest.fixture(scope="session")
+def watchdog(scratch: Path) -> Iterator[Watchdog]:
+    dog = Watchdog(scratch)
+    yield dog
+    dog.close()
+
+
+@pytest.fixture
+def workshop(
+    request: pytest.FixtureRequest, scratch: Path, watchdog: Watchdog
+) -> Iterator[Workshop]:
+    """Makes trees of the kind that the test is parametrised with; see harness.mounts.Workshop."""
+    directory = Path(tempfile.mkdtemp(prefix="", dir=scratch))
+    os.chmod(directory, 0o755)
+    mark = request.node.get_closest_marker("timeout")
+    watchdog.arm(mark.args[0] if mark else _SECONDS_FOR_A_TEST)
+    shop = Workshop(directory, request.param)
+    umask = os.umask(0o022)
+    try:
+        yield shop
+        report = getattr(request.node, "report_call", None)
+        shop.finish(failed=report is None or report.failed)
+    finally:
+        os.umask(umask)
+        watchdog.disarm()
+        for tree in shop._trees:
+            tree.discard()
+        remove_tree(directory)
