@@ -10,9 +10,9 @@ A layer is a dict from path to what lies there::
         "bin/sh": HardLink("bin/dash"),
     })
 
-Parents are made as needed (0755). The order of the dict does not matter, apart from hard links, which
-come after their target. `flatten` does the same to a plain directory, layer after layer, the way a
-union would show it.
+Parents are made as needed (0755). The order of the dict does not matter, apart from hard links,
+which come after their target. `flatten` does the same to a plain directory, layer after layer, the
+way a union would show it.
 """
 
 import os
@@ -22,8 +22,6 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-from harness import linux
 
 OPAQUE_XATTRS = {
     "kernel": "trusted.overlay.opaque",
@@ -50,7 +48,7 @@ class Node:
 
 @dataclass(frozen=True)
 class File(Node):
-    """A regular file: `data`, then `parts` written at their offsets, then cut or grown to `size`."""
+    """A regular file: `data`, then `parts` at their offsets, then cut or grown to `size`."""
 
     data: bytes | str = b""
     parts: Mapping[int, bytes] = field(default_factory=dict)
@@ -109,7 +107,7 @@ def normalised(spec: Spec) -> Node | HardLink | Whiteout:
 
 
 def build(directory: Path, layer: Layer) -> Path:
-    """Make `layer` in `directory`, which is made too, and return it. The key "." stands for itself."""
+    """Make `layer` in `directory`, which is made too, and return it. Key "." is the directory."""
     directory.mkdir(parents=True, exist_ok=True)
     for path, spec in layer.items():
         _place(directory, path, normalised(spec))

@@ -279,8 +279,8 @@ def staging_files(work: Path) -> list[str]:
 class Workshop:
     """Makes mounted trees for one test, and takes all of them away after it.
 
-    Called as ``workshop({top layer}, {layer below}, …)``; returns a `Mounted`. After the test the lower
-    layers must be what they were.
+    Called as ``workshop({top layer}, {layer below}, …)``; returns a `Mounted`. After the test the
+    lower layers must be what they were.
     """
 
     def __init__(self, directory: Path, kind: str) -> None:
@@ -314,8 +314,8 @@ class Workshop:
         environment: Mapping[str, str] | None = None,
         watch_layers: bool = True,
     ) -> Mounted:
-        """Mount a stack that is there. Without `watch_layers` the layers are not compared afterwards
-        (they are big, and somebody else looks after them)."""
+        """Mount a stack that is there. Without `watch_layers` nobody looks whether the layers
+        are unchanged afterwards: for layers that are big."""
         tree = Mounted(kind or self.kind, stack, options or {})
         if watch_layers:
             for layer in stack.lowers:

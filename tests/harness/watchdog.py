@@ -1,7 +1,8 @@
 """The process that ends hung mounts, and that cleans up when the test run itself died.
 
 A thread cannot do it: who touches a mount whose daemon hangs may sleep in the kernel holding the
-interpreter's lock (a page fault in a mapping), and no signal wakes it. Aborting the FUSE connection does.
+interpreter's lock (a page fault in a mapping), and no signal wakes it. Aborting the FUSE
+connection does.
 
 The test run starts ``python watchdog.py DIRECTORY`` and writes lines to its standard input:
 ``arm SECONDS`` before a test, ``disarm`` after it. End of file means that the run is over: what is
