@@ -1,1 +1,1 @@
-"""Images and containers on top of unionfuse: build, commit, move, look into and run layer stacks."""
+"""Images and containers on unionfuse: build, commit, move, look into and run layer stacks."""

@@ -1,15 +1,93 @@
 """The command `unionfuse`: one file per verb, dispatched here.
 
-Only the module of the verb that was asked for is imported: start-up time is a feature.
+Only the module of the verb that was asked for is imported: start-up time is a feature. This is also
+the single place where errors become messages and exit codes.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-# verb -> (module below this package, one line of help). A module has `configure(parser)`, which adds
-# its arguments to an argparse parser, and `run(args) -> int`, which returns the exit code.
-VERBS: dict[str, tuple[str, str]] = {}
+if TYPE_CHECKING:
+    import argparse
+    from types import ModuleType
+
+# verb -> (module below this package, one line of help). A module has
+#   EXAMPLE: str             a command line or more that shows it, printed at the end of its --help
+#   configure(parser)        adds its arguments to an argparse parser
+#   run(args) -> int         does it and returns the exit code; raises UserError
+#   ERROR_CODE: int = 1      (optional) the exit code of a UserError that does not say its own
+# `args.root` is the store that was asked for or None; `common.open_store(args)` opens it.
+VERBS: dict[str, tuple[str, str]] = {
+    # Images
+    "images": ("images", "List images, or show them as a tree of layers"),
+    "history": ("history", "Show the steps that made an image"),
+    "inspect": ("inspect", "Show everything known about containers or images"),
+    "tag": ("tag", "Give an image another name"),
+    "rmi": ("rmi", "Remove images"),
+    "prune": ("prune", "Remove images that nothing names and data that nothing uses"),
+    "save": ("save", "Write images to an archive"),
+    "load": ("load", "Read images from an archive"),
+    "export": ("export", "Write the file system of an image or container as one tar"),
+    "import": ("import_", "Make an image of a root file system's tar"),
+    "commit": ("commit", "Make an image from changes on top of another"),
+    "diff": ("diff", "Show what was added, changed and deleted"),
+    "du": ("du", "Show what takes the space in the store"),
+    "which": ("which", "Show the layer and the step that a file comes from"),
+    "mount": ("mount", "Mount an image, or what it was after a step, at a directory"),
+    "umount": ("umount", "Unmount"),
+    "mounts": ("mounts", "List mounted images"),
+    "check": ("check", "Verify every blob, layer and index in the store"),
+    # The lookup index
+    "index": ("index", "Build, verify or show lookup indexes"),
+    # Building
+    "build": ("build", "Build an image from a Dockerfile"),
+    # Registries and other hosts
+    "pull": ("pull", "Download an image from a registry"),
+    "push": ("push", "Upload an image to a registry"),
+    "login": ("login", "Log in to a registry"),
+    "logout": ("logout", "Log out of a registry"),
+    "copy": ("copy", "Send an image to another host over ssh"),
+    "explore": ("explore", "Show an image as a page of pictures"),
+    # Containers
+    # This program
+    "completion": ("completion", "Print the completion script for a shell"),
+    "man": ("man", "Print the manual page of a verb"),
+}
+
+# Docker's grouped forms, and its other spellings: the first words -> the verb and what it implies.
+ALIASES: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("image", "ls"): ("images",),
+    ("image", "list"): ("images",),
+    ("image", "rm"): ("rmi",),
+    ("image", "remove"): ("rmi",),
+    ("image", "prune"): ("prune",),
+    **{
+        ("image", verb): (verb,)
+        for verb in [
+            "history",
+            "inspect",
+            "tag",
+            "save",
+            "load",
+            "import",
+            "build",
+            "pull",
+            "push",
+            "diff",
+            "mount",
+        ]
+    },
+    ("image", "unmount"): ("umount",),
+    ("image", "umount"): ("umount",),
+    ("image", "tree"): ("images", "--tree"),
+}
+
+USAGE = 125
+"""Docker's exit code for a flag that does not exist."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,8 +100,127 @@ def main(argv: list[str] | None = None) -> int:
         from unionfuse.__main__ import main as mount_program
 
         return mount_program(words)
-    print(f"unionfuse: unknown command {' '.join(words[:1])!r}", file=sys.stderr)
-    return 2
+    verb = ""
+    module: ModuleType | None = None
+    try:
+        root, words = _global_options(words)
+        if not words or words[0] in ("help", "-h", "--help"):
+            return _help(words[1:])
+        verb, words = resolve(words)
+        module = load_verb(verb)
+        args = parser_of(verb, module).parse_args(words)
+        args.root = root
+        code = module.run(args)
+        sys.stdout.flush()
+        return int(code)
+    except BaseException as error:
+        return _report(verb, error, getattr(module, "ERROR_CODE", 1))
+
+
+def resolve(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb that these words ask for, and its arguments. Raises UserError if there is none."""
+    from unionimage.errors import UserError
+
+    for length in (2, 1):
+        if (target := ALIASES.get(tuple(words[:length]))) is not None:
+            return target[0], [*target[1:], *words[length:]]
+    if words[0] in VERBS:
+        return words[0], list(words[1:])
+    group = sorted(form[1] for form in ALIASES if len(form) == 2 and form[0] == words[0])
+    if group:
+        raise UserError(f"'unionfuse {words[0]}' needs one of: {', '.join(group)}")
+    import difflib
+
+    near = difflib.get_close_matches(words[0], VERBS, 1)
+    hint = f"did you mean '{near[0]}'?" if near else "see 'unionfuse --help'"
+    raise UserError(f"'{words[0]}' is not a unionfuse command; {hint}")
+
+
+def load_verb(verb: str) -> ModuleType:
+    """Import the module of a verb."""
+    import importlib
+
+    return importlib.import_module("." + VERBS[verb][0], __name__)
+
+
+def parser_of(verb: str, module: ModuleType) -> argparse.ArgumentParser:
+    """The parser of a verb; help, completion and manual pages are all made from it."""
+    from unionimage.cli.parser import VerbParser
+
+    parser = VerbParser(
+        prog=f"unionfuse {verb}", description=VERBS[verb][1] + ".", example=module.EXAMPLE
+    )
+    module.configure(parser)
+    return parser
+
+
+def _global_options(words: list[str]) -> tuple[str | None, list[str]]:
+    from unionimage.errors import UserError
+
+    root = os.environ.get("UNIONFUSE_ROOT") or None
+    while words and words[0].startswith("--root"):
+        option, equals, value = words[0].partition("=")
+        if option != "--root":
+            break
+        rest = words[1:] if equals else words[2:]
+        root = value if equals else "".join(words[1:2])
+        if not root:
+            raise UserError("--root needs a directory", exit_code=USAGE)
+        words = rest
+    if words and words[0].startswith("-") and words[0] not in ("-h", "--help"):
+        raise UserError(f"unknown flag: {words[0]}; see 'unionfuse --help'", exit_code=USAGE)
+    return root, words
+
+
+def _help(words: list[str]) -> int:
+    if words:
+        verb, _ = resolve(words)
+        parser_of(verb, load_verb(verb)).print_help()
+        return 0
+    width = max(map(len, VERBS)) + 2
+    lines = [f"  {verb:<{width}}{text}" for verb, (_, text) in VERBS.items()]
+    print(
+        "Usage: unionfuse [--root DIR] VERB [ARGUMENT…]\n"
+        "       unionfuse -o lowerdir=…[,upperdir=…,workdir=…] DIR\n\n"
+        "Images and containers on a union file system.\n\nVerbs:\n" + "\n".join(lines) + "\n\n"
+        "  --root DIR   the store (also UNIONFUSE_ROOT; as root /var/lib/unionfuse)\n\n"
+        "'unionfuse VERB --help' tells more and shows an example."
+    )
+    return 0
+
+
+def _report(verb: str, error: BaseException, error_code: int) -> int:
+    """Say on stderr what went wrong, in one line, and return the exit code."""
+    from unionimage.errors import UserError
+
+    name = f"unionfuse {verb}".rstrip()
+    match error:
+        case UserError():
+            print(f"{name}: {error.message}", file=sys.stderr)
+            return error.exit_code if error.exit_code != 1 else error_code
+        case KeyboardInterrupt():
+            return 130
+        case BrokenPipeError():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing left to flush at exit
+            return 141
+        case SystemExit():
+            return error.code if isinstance(error.code, int) else 0
+        case OSError(strerror=str(reason)):
+            where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
+            print(f"{name}: {where}{reason}", file=sys.stderr)
+        case _ if type(error).__module__ == "sqlite3":
+            print(f"{name}: the store's database: {error}", file=sys.stderr)
+        case _:
+            print(
+                f"{name}: internal error: {type(error).__name__}: {error}"
+                " (a bug; UNIONFUSE_DEBUG=1 shows where)",
+                file=sys.stderr,
+            )
+    if os.environ.get("UNIONFUSE_DEBUG"):
+        import traceback
+
+        traceback.print_exception(error)
+    return error_code
 
 
 def _is_mount_call(words: list[str]) -> bool:

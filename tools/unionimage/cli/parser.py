@@ -1,0 +1,40 @@
+"""The argument parser of a verb: argparse with docker's manners."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any, NoReturn
+
+from unionimage.errors import UserError
+
+
+class VerbParser(argparse.ArgumentParser):
+    """Never exits by itself for an error: raises UserError with docker's exit code 125.
+
+    Args:
+        prog: `unionfuse VERB`.
+        description: one sentence.
+        example: command lines, one a line; shown at the end of the help.
+    """
+
+    def __init__(self, prog: str, description: str, example: str = "", **options: Any) -> None:
+        lines = "\n".join("  " + line for line in example.strip().splitlines())
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=f"Example:\n{lines}" if lines else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            add_help=False,
+            **options,
+        )
+        self.example = example
+        self.add_argument("--help", action="help", help="show this and exit")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see '{self.prog} --help'", exit_code=125)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()
+        raise SystemExit(status)
