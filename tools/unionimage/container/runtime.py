@@ -1,0 +1,384 @@
+"""The OCI runtime: which one works on this host, and one function per verb of its command line.
+
+It starts processes and reads what they say; it knows nothing of images, names or networks. A
+bundle (directory with `config.json`) comes from `bundle.py` or from a build.
+
+Both runc and crun follow the OCI runtime command line. Where they differ:
+- crun 1.8 refuses a host that mounts cgroup v1 controllers and a cgroup2 tree side by side. It works
+  in a mount namespace from which the cgroup2 tree is gone, so it is started in one.
+- their messages differ; `classify` turns both into docker's exit codes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from unionimage.container.errors import ContainerError
+
+# In order of preference: crun starts in a third of the time that runc takes.
+CANDIDATES = ("crun", "runc")
+PROBE_COMMAND = "/unionfuse-probe"
+HIDE_AND_EXEC = 'umount "$0" && exec "$@"'
+
+COMMAND_FAILED = 125  # the tool or the runtime failed, the command never ran
+NOT_EXECUTABLE = 126
+NOT_FOUND = 127
+
+Stream = int | IO[bytes] | None
+
+
+class RuntimeFailure(ContainerError):
+    """The runtime refused. `exit_code` is docker's: 127 no such command, 126 not executable, 125."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One usable runtime. Immutable: sharing it between threads is safe."""
+
+    name: str
+    path: str
+    state: str  # its --root
+    hidden: str | None = None  # the cgroup2 mount that it must not see
+
+    def command(self, *arguments: str) -> list[str]:
+        """The full argument vector for `arguments`, to be started as it is."""
+        command = [self.path, "--root", self.state, *arguments]
+        if self.hidden is None:
+            return command
+        wrapper = ["unshare", "-m", "--propagation", "slave", "sh", "-c", HIDE_AND_EXEC]
+        return [*wrapper, self.hidden, *command]
+
+    def run(
+        self,
+        container: str,
+        bundle: str | Path,
+        *,
+        stdin: Stream = subprocess.DEVNULL,
+        stdout: Stream = None,
+        stderr: Stream = None,
+    ) -> int:
+        """Run a container in the foreground and return the exit code of its process.
+
+        Raises RuntimeFailure when the process was never started. Whatever happens, the container is
+        deleted at the end.
+        """
+        with _log_file() as log:
+            arguments = ("--log", log, "--log-format", "json", "run", "-b", str(bundle), container)
+            process = subprocess.Popen(
+                self.command(*arguments), stdin=stdin, stdout=stdout, stderr=stderr
+            )
+            try:
+                code = process.wait()
+            except BaseException:
+                self.delete(container, force=True)
+                process.wait()
+                raise
+            message = _last_error(log)
+        if code != 0 and message:
+            self.delete(container, force=True)
+            raise failure(message)
+        return code if code >= 0 else 128 - code
+
+    def start_detached(
+        self,
+        container: str,
+        bundle: str | Path,
+        pid_file: str | Path,
+        *,
+        create_only: bool = False,
+        console_socket: str | None = None,
+        stdin: Stream = subprocess.DEVNULL,
+        stdout: Stream = subprocess.DEVNULL,
+        stderr: Stream = subprocess.DEVNULL,
+        preserve_fds: int = 0,
+    ) -> int:
+        """Create a container, start it unless `create_only`, and return its pid on this host.
+
+        The container's process keeps the three streams; with `console_socket` it gets a terminal,
+        whose other end arrives at that socket. The caller should be a child subreaper: the process
+        becomes its child and is to be waited for. Raises RuntimeFailure; nothing is left then.
+        """
+        verb = ["create"] if create_only else ["run", "--detach"]
+        verb += ["--bundle", str(bundle), "--pid-file", str(pid_file)]
+        if console_socket is not None:
+            verb += ["--console-socket", console_socket]
+        if preserve_fds:
+            verb += ["--preserve-fds", str(preserve_fds)]
+        with _log_file() as log:
+            command = self.command("--log", log, "--log-format", "json", *verb, container)
+            code = subprocess.call(
+                command,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                pass_fds=range(3, 3 + preserve_fds),
+            )
+            message = _last_error(log)
+        if code != 0:
+            self.delete(container, force=True)
+            raise failure(message or f"{self.name} ended with exit code {code}")
+        return int(Path(pid_file).read_text())
+
+    def start(self, container: str) -> None:
+        """Start what `start_detached(create_only=True)` created."""
+        self._call("start", container)
+
+    def kill(self, container: str, number: int = signal.SIGTERM) -> None:
+        """Send a signal to the container's first process."""
+        self._call("kill", container, str(int(number)))
+
+    def delete(self, container: str, *, force: bool = False) -> None:
+        """Remove the runtime's state and the cgroup; with `force` kill first and never complain."""
+        if force:
+            self._silent("delete", "--force", container)
+        else:
+            self._call("delete", container)
+
+    def pause(self, container: str) -> None:
+        """Freeze all processes."""
+        self._call("pause", container)
+
+    def resume(self, container: str) -> None:
+        """Thaw all processes."""
+        self._call("resume", container)
+
+    def update(self, container: str, resources: Mapping[str, Any]) -> None:
+        """Change limits of a running container; `resources` is the OCI `linux.resources` object."""
+        self._call("update", "--resources", "-", container, text=json.dumps(resources))
+
+    def status(self, container: str) -> str | None:
+        """created, running, paused or stopped as the runtime sees it; None when it is unknown."""
+        done = self._silent("state", container)
+        if done.returncode != 0:
+            return None
+        return str(json.loads(done.stdout)["status"])
+
+    def exec_command(
+        self,
+        container: str,
+        process_file: str | Path,
+        *,
+        detach: bool = False,
+        pid_file: str | Path | None = None,
+        console_socket: str | None = None,
+        log: str | None = None,
+    ) -> list[str]:
+        """The argument vector that runs the OCI process object in `process_file` in a container."""
+        options = ["--log", log, "--log-format", "json"] if log else []
+        verb = ["exec", "--process", str(process_file)]
+        if detach:
+            verb.append("--detach")
+        if pid_file is not None:
+            verb += ["--pid-file", str(pid_file)]
+        if console_socket is not None:
+            verb += ["--console-socket", console_socket]
+        return self.command(*options, *verb, container)
+
+    def _call(self, *arguments: str, text: str | None = None) -> str:
+        done = subprocess.run(
+            self.command(*arguments),
+            input=text,
+            stdin=subprocess.DEVNULL if text is None else None,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            raise failure(done.stderr.strip() or f"exit code {done.returncode}")
+        return done.stdout
+
+    def _silent(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*arguments), stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+
+
+def run_directory() -> Path:
+    """What must not survive a reboot: /run/unionfuse as root, else below $XDG_RUNTIME_DIR."""
+    named = os.environ.get("UNIONFUSE_RUNROOT")
+    if named:
+        return Path(named)
+    if os.geteuid() == 0:
+        return Path("/run/unionfuse")
+    base = os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/unionfuse-{os.geteuid()}"
+    return Path(base, "unionfuse")
+
+
+def find(choice: str | None = None, directory: Path | None = None) -> Runtime:
+    """The runtime to use: `choice` (a name or a path), else the first that works on this host.
+
+    What works is found out by starting a container whose command does not exist, once per boot and
+    per version of the program; the answer is kept in `directory`. Raises RuntimeFailure.
+    """
+    directory = directory or run_directory()
+    names = (choice,) if choice else CANDIDATES
+    reasons = []
+    for name in names:
+        path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+        if path is None:
+            reasons.append(f"{name} is not installed")
+            continue
+        found, reason = _known(os.path.basename(name), path, directory)
+        if found is not None:
+            return found
+        reasons.append(f"{name}: {reason}")
+    remedy = "install crun or runc" if choice is None else "leave --runtime out to search"
+    raise RuntimeFailure(f"no usable OCI runtime ({'; '.join(reasons)}): {remedy}")
+
+
+def boot_id() -> str:
+    """Changes with every boot: processes and mounts recorded under another one are gone."""
+    path = os.environ.get("UNIONFUSE_BOOT_ID", "/proc/sys/kernel/random/boot_id")
+    return Path(path).read_text().strip()
+
+
+def _known(name: str, path: str, directory: Path) -> tuple[Runtime | None, str]:
+    """The remembered answer for this program, or a fresh one."""
+    status = os.stat(path)
+    key = [boot_id(), path, status.st_mtime_ns, status.st_size, os.geteuid()]
+    memory = directory / f"runtime-{name}.json"
+    state = str(directory / name)
+    try:
+        kept = json.loads(memory.read_text())
+        if kept["key"] == key:
+            return Runtime(name, path, state, kept["hidden"]), ""
+    except (OSError, ValueError, KeyError):
+        pass
+    runtime, reason = _probe(Runtime(name, path, state), directory)
+    if runtime is not None:
+        staged = memory.with_suffix(f".{os.getpid()}")
+        staged.write_text(json.dumps({"key": key, "hidden": runtime.hidden}))
+        staged.replace(memory)
+    return runtime, reason
+
+
+def _probe(runtime: Runtime, directory: Path) -> tuple[Runtime | None, str]:
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    tries = [runtime]
+    hybrid = _hybrid_cgroup2()
+    if hybrid is not None:
+        tries.append(Runtime(runtime.name, runtime.path, runtime.state, hybrid))
+    reason = ""
+    for candidate in tries:
+        reason = _try(candidate, directory)
+        if not reason:
+            return candidate, ""
+    return None, reason
+
+
+def _try(runtime: Runtime, directory: Path) -> str:
+    """Why this runtime cannot start containers here; empty when it can."""
+    with tempfile.TemporaryDirectory(dir=directory, prefix="probe-") as bundle:
+        for part in ("rootfs", "rootfs/proc", "rootfs/dev", "rootfs/sys"):
+            os.mkdir(f"{bundle}/{part}")
+        config = _probe_config(f"{bundle}/rootfs")
+        Path(bundle, "config.json").write_text(json.dumps(config))
+        name = os.path.basename(bundle)
+        done = subprocess.run(
+            runtime.command("run", "-b", bundle, name),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        runtime.delete(name, force=True)
+    said = done.stderr.strip()
+    return "" if PROBE_COMMAND in said else readable(said) or "it says nothing"
+
+
+def _probe_config(root: str) -> dict[str, Any]:
+    spaces: list[dict[str, str]] = [{"type": kind} for kind in ("pid", "mount", "ipc", "uts")]
+    linux: dict[str, Any] = {"namespaces": spaces}
+    if os.geteuid() != 0:
+        spaces.append({"type": "user"})
+        for kind, host in (("uidMappings", os.geteuid()), ("gidMappings", os.getegid())):
+            linux[kind] = [{"containerID": 0, "hostID": host, "size": 1}]
+    return {
+        "ociVersion": "1.0.2",
+        "process": {"args": [PROBE_COMMAND], "cwd": "/", "user": {"uid": 0, "gid": 0}},
+        "root": {"path": root},
+        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+        "linux": linux,
+    }
+
+
+def _hybrid_cgroup2() -> str | None:
+    """Where cgroup2 is mounted beside cgroup v1 controllers; None on a pure host."""
+    tree, legacy = None, False
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields, _, rest = line.partition(" - ")
+        kind = rest.split(" ", 1)[0]
+        legacy = legacy or kind == "cgroup"
+        if kind == "cgroup2":
+            tree = fields.split(" ")[4]
+    return tree if legacy else None
+
+
+@contextlib.contextmanager
+def _log_file() -> Iterator[str]:
+    descriptor, path = tempfile.mkstemp(prefix="unionfuse-runtime-")
+    os.close(descriptor)
+    try:
+        yield path
+    finally:
+        os.unlink(path)
+
+
+def _last_error(log: str) -> str:
+    """The last error in a JSON-lines log of a runtime, empty when it holds none."""
+    message = ""
+    for line in Path(log).read_text(errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and entry.get("level") in ("error", "fatal"):
+            message = str(entry.get("msg", ""))
+    return message
+
+
+def readable(message: str) -> str:
+    """What a runtime said, as one line without its own time stamps and prefixes."""
+    line = message.strip().splitlines()[-1] if message.strip() else ""
+    found = re.search(r'msg="((?:[^"\\]|\\.)*)"', line)
+    if found:
+        line = found.group(1).replace('\\"', '"')
+    elif line.startswith("{"):
+        with contextlib.suppress(ValueError, KeyError):
+            line = str(json.loads(line)["msg"])
+    line = re.sub(r"^runc \w+ failed: ", "", line)
+    line = re.sub(r"^unable to start container process: ", "", line)
+    return line
+
+
+def classify(message: str) -> int:
+    """Docker's exit code for a runtime's message: 127, 126 or 125."""
+    text = message.lower()
+    about_command = "exec" in text
+    if about_command and ("not found" in text or "no such file" in text):
+        return NOT_FOUND
+    denied = ("permission denied", "operation not permitted", "is a directory", "format error")
+    if about_command and any(word in text for word in denied):
+        return NOT_EXECUTABLE
+    return COMMAND_FAILED
+
+
+def failure(message: str) -> RuntimeFailure:
+    """A RuntimeFailure for what a runtime said."""
+    line = readable(message)
+    return RuntimeFailure(line, classify(line))
+
+
+def exec_into(command: Sequence[str]) -> int:
+    """Run a runtime's command on this process's own streams and return its exit code."""
+    code = subprocess.call(list(command))
+    return code if code >= 0 else 128 - code
