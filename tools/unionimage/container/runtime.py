@@ -4,8 +4,8 @@ It starts processes and reads what they say; it knows nothing of images, names o
 bundle (directory with `config.json`) comes from `bundle.py` or from a build.
 
 Both runc and crun follow the OCI runtime command line. Where they differ:
-- crun 1.8 refuses a host that mounts cgroup v1 controllers and a cgroup2 tree side by side. It works
-  in a mount namespace from which the cgroup2 tree is gone, so it is started in one.
+- crun 1.8 refuses a host that mounts cgroup v1 controllers and a cgroup2 tree side by side. It
+  works in a mount namespace from which the cgroup2 tree is gone, so it is started in one.
 - their messages differ; `classify` turns both into docker's exit codes.
 """
 
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from unionimage.container.errors import ContainerError
+from unionimage.errors import UserError
 
 # In order of preference: crun starts in a third of the time that runc takes.
 CANDIDATES = ("crun", "runc")
@@ -38,8 +38,8 @@ NOT_FOUND = 127
 Stream = int | IO[bytes] | None
 
 
-class RuntimeFailure(ContainerError):
-    """The runtime refused. `exit_code` is docker's: 127 no such command, 126 not executable, 125."""
+class RuntimeFailure(UserError):
+    """The runtime refused; `exit_code` is docker's: 127 no such command, 126 not executable."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,9 @@ def find(choice: str | None = None, directory: Path | None = None) -> Runtime:
             return found
         reasons.append(f"{name}: {reason}")
     remedy = "install crun or runc" if choice is None else "leave --runtime out to search"
-    raise RuntimeFailure(f"no usable OCI runtime ({'; '.join(reasons)}): {remedy}")
+    raise RuntimeFailure(
+        f"no usable OCI runtime ({'; '.join(reasons)}): {remedy}", exit_code=COMMAND_FAILED
+    )
 
 
 def boot_id() -> str:
@@ -375,7 +377,7 @@ def classify(message: str) -> int:
 def failure(message: str) -> RuntimeFailure:
     """A RuntimeFailure for what a runtime said."""
     line = readable(message)
-    return RuntimeFailure(line, classify(line))
+    return RuntimeFailure(line, exit_code=classify(line))
 
 
 def exec_into(command: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ import platform
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from unionimage.container.errors import ContainerError
+from unionimage.errors import UserError
 
 ALLOWED = """
 accept accept4 access adjtimex alarm bind brk cachestat capget capset chdir chmod chown chown32
@@ -148,10 +148,10 @@ def from_docker(
 ) -> Rule:
     """The OCI seccomp object for a profile in docker's JSON form.
 
-    Raises ContainerError when it has no default action.
+    Raises UserError when it has no default action.
     """
     if "defaultAction" not in profile:
-        raise ContainerError("the seccomp profile has no defaultAction")
+        raise UserError("the seccomp profile has no defaultAction")
     architecture = _architecture(machine)
     rules = []
     for entry in profile.get("syscalls") or []:
