@@ -250,9 +250,9 @@ def _system_mounts(
     shm = str(host_config.get("ShmSize") or SHM_SIZE)
     quiet = ("nosuid", "noexec", "nodev")
     sys_options = (*quiet, "rw" if privileged else "ro")
-    pts = ("nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5")
-    if here.namespaces.user != "host" and not _maps(here.id_mappings, 5):
-        pts = pts[:-1]
+    pts = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]
+    if here.namespaces.user == "host" or _maps(here.id_mappings, 5):
+        pts.append("gid=5")
     mounts = [
         Mount("proc", "proc", "/proc", quiet),
         Mount("tmpfs", "tmpfs", "/dev", ("nosuid", "strictatime", "mode=755", "size=65536k")),

@@ -12,24 +12,19 @@ from pathlib import Path
 from unionimage.errors import UserError
 
 # Numbered from 0: linux/capability.h.
-NAMES = tuple(
-    f"CAP_{name}"
-    for name in """
+_KNOWN = """
     CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE
     NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO
     SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME
     SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG
     WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE
-    """.split()
-)
-
-DEFAULT = tuple(
-    f"CAP_{name}"
-    for name in """
+"""
+_DEFAULT = """
     CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP NET_BIND_SERVICE
     SYS_CHROOT KILL AUDIT_WRITE
-    """.split()
-)
+"""
+NAMES = tuple(f"CAP_{name}" for name in _KNOWN.split())
+DEFAULT = tuple(f"CAP_{name}" for name in _DEFAULT.split())
 
 
 def available() -> frozenset[str]:
