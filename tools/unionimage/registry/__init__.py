@@ -1,0 +1,14 @@
+"""Registries: fetch images from them, send images to them, and to other machines over ssh.
+
+    cli/{pull,push,login,logout,copy,tags}.py
+        └─ pull.py, push.py      what to move, and in which order
+             └─ session.py       a reference → its repository, through the configured mirrors
+                  └─ client.py       the distribution specification: manifests, blobs, uploads, tags
+                       ├─ auth.py        challenges and tokens
+                       │    └─ credentials.py   docker's config.json and credential helpers
+                       └─ transport.py   HTTP: time limits, back-off, redirects
+        └─ ssh.py                copy: the layers that the other side lacks, over one ssh connection
+    errors.py                   what goes wrong, in one line
+
+Nothing in here is imported by other verbs: the HTTP library takes its time to load.
+"""
