@@ -1,0 +1,422 @@
+"""Copy-up: how a lower file gets into upper before its first change.
+
+Staged in the work directory, in the order of overlayfs (fs/overlayfs/copy_up.c): data, owner,
+xattrs, mode, times, then one rename makes it visible. A crash leaves either the lower file or
+the whole copy; what is left in work is thrown away by the next mount.
+
+The union's lock is held to begin and to publish, but not while the data of a big file is
+copied. Who finds that somebody else was faster throws his own copy away.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from unionfuse import syscalls, view, whiteout
+from unionfuse.node import Attributes, Directory, Node, Place
+from unionfuse.tree import Tree, failure
+
+INLINE_SIZE = 128 * 1024
+"""Bytes that are copied at once; more is copied without the lock, by a thread that may wait."""
+
+_CHUNK = 1 << 30  # what copy_file_range is asked for at a time
+
+
+class CopyUp:
+    """Copies nodes of one tree up.
+
+    Arguments:
+        lock: the union's.
+        published: called with the lock held when a node's file has become upper's.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        lock: threading.RLock,
+        published: Callable[[Node], None],
+    ) -> None:
+        self._tree = tree
+        self._lock: Any = lock
+        self._published = published
+
+    # --- what is to be done --------------------------------------------------------------
+
+    def needed(self, node: Node, data: bool) -> bool:
+        """Whether a change must copy first; `data`: it changes or exposes the file's data."""
+        return not node.in_upper or (data and node.metacopy)
+
+    def size(self, node: Node, data: bool = True) -> int:
+        """Bytes that copying up this node would have to copy."""
+        if not node.is_regular or not self.needed(node, data) or not (data or self._whole(node)):
+            return 0
+        directory, name = self._tree.data_location(node)
+        return view.entry_status(directory, name).st_blocks * 512 if name else 0
+
+    def _whole(self, node: Node) -> bool:
+        """Whether even a change of metadata copies the data."""
+        return not self._tree.options.metacopy or not node.is_regular
+
+    # --- doing it ------------------------------------------------------------------------
+
+    def copy_up(self, node: Node, data: bool = True, size: int | None = None) -> None:
+        """Bring a node into upper, if it is not there.
+
+        With the lock held by the caller all of it happens at once. Called without, only the
+        beginning and the end hold it.
+
+        Arguments:
+            data: the file's data is needed; without, `metacopy=on` leaves it where it is.
+            size: no more than so many bytes are needed: the file is about to be truncated.
+
+        Raises:
+            OSError: as the file system below says; the tree is as it was.
+        """
+        tree = self._tree
+        with self._lock:
+            if not self.needed(node, data):
+                return
+            if tree.upper is None:
+                raise failure(errno.EROFS)
+            if node.in_upper:  # a metacopy whose data is wanted
+                if size == 0:
+                    self._drop_data(node)
+                    return
+                source = self._open_data(node)
+            else:
+                self._parents(node)
+                if isinstance(node, Directory):
+                    self._copy_directory(node)
+                    return
+                whole = data or self._whole(node)
+                if not node.is_regular or size == 0 or not whole:
+                    self._stage_and_publish(node, -1, 0, metacopy=not whole)
+                    return
+                source = self._open_data(node)
+        try:
+            if node.in_upper:
+                self._complete(node, source, size)
+            else:
+                self._stage_and_publish(node, source, size)
+        finally:
+            os.close(source)
+
+    def _parents(self, node: Node) -> None:
+        for parent, _ in node.names[:1]:
+            if not parent.in_upper:
+                self.copy_up(parent)
+
+    def _open_data(self, node: Node) -> int:
+        directory, name = self._tree.data_location(node)
+        return view.open_entry(directory, name, os.O_RDONLY)
+
+    # --- files ---------------------------------------------------------------------------
+
+    def _stage_and_publish(
+        self, node: Node, source: int, size: int | None, metacopy: bool = False
+    ) -> None:
+        upper = self._tree.upper
+        assert upper is not None and node.lower is not None
+        place = node.lower
+        staged = upper.staging_name()
+        try:
+            if source >= 0 or node.is_regular:
+                self._stage_regular(staged, source, size)
+            with self._lock:
+                if node.in_upper:
+                    upper.discard(staged)
+                    return
+                status = self._tree.status(node)
+                if not node.is_regular:
+                    self._stage_special(staged, status, place)
+                elif metacopy:
+                    syscalls.truncate(upper.work, staged, status.st_size)
+                links = status.st_nlink if not node.is_directory else 1
+                origin = self._copy_metadata(staged, status, place, node.ino)
+                if metacopy:
+                    self._mark_metacopy(staged, node)
+                self._publish(node, staged, origin if links > 1 else b"", links)
+        except BaseException:
+            upper.discard(staged)
+            raise
+        if metacopy is False:
+            node.lower = None
+
+    def _stage_regular(self, staged: bytes, source: int, size: int | None) -> None:
+        upper = self._tree.upper
+        assert upper is not None
+        target = syscalls.create(upper.work, staged, os.O_WRONLY, 0o600)
+        try:
+            if source >= 0:
+                copy_data(source, target, size)
+                if upper.sync:
+                    syscalls.fsync(target, True)
+        finally:
+            os.close(target)
+
+    def _stage_special(self, staged: bytes, status: os.stat_result, place: Place) -> None:
+        upper = self._tree.upper
+        assert upper is not None
+        if stat.S_ISLNK(status.st_mode):
+            directory = place.layer.directory(place.path)
+            syscalls.symlink(os.readlink(place.name, dir_fd=directory), upper.work, staged)
+        else:
+            syscalls.mknod(upper.work, staged, status.st_mode, status.st_rdev)
+
+    def _copy_metadata(
+        self, staged: bytes, status: os.stat_result, place: Place, ino: int
+    ) -> bytes:
+        """Give a staged file all that its lower file has but data; returns its origin mark."""
+        upper = self._tree.upper
+        assert upper is not None
+        directory = place.layer.directory(place.path)
+        syscalls.chown(upper.work, staged, status.st_uid, status.st_gid)
+        copy_attributes(directory, place.name, upper.work, staged)
+        origin = self._tree.origin(directory, place.name, place)
+        self._mark_origin(staged, origin, ino)
+        if not stat.S_ISLNK(status.st_mode):
+            syscalls.chmod(upper.work, staged, stat.S_IMODE(status.st_mode))
+        syscalls.utimens(upper.work, staged, (status.st_atime_ns, status.st_mtime_ns))
+        return origin
+
+    def _mark_origin(self, staged: bytes, origin: bytes, ino: int) -> None:
+        """Note where a copy came from; links and devices go without where that is refused."""
+        upper = self._tree.upper
+        assert upper is not None
+        try:
+            if origin:
+                upper.marker.set(upper.work, staged, b"origin", origin)
+            upper.marker.set(upper.work, staged, b"unionfuse.inode", b"%d" % ino)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSPC, errno.E2BIG):
+                raise
+
+    def _mark_metacopy(self, staged: bytes, node: Node) -> None:
+        upper = self._tree.upper
+        assert upper is not None and node.lower is not None
+        upper.marker.set(upper.work, staged, b"metacopy", b"")
+        if node.lower.inside() != self._tree.path(node):
+            upper.marker.set(upper.work, staged, b"redirect", b"/" + node.lower.inside())
+
+    # --- metacopies ----------------------------------------------------------------------
+
+    def _complete(self, node: Node, source: int, size: int | None) -> None:
+        """Fill in the data that a metacopy left below; nobody reads it before the mark is gone."""
+        with self._lock:
+            directory, name = self._tree.location(node)
+            target = view.open_entry(directory, name, os.O_WRONLY)
+        try:
+            copy_data(source, target, size)
+            if self._tree.upper is not None and self._tree.upper.sync:
+                syscalls.fsync(target, True)
+        finally:
+            os.close(target)
+        with self._lock:
+            if node.metacopy:
+                self._end_metacopy(node)
+
+    def _drop_data(self, node: Node) -> None:
+        directory, name = self._tree.location(node)
+        syscalls.truncate(directory, name, 0)
+        self._end_metacopy(node)
+
+    def _end_metacopy(self, node: Node) -> None:
+        upper = self._tree.upper
+        assert upper is not None
+        directory, name = self._tree.location(node)
+        status = view.entry_status(directory, name) if name else os.stat(directory)
+        upper.marker.remove(directory, name, b"metacopy")
+        syscalls.utimens(directory, name, (status.st_atime_ns, status.st_mtime_ns))
+        node.metacopy = False
+        node.lower = None
+        self._published(node)
+
+    # --- directories ---------------------------------------------------------------------
+
+    def _copy_directory(self, node: Directory) -> None:
+        upper = self._tree.upper
+        assert upper is not None
+        staged = upper.staging_name()
+        self._tree.load(node)
+        place = node.lowers[0]
+        status = os.stat(place.layer.directory(place.path))
+        try:
+            syscalls.mkdir(upper.work, staged, 0o700)
+            self._copy_metadata(staged, status, place, node.ino)
+            self._publish(node, staged, b"", 1)
+        except BaseException:
+            upper.discard(staged)
+            raise
+
+    # --- publishing ----------------------------------------------------------------------
+
+    def _publish(self, node: Node, staged: bytes, origin: bytes, links: int) -> None:
+        """Make a staged copy visible under the node's names. The lock is held."""
+        tree, upper = self._tree, self._tree.upper
+        assert upper is not None
+        if node.deleted:
+            node.unnamed = os.open(
+                staged, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=upper.work
+            )
+            syscalls.unlink(upper.work, staged)
+        elif links > 1 and origin:
+            self._publish_links(node, staged, origin, links)
+        else:
+            self._publish_name(node, staged, *node.names[0])
+        node.in_upper = True
+        node.metacopy = self._is_metacopy(node)
+        if isinstance(node, Directory):
+            assert node.view is not None
+            tree.begin_changes(node, node.view, {})
+        self._published(node)
+
+    def _is_metacopy(self, node: Node) -> bool:
+        if not self._tree.options.metacopy or not node.is_regular:
+            return False
+        return whiteout.read_marks(*self._tree.location(node)).metacopy
+
+    def _publish_name(self, node: Node, staged: bytes, parent: Directory, name: bytes) -> None:
+        tree, upper = self._tree, self._tree.upper
+        assert upper is not None
+        if not parent.in_upper:
+            self.copy_up(parent)
+        directory = tree.upper_directory(parent)
+        times = os.stat(directory)
+        syscalls.rename(upper.work, staged, directory, name)
+        syscalls.utimens(directory, b"", (times.st_atime_ns, times.st_mtime_ns))
+        tree.load(parent)
+        assert parent.changes is not None
+        parent.changes[name] = node.kind
+
+    def _publish_links(self, node: Node, staged: bytes, origin: bytes, links: int) -> None:
+        """A file with several lower names: the index keeps it for those not copied up yet."""
+        tree, upper = self._tree, self._tree.upper
+        assert upper is not None
+        index = upper.open_index()
+        name = origin.hex().encode("ascii")
+        # Two real links will exist: the one in the index and the name.
+        upper.marker.set(upper.work, staged, b"nlink", b"U%+d" % (links - 2))
+        syscalls.rename(upper.work, staged, index, name)
+        upper.index_names.add(name)
+        node.index_name = name
+        node.link_offset = links - 2
+        tree.remember_links(node, view.entry_status(index, name))
+        node.in_upper = True
+        self.link_up(node, *node.names[0])
+
+    def link_up(self, node: Node, parent: Directory, name: bytes) -> None:
+        """Give an indexed file that upper has under other names this lower name of it, too."""
+        tree, upper = self._tree, self._tree.upper
+        assert upper is not None
+        if not parent.in_upper:
+            self.copy_up(parent)
+        if tree.is_physical(parent, name):
+            return
+        directory = tree.upper_directory(parent)
+        times = os.stat(directory)
+        source, old = tree.location(node)
+        syscalls.link(source, old, directory, name)
+        syscalls.utimens(directory, b"", (times.st_atime_ns, times.st_mtime_ns))
+        tree.load(parent)
+        assert parent.changes is not None
+        parent.changes[name] = node.kind
+
+
+def copy_data(source: int, target: int, size: int | None = None) -> None:
+    """Copy a file's data: shared blocks where the file system can, holes kept.
+
+    Arguments:
+        size: copy no more than so many bytes.
+
+    Raises:
+        OSError: EIO, ENOSPC, EDQUOT and whatever else reading or writing gives.
+    """
+    end = os.fstat(source).st_size
+    if size is not None and size < end:
+        end = size
+    elif _clone(target, source):
+        return
+    offset = 0
+    while offset < end:
+        try:
+            start = os.lseek(source, offset, os.SEEK_DATA)
+            stop = min(end, os.lseek(source, start, os.SEEK_HOLE))
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            break  # nothing but a hole up to the end
+        if start >= end:
+            break
+        _copy_range(source, target, start, stop)
+        offset = stop
+    if os.fstat(target).st_size != end:
+        syscalls.ftruncate(target, end)
+
+
+def _clone(target: int, source: int) -> bool:
+    try:
+        syscalls.clone_file(target, source)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        return False
+    return True
+
+
+_NO_COPY_RANGE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
+
+
+def _copy_range(source: int, target: int, start: int, stop: int) -> None:
+    offset = start
+    while offset < stop:
+        try:
+            count = syscalls.copy_range(source, target, min(_CHUNK, stop - offset), offset, offset)
+        except OSError as error:
+            if error.errno not in _NO_COPY_RANGE:
+                raise
+            count = 0
+        if count == 0:
+            break
+        offset += count
+    while offset < stop:
+        data = os.pread(source, min(1 << 20, stop - offset), offset)
+        if not data:
+            return  # the layer changed under us: what is missing reads as zeros
+        written = 0
+        while written < len(data):
+            written += syscalls.pwrite(target, memoryview(data)[written:], offset + written)
+        offset += len(data)
+
+
+def copy_attributes(source: int, name: bytes, target: int, new: bytes) -> None:
+    """Copy xattrs, ACLs and capabilities among them, but not the overlay's own marks.
+
+    Raises:
+        OSError: one that matters (an ACL, a security attribute) cannot be set.
+    """
+    try:
+        attributes = syscalls.listxattr(source, name)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return
+        raise
+    for attribute in attributes:
+        if whiteout.unescape_attribute(attribute) is None:
+            continue
+        try:
+            value = syscalls.getxattr(source, name, attribute)
+            syscalls.setxattr(target, new, attribute, value)
+        except OSError as error:
+            matters = attribute.startswith((b"system.posix_acl", b"security."))
+            gone = error.errno == errno.ENODATA
+            refused = error.errno in (errno.EOPNOTSUPP, errno.EPERM)
+            if not gone and not (refused and not matters):
+                raise
+
+
+__all__ = ["INLINE_SIZE", "Attributes", "CopyUp", "copy_attributes", "copy_data"]

@@ -1,0 +1,248 @@
+"""Nodes of the merged tree, and the small values that the doors and the union exchange."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from unionfuse.layer import Layer
+    from unionfuse.view import View
+
+NOW = -1
+"""In `Changes`: set this time to the current one (UTIME_NOW)."""
+
+
+class Caller(NamedTuple):
+    """Who asks: numeric ids as the kernel sends them, and the umask of a call that creates."""
+
+    uid: int
+    gid: int
+    pid: int = 0
+    umask: int = 0
+
+
+class Changes(NamedTuple):
+    """What a setattr changes; None leaves a field as it is. Times are in nanoseconds or `NOW`."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+    kill_privileges: bool = False
+
+
+class Attributes:
+    """What stat(2) shows of a node. Times in nanoseconds, size in bytes, blocks of 512 bytes."""
+
+    __slots__ = (
+        "atime_ns",
+        "blksize",
+        "blocks",
+        "ctime_ns",
+        "gid",
+        "ino",
+        "mode",
+        "mtime_ns",
+        "nlink",
+        "rdev",
+        "size",
+        "uid",
+    )
+
+    def __init__(self, status: os.stat_result, ino: int, nlink: int) -> None:
+        self.ino = ino
+        self.nlink = nlink
+        self.mode = status.st_mode
+        self.size = status.st_size
+        self.blocks = status.st_blocks
+        self.blksize = status.st_blksize
+        self.uid = status.st_uid
+        self.gid = status.st_gid
+        self.rdev = status.st_rdev
+        self.atime_ns = status.st_atime_ns
+        self.mtime_ns = status.st_mtime_ns
+        self.ctime_ns = status.st_ctime_ns
+
+
+class Entry(NamedTuple):
+    """The answer to a lookup: a node id, its attributes, and for how many seconds they hold."""
+
+    node: int
+    attributes: Attributes
+    attr_valid: float
+
+
+class Place(NamedTuple):
+    """Where something lies in a lower layer: `name` in the directory `path` of `layer`.
+
+    For a directory that a layer contributes, `name` is empty and `path` is its own.
+    """
+
+    layer: Layer
+    path: bytes
+    name: bytes = b""
+
+    def inside(self) -> bytes:
+        """The path from the root of the layer."""
+        if not self.name:
+            return self.path
+        return self.path + b"/" + self.name if self.path else self.name
+
+
+class Node:
+    """A file of any kind but a directory.
+
+    Attributes:
+        id: the FUSE node id.
+        ino: the st_ino shown to users; 0 until it was first looked at.
+        kind: the type bits of the mode (stat.S_IFMT).
+        names: where the merged tree shows it; several for hard links, none once deleted.
+        lower: where its content comes from while it is not in upper (and, for a metacopy, still).
+        in_upper: it has been copied up or was created there.
+        metacopy: in upper without its data, which `lower` still has.
+        index_name: its name in work/index, for lower hard links that were copied up.
+        link_offset: what to add to the real link count (overlayfs's nlink note).
+        lookups: how many times the kernel was given the id.
+        opened: open handles.
+        unnamed: an O_PATH descriptor of a deleted file that is still in use; -1 for none.
+        written: was opened for writing: shared maps may change its times at any moment.
+        last: attributes of a deleted node that nothing else can tell.
+        copying: held by the one thread that copies it up.
+        lower_key, upper_key: under what the tree finds it as a file with several links.
+    """
+
+    __slots__ = (
+        "copying",
+        "id",
+        "in_upper",
+        "index_name",
+        "ino",
+        "kind",
+        "last",
+        "link_offset",
+        "lookups",
+        "lower",
+        "lower_key",
+        "metacopy",
+        "names",
+        "opened",
+        "unnamed",
+        "upper_key",
+        "written",
+    )
+
+    def __init__(self, kind: int) -> None:
+        self.id = 0
+        self.ino = 0
+        self.kind = kind
+        self.names: list[tuple[Directory, bytes]] = []
+        self.lower: Place | None = None
+        self.in_upper = False
+        self.metacopy = False
+        self.index_name = b""
+        self.link_offset = 0
+        self.lookups = 0
+        self.opened = 0
+        self.unnamed = -1
+        self.written = False
+        self.last: Attributes | None = None
+        self.copying: threading.Lock | None = None
+        self.lower_key: tuple[int, int] | None = None
+        self.upper_key = 0
+
+    @property
+    def is_directory(self) -> bool:
+        return False
+
+    @property
+    def is_regular(self) -> bool:
+        return self.kind == stat.S_IFREG
+
+    @property
+    def deleted(self) -> bool:
+        """No name leads here any more (the root, which never had one, asks for care)."""
+        return not self.names and not self.index_name
+
+
+class Directory(Node):
+    """A directory of the merged tree.
+
+    Attributes:
+        lowers: the lower directories that it merges, topmost first.
+        view: the merged content of `lowers`; None until somebody looks inside.
+        changes: name -> what upper has there: a kind (S_IFMT bits), or WHITEOUT; only where
+            `in_upper`, None until somebody looks inside.
+        children: the nodes that are alive below, by name.
+        order: cookies of names that only upper has, in order of appearance.
+        redirected: upper's directory carries a redirect.
+        default_acl: whether new files inherit an ACL; None for not known.
+    """
+
+    __slots__ = (
+        "changes",
+        "children",
+        "default_acl",
+        "lowers",
+        "opaque",
+        "order",
+        "redirected",
+        "view",
+    )
+
+    def __init__(self) -> None:
+        super().__init__(stat.S_IFDIR)
+        self.lowers: tuple[Place, ...] = ()
+        self.view: View | None = None
+        self.changes: dict[bytes, int] | None = None
+        self.children: dict[bytes, Node] = {}
+        self.order: Order | None = None
+        self.opaque = False
+        self.redirected = False
+        self.default_acl: bool | None = None
+
+    @property
+    def is_directory(self) -> bool:
+        return True
+
+
+WHITEOUT = 0
+"""In `Directory.changes`: the name is deleted."""
+
+DOT_COOKIES = 2
+"""`.` and `..` have the cookies 1 and 2."""
+
+FIRST_NEW_COOKIE = 1 << 40
+"""Cookies of names that lower layers have stay below this one."""
+
+
+class Order:
+    """Cookies for names that only upper has: given once, in order of appearance, never again."""
+
+    __slots__ = ("_cookies", "_names", "_next")
+
+    def __init__(self) -> None:
+        self._names: dict[int, bytes] = {}
+        self._cookies: dict[bytes, int] = {}
+        self._next = FIRST_NEW_COOKIE
+
+    def add(self, name: bytes) -> None:
+        if name not in self._cookies:
+            self._cookies[name] = self._next
+            self._names[self._next] = name
+            self._next += 1
+
+    def discard(self, name: bytes) -> None:
+        cookie = self._cookies.pop(name, None)
+        if cookie is not None:
+            del self._names[cookie]
+
+    def after(self, cookie: int) -> list[tuple[int, bytes]]:
+        """(cookie, name) of every name whose cookie is greater."""
+        if cookie < FIRST_NEW_COOKIE:
+            return list(self._names.items())
+        return [item for item in self._names.items() if item[0] > cookie]

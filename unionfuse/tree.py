@@ -1,0 +1,635 @@
+"""The merged tree: nodes, lookup, listing, node ids and inode numbers. It reads and never writes.
+
+A node is made when somebody first asks for its name and goes when the kernel has forgotten it.
+What lies below a directory is a `View` that never changes; what upper has on top is
+`Directory.changes`. Callers hold the union's lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import stat
+from collections.abc import Iterator, Sequence
+
+from unionfuse import syscalls, view, whiteout
+from unionfuse.layer import LayerStack
+from unionfuse.node import (
+    DOT_COOKIES,
+    FIRST_NEW_COOKIE,
+    WHITEOUT,
+    Attributes,
+    Directory,
+    Node,
+    Order,
+    Place,
+)
+from unionfuse.options import MountOptions
+from unionfuse.owners import Owners
+from unionfuse.upperdir import UpperDirectory
+
+ROOT_ID = 1
+_FIRST_FRESH_ID = 1 << 62
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+def failure(number: int) -> OSError:
+    """An OSError of this errno."""
+    return OSError(number, os.strerror(number))
+
+
+class Tree:
+    """All nodes of one mount.
+
+    Attributes:
+        nodes: by id; a node that the kernel knows, or that is open, is in here.
+        root: never forgotten.
+        upper: None for a mount without one.
+    """
+
+    def __init__(
+        self, stack: LayerStack, upper: UpperDirectory | None, options: MountOptions
+    ) -> None:
+        self.stack = stack
+        self.upper = upper
+        self.options = options
+        self.owners = Owners(options)
+        self._fresh_ids = itertools.count(_FIRST_FRESH_ID)
+        self._lower_links: dict[tuple[int, int], Node] = {}  # (st_dev, st_ino) of lower links
+        self._upper_links: dict[int, Node] = {}  # st_ino of upper files with several links
+        self._inodes = InodeNumbers(stack, upper, options.xino != "off")
+        self.nodes: dict[int, Node] = {}
+        self.root = self._make_root()
+
+    def _make_root(self) -> Directory:
+        root = Directory()
+        root.id = ROOT_ID
+        root.lookups = 1
+        root.lowers = tuple(Place(layer, b"") for layer in self.stack.layers)
+        if self.upper is not None:
+            root.in_upper = True
+            marks = whiteout.read_marks(self.upper.descriptor, b"")
+            if marks.opaque:
+                root.lowers, root.opaque = (), True
+        root.ino = self._directory_inode(root)
+        self.nodes[ROOT_ID] = root
+        return root
+
+    # --- where things lie ----------------------------------------------------------------
+
+    def node(self, number: int) -> Node:
+        """The node with this id. Raises ESTALE for one that is not known."""
+        try:
+            return self.nodes[number]
+        except KeyError:
+            raise failure(errno.ESTALE) from None
+
+    def directory(self, number: int) -> Directory:
+        """The directory with this id. Raises ENOTDIR, ESTALE."""
+        node = self.node(number)
+        if not isinstance(node, Directory):
+            raise failure(errno.ENOTDIR)
+        return node
+
+    def upper_directory(self, directory: Directory) -> int:
+        """The O_PATH descriptor of a directory in upper; the cache owns it."""
+        assert self.upper is not None
+        if directory is self.root:
+            return self.upper.descriptor
+        if directory.unnamed >= 0:
+            return directory.unnamed
+        key = ("upper", directory.id)
+        descriptor = self.stack.cache.get(key)
+        if descriptor is None:
+            if not directory.names:
+                raise failure(errno.ENOENT)
+            path = self.path(directory)
+            descriptor = syscalls.open_beneath(self.upper.descriptor, path, _DIRECTORY)
+            self.stack.cache.put(key, descriptor)
+        return descriptor
+
+    def path(self, node: Node) -> bytes:
+        """The path of a node from the root of the mount, by its first name."""
+        components = []
+        while node.names:
+            parent, name = node.names[0]
+            components.append(name)
+            node = parent
+        return b"/".join(reversed(components))
+
+    def location(self, node: Node) -> tuple[int, bytes]:
+        """Where a node lies on disk: a directory descriptor and a name, empty for itself.
+
+        Raises:
+            OSError: ENOENT for a deleted node that nothing is left of.
+        """
+        if node.unnamed >= 0:
+            return node.unnamed, b""
+        if isinstance(node, Directory):
+            if node.in_upper:
+                return self.upper_directory(node), b""
+            if not node.lowers:
+                raise failure(errno.ENOENT)
+            place = node.lowers[0]
+            return place.layer.directory(place.path), b""
+        if not node.in_upper:
+            if node.lower is None:
+                raise failure(errno.ENOENT)
+            return node.lower.layer.directory(node.lower.path), node.lower.name
+        if node.index_name:
+            assert self.upper is not None
+            return self.upper.index, node.index_name
+        for parent, name in node.names:
+            if self.is_physical(parent, name):
+                return self.upper_directory(parent), name
+        raise failure(errno.ENOENT)
+
+    def is_physical(self, parent: Directory, name: bytes) -> bool:
+        """Whether upper itself has this name (and not as a whiteout)."""
+        return bool(parent.changes) and parent.changes.get(name, WHITEOUT) != WHITEOUT  # type: ignore[union-attr]
+
+    def data_location(self, node: Node) -> tuple[int, bytes]:
+        """Where a regular file's data lies: for a metacopy that is not where the node lies."""
+        if node.metacopy and node.lower is not None:
+            return self._lower_data(node.lower)
+        if not node.in_upper and node.lower is not None and not node.deleted:
+            return self._lower_data(node.lower)
+        return self.location(node)
+
+    def _lower_data(self, place: Place) -> tuple[int, bytes]:
+        """Follow metacopies through lower layers down to the data."""
+        last = self.stack.layers[-1].number
+        while place.layer.number < last:
+            directory = place.layer.directory(place.path)
+            marks = whiteout.read_marks(directory, place.name)
+            if not marks.metacopy:
+                break
+            path = place.inside()
+            if marks.redirect is not None:
+                path = view.redirect_target(marks.redirect, path)
+            below = self.resolve_file(path, place.layer.number + 1)
+            if below is None:
+                raise failure(errno.EIO)
+            place = below
+        return place.layer.directory(place.path), place.name
+
+    # --- redirects -----------------------------------------------------------------------
+
+    def resolve(self, path: bytes, first: int) -> Sequence[Place]:
+        """The directories that layers from number `first` on have at a path of their own."""
+        places: Sequence[Place] = [Place(layer, b"") for layer in self.stack.layers[first:]]
+        for name in path.split(b"/"):
+            if not places or not name:
+                return places
+            merged = view.merge(places, self.resolve)
+            stub = merged.get(name)
+            if stub is None or stub.kind != stat.S_IFDIR:
+                return ()
+            places = _stub_places(merged, stub, name)
+        return places
+
+    def resolve_file(self, path: bytes, first: int) -> Place | None:
+        """The regular file that layers from number `first` on show at a path of their own."""
+        parent, _, name = path.strip(b"/").rpartition(b"/")
+        places = self.resolve(parent, first)
+        if not places:
+            return None
+        merged = view.merge(places, self.resolve)
+        stub = merged.get(name)
+        if stub is None or stub.kind != stat.S_IFREG:
+            return None
+        place = merged.places()[stub.positions[0]]
+        return Place(place.layer, place.path, name)
+
+    # --- lookup --------------------------------------------------------------------------
+
+    def load(self, directory: Directory) -> None:
+        """Read what a directory holds, once."""
+        if directory.view is not None:
+            return
+        if directory.deleted and directory is not self.root:
+            directory.view, directory.changes, directory.order = view.EMPTY_VIEW, {}, Order()
+            return
+        below = view.merge(directory.lowers, self.resolve) if directory.lowers else view.EMPTY_VIEW
+        if directory.in_upper:
+            found = view.scan(self.upper_directory(directory))
+            changes = dict(found.kinds)
+            changes.update(dict.fromkeys(found.whiteouts, WHITEOUT))
+            self._hide_marks(directory, changes)
+            self.begin_changes(directory, below, changes)
+        directory.lowers = tuple(below.places())
+        directory.view = below
+
+    def _hide_marks(self, directory: Directory, changes: dict[bytes, int]) -> None:
+        for name in [name for name in changes if name.startswith(whiteout.WHITEOUT_PREFIX)]:
+            del changes[name]
+
+    def begin_changes(
+        self, directory: Directory, below: view.View, changes: dict[bytes, int]
+    ) -> None:
+        """Lay upper's names over a directory's view."""
+        directory.changes = changes
+        directory.order = Order()
+        for name, kind in changes.items():
+            if kind != WHITEOUT and below.get(name) is None:
+                directory.order.add(name)
+
+    def below(self, directory: Directory, name: bytes) -> view.Stub | None:
+        """What the lower layers have under a name, whatever upper says."""
+        self.load(directory)
+        assert directory.view is not None
+        return directory.view.get(name)
+
+    def find(self, directory: Directory, name: bytes) -> Node:
+        """The node under a name. Raises ENOENT, ENAMETOOLONG, or what reading it raises."""
+        child = directory.children.get(name)
+        if child is not None:
+            return child
+        if len(name) > 255:
+            raise failure(errno.ENAMETOOLONG)
+        self.load(directory)
+        assert directory.view is not None
+        kind = directory.changes.get(name) if directory.changes else None
+        if kind is not None:
+            if kind == WHITEOUT:
+                raise failure(errno.ENOENT)
+            return self._from_upper(directory, name)
+        stub = directory.view.get(name)
+        if stub is None:
+            raise failure(errno.ENOENT)
+        return self._from_lower(directory, name, stub)
+
+    def exists(self, directory: Directory, name: bytes) -> bool:
+        """Whether the merged tree shows a name; cheaper than `find`."""
+        if name in directory.children:
+            return True
+        self.load(directory)
+        assert directory.view is not None
+        if directory.changes and name in directory.changes:
+            return directory.changes[name] != WHITEOUT
+        return directory.view.get(name) is not None
+
+    def _from_lower(self, directory: Directory, name: bytes, stub: view.Stub) -> Node:
+        assert directory.view is not None
+        places = _stub_places(directory.view, stub, name)
+        if stub.kind == stat.S_IFDIR:
+            child = Directory()
+            child.lowers = tuple(places)
+            child.ino = self._directory_inode(child)
+            return self.adopt(child, directory, name)
+        top = directory.view.places()[stub.positions[0]]
+        place = Place(top.layer, top.path, name)
+        parent = place.layer.directory(place.path)
+        status = view.entry_status(parent, name)
+        if status.st_nlink > 1:
+            known = self._lower_links.get((status.st_dev, status.st_ino))
+            known = known or self._indexed(parent, name, place)
+            if known is not None:
+                return self.alias(known, directory, name)
+        node = Node(stat.S_IFMT(status.st_mode))
+        node.lower = place
+        node.ino = self._inodes.of(status)
+        if status.st_nlink > 1:
+            node.lower_key = (status.st_dev, status.st_ino)
+            self._lower_links[node.lower_key] = node
+        return self.adopt(node, directory, name)
+
+    def _indexed(self, parent: int, name: bytes, place: Place) -> Node | None:
+        """The upper file that another name of this lower file was copied up to, if any."""
+        if self.upper is None or not self.upper.index_names:
+            return None
+        origin = self.origin(parent, name, place)
+        index_name = origin.hex().encode("ascii")
+        if not origin or index_name not in self.upper.index_names:
+            return None
+        status = view.entry_status(self.upper.index, index_name)
+        node = self._upper_links.get(status.st_ino)
+        return node or self._make_upper_node(self.upper.index, index_name, status, place)
+
+    def origin(self, parent: int, name: bytes, place: Place) -> bytes:
+        """The origin mark of a lower file; empty where its file system has no file handles."""
+        try:
+            kind, handle = syscalls.file_handle(parent, name)
+        except OSError:
+            return b""
+        return whiteout.encode_origin(kind, handle, place.layer.filesystem_uuid())
+
+    def _from_upper(self, directory: Directory, name: bytes) -> Node:
+        parent = self.upper_directory(directory)
+        status = view.entry_status(parent, name)
+        if stat.S_ISDIR(status.st_mode):
+            return self._upper_directory_node(directory, name, parent)
+        if status.st_nlink > 1:
+            known = self._upper_links.get(status.st_ino)
+            if known is not None:
+                return self.alias(known, directory, name)
+        place = None
+        stub = self.below(directory, name)
+        if stub is not None and stub.kind == stat.S_IFREG:
+            assert directory.view is not None
+            top = directory.view.places()[stub.positions[0]]
+            place = Place(top.layer, top.path, name)
+        node = self._make_upper_node(parent, name, status, place)
+        return self.adopt(node, directory, name)
+
+    def _make_upper_node(
+        self, parent: int, name: bytes, status: os.stat_result, below: Place | None
+    ) -> Node:
+        node = Node(stat.S_IFMT(status.st_mode))
+        node.in_upper = True
+        marks = whiteout.read_marks(parent, name)
+        if marks.metacopy:
+            node.metacopy = True
+            if marks.redirect is not None and self.options.redirect_dir != "nofollow":
+                inside = below.inside() if below else name
+                below = self.resolve_file(view.redirect_target(marks.redirect, inside), 0)
+            if below is None:
+                raise failure(errno.EIO)
+            node.lower = below
+        node.ino = marks.inode or self._origin_inode(marks.origin) or self._inodes.of(status)
+        self._take_index_name(node, marks, status)
+        if status.st_nlink > 1:
+            self.remember_links(node, status)
+        return node
+
+    def _take_index_name(self, node: Node, marks: whiteout.Marks, status: os.stat_result) -> None:
+        assert self.upper is not None
+        index_name = marks.origin.hex().encode("ascii")
+        if not index_name or index_name not in self.upper.index_names:
+            return
+        node.index_name = index_name
+        offset = marks.nlink[1:]
+        if not offset[1:].isdigit():
+            return
+        node.link_offset = int(offset)
+        if marks.nlink.startswith(b"L"):
+            links = self._origin_links(marks.origin)
+            node.link_offset = (links or status.st_nlink) + int(offset) - status.st_nlink
+
+    def _open_origin(self, origin: bytes) -> int:
+        """The lower file behind an origin mark, -1 where it cannot be told."""
+        decoded = whiteout.decode_origin(origin)
+        if decoded is None:
+            return -1
+        kind, handle, uuid = decoded
+        for layer in self.stack.layers:
+            if layer.filesystem_uuid() != uuid:
+                continue
+            try:
+                mount = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=layer.descriptor)
+                try:
+                    return syscalls.open_by_handle(mount, kind, handle)
+                finally:
+                    os.close(mount)
+            except OSError:
+                return -1
+        return -1
+
+    def _origin_inode(self, origin: bytes) -> int:
+        descriptor = self._open_origin(origin)
+        if descriptor < 0:
+            return 0
+        try:
+            return self._inodes.of(os.stat(descriptor))
+        finally:
+            os.close(descriptor)
+
+    def _origin_links(self, origin: bytes) -> int:
+        descriptor = self._open_origin(origin)
+        if descriptor < 0:
+            return 0
+        try:
+            return os.stat(descriptor).st_nlink
+        finally:
+            os.close(descriptor)
+
+    def _upper_directory_node(self, directory: Directory, name: bytes, parent: int) -> Directory:
+        child = Directory()
+        child.in_upper = True
+        marks = whiteout.read_marks(parent, name)
+        child.opaque = marks.opaque
+        # A redirect to a sibling means something else in another place: not one to keep.
+        child.redirected = marks.redirect is not None and marks.redirect.startswith(b"/")
+        if not marks.opaque:
+            child.lowers = tuple(self._lowers_of_upper(directory, name, marks.redirect))
+        self.adopt(child, directory, name, number=0)
+        child.ino = marks.inode or self._directory_inode(child)
+        self.number(child)
+        return child
+
+    def _lowers_of_upper(
+        self, directory: Directory, name: bytes, redirect: bytes | None
+    ) -> Sequence[Place]:
+        if redirect is not None and self.options.redirect_dir != "nofollow":
+            if redirect.startswith(b"/"):
+                return self.resolve(redirect.strip(b"/"), 0)
+            name = redirect
+        stub = self.below(directory, name)
+        if stub is None or stub.kind != stat.S_IFDIR:
+            return ()
+        assert directory.view is not None
+        return _stub_places(directory.view, stub, name)
+
+    # --- nodes come and go ---------------------------------------------------------------
+
+    def adopt(self, node: Node, parent: Directory, name: bytes, number: int = -1) -> Node:
+        """Put a new node under a name and give it an id (unless `number` is 0: later)."""
+        node.names.append((parent, name))
+        parent.children[name] = node
+        if number:
+            self.number(node)
+        return node
+
+    def alias(self, node: Node, parent: Directory, name: bytes) -> Node:
+        """Put a node that is known already under one more of its names."""
+        if (parent, name) not in node.names:
+            node.names.append((parent, name))
+        parent.children[name] = node
+        if not node.id:
+            self.number(node)
+        return node
+
+    def number(self, node: Node) -> None:
+        """Give a node its id: its inode number where that is free."""
+        number = node.ino
+        if number <= ROOT_ID or number >= _FIRST_FRESH_ID or number in self.nodes:
+            number = next(self._fresh_ids)
+        node.id = number
+        self.nodes[number] = node
+
+    def remember_links(self, node: Node, status: os.stat_result) -> None:
+        """Note that an upper file has several links, so that each name finds the one node."""
+        node.upper_key = status.st_ino
+        self._upper_links[status.st_ino] = node
+
+    def new_inode(self, node: Node, status: os.stat_result) -> None:
+        """Give a node that upper just got its inode number."""
+        node.ino = self._inodes.of(status)
+
+    def release_if_unused(self, node: Node) -> None:
+        """Let go of a node that neither the kernel nor anyone else needs, and of its parents."""
+        while node is not self.root and node.lookups <= 0 and node.opened == 0:
+            if isinstance(node, Directory) and node.children:
+                return
+            if self.nodes.pop(node.id, None) is None:
+                return
+            if node.unnamed >= 0:
+                os.close(node.unnamed)
+                node.unnamed = -1
+            self._forget_links(node)
+            parents = [parent for parent, _ in node.names]
+            for parent, name in node.names:
+                if parent.children.get(name) is node:
+                    del parent.children[name]
+            if isinstance(node, Directory):
+                self.stack.cache.discard(("upper", node.id))
+            if not parents:
+                return
+            for parent in parents[1:]:
+                self.release_if_unused(parent)
+            node = parents[0]
+
+    def _forget_links(self, node: Node) -> None:
+        if node.lower_key is not None:
+            self._lower_links.pop(node.lower_key, None)
+        if node.upper_key and self._upper_links.get(node.upper_key) is node:
+            del self._upper_links[node.upper_key]
+
+    # --- attributes ----------------------------------------------------------------------
+
+    def status(self, node: Node) -> os.stat_result:
+        """lstat of what a node is on disk."""
+        directory, name = self.location(node)
+        if name:
+            return os.stat(name, dir_fd=directory, follow_symlinks=False)
+        return os.stat(directory)
+
+    def attributes(self, node: Node, status: os.stat_result | None = None) -> Attributes:
+        """What stat(2) shows of a node.
+
+        Arguments:
+            status: what is on disk, where the caller has just looked.
+        """
+        if node.deleted and node is not self.root and node.unnamed < 0 and status is None:
+            if node.last is None:
+                raise failure(errno.ENOENT)
+            return node.last
+        if status is None:
+            status = self.status(node)
+        attributes = Attributes(status, node.ino, self._links(node, status))
+        if node.metacopy and node.lower is not None:
+            directory, name = self._lower_data(node.lower)
+            attributes.blocks = view.entry_status(directory, name).st_blocks
+        if not self.owners.plain:
+            self.owners.show(attributes, *self.location(node))
+        if self.options.noacl and status.st_mode & stat.S_IRWXG:
+            self._fold_mask(node, attributes)
+        return attributes
+
+    def _fold_mask(self, node: Node, attributes: Attributes) -> None:
+        """Without ACLs the mask must not be taken for the group's rights: grant the lesser."""
+        directory, name = self.location(node)
+        try:
+            acl = syscalls.getxattr(directory, name, b"system.posix_acl_access")
+        except OSError:
+            return
+        group = _acl_group_bits(acl)
+        attributes.mode &= ~stat.S_IRWXG | (group << 3)
+
+    def _links(self, node: Node, status: os.stat_result) -> int:
+        if node.deleted and node is not self.root:
+            return 0
+        if not isinstance(node, Directory):
+            return status.st_nlink + node.link_offset
+        if self.options.static_nlink or self._is_merged(node):
+            return 1
+        return status.st_nlink
+
+    def _is_merged(self, directory: Directory) -> bool:
+        """Whether a directory comes from several places; overlayfs shows one link for these."""
+        if directory.view is None and directory.lowers and not directory.in_upper:
+            if len(directory.lowers) == 1:
+                return False
+            self.load(directory)
+        return len(directory.lowers) + directory.in_upper > 1
+
+    def _directory_inode(self, directory: Directory) -> int:
+        if directory.lowers:
+            place = directory.lowers[0]
+            return self._inodes.of(os.stat(place.layer.directory(place.path)))
+        return self._inodes.of(os.stat(self.upper_directory(directory)))
+
+    # --- listing -------------------------------------------------------------------------
+
+    def names_after(self, directory: Directory, cookie: int) -> Iterator[tuple[bytes, int]]:
+        """(name, cookie) of what a directory shows behind a cookie; 0 starts with `.`."""
+        self.load(directory)
+        assert directory.view is not None
+        for position, dot in enumerate((b".", b".."), start=1):
+            if cookie < position:
+                yield dot, position
+        changes = directory.changes or {}
+        if cookie < FIRST_NEW_COOKIE:
+            for name, old_cookie in directory.view.after(cookie):
+                if changes.get(name) != WHITEOUT:
+                    yield name, old_cookie
+        if directory.order is not None:
+            for new_cookie, name in directory.order.after(cookie):
+                yield name, new_cookie
+
+    def is_empty(self, directory: Directory) -> bool:
+        """Whether a directory shows nothing but `.` and `..`."""
+        return next(self.names_after(directory, DOT_COOKIES), None) is None
+
+
+class InodeNumbers:
+    """Turns (device, inode) of the layers into one number that is unique in the mount.
+
+    With one file system below the numbers are its own. With several, the number of the file
+    system, counted from the base layer so that a layer added on top changes nothing, goes into
+    high bits. That is what overlayfs calls xino.
+    """
+
+    _SHIFT = 53
+
+    def __init__(self, stack: LayerStack, upper: UpperDirectory | None, mix: bool) -> None:
+        self._mix = mix
+        self._devices: dict[int, int] = {}
+        for layer in reversed(stack.layers):
+            self._index(os.stat(layer.descriptor).st_dev)
+        if upper is not None:
+            self._index(upper.device)
+
+    def _index(self, device: int) -> int:
+        return self._devices.setdefault(device, len(self._devices))
+
+    def of(self, status: os.stat_result) -> int:
+        """The st_ino to show."""
+        index = self._devices.get(status.st_dev)
+        if index is None:
+            index = self._index(status.st_dev)
+        if index == 0 or not self._mix:
+            return status.st_ino
+        return (index << self._SHIFT) ^ status.st_ino
+
+
+def _stub_places(merged: view.View, stub: view.Stub, name: bytes) -> list[Place]:
+    places = merged.places()
+    return [
+        Place(place.layer, place.path + b"/" + name if place.path else name)
+        for place in (places[position] for position in stub.positions)
+    ]
+
+
+def _acl_group_bits(acl: bytes) -> int:
+    """The rights that an ACL in xattr form gives the owning group: its entry and the mask."""
+    group, mask = 0, 7
+    for offset in range(4, len(acl) - 7, 8):
+        tag = int.from_bytes(acl[offset : offset + 2], "little")
+        rights = int.from_bytes(acl[offset + 2 : offset + 4], "little")
+        if tag == 0x04:
+            group = rights
+        elif tag == 0x10:
+            mask = rights
+    return group & mask

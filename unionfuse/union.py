@@ -1,0 +1,566 @@
+"""The union as the doors see it: node ids and names in, entries and errnos out.
+
+Synchronous, thread-safe and free of FUSE: a method takes the lock, does what it has to and
+raises OSError. What may take long (the copy-up of a big file, an fsync) does not hold the lock
+while it lasts: see `copy_up_size`.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+from unionfuse import syscalls, view, whiteout
+from unionfuse.copyup import INLINE_SIZE, CopyUp
+from unionfuse.layer import LayerStack
+from unionfuse.node import NOW, Attributes, Caller, Changes, Directory, Entry, Node
+from unionfuse.options import MountOptions
+from unionfuse.tree import Tree, failure
+from unionfuse.upper import Upper
+from unionfuse.upperdir import UpperDirectory
+
+LAYER_ATTRIBUTE = b"user.unionfuse.layer"
+"""Names the layer directory that a file comes from; shown only to who asks for it by name."""
+
+_ACL_PREFIX = b"system.posix_acl_"
+_OPEN_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
+_WRITTEN_VALID = 1.0  # seconds; a shared map may change the times of a file once written to
+
+
+class Watcher(Protocol):
+    """Is told when the lookup index's answer for a node stops being true."""
+
+    def changed(self, node: int) -> None: ...
+
+
+class OpenFile:
+    """An open regular file: where to read and write now, and the descriptors it had before."""
+
+    __slots__ = ("descriptor", "node", "replaced", "writable")
+
+    def __init__(self, node: Node, descriptor: int, writable: bool) -> None:
+        self.node = node
+        self.descriptor = descriptor
+        self.writable = writable
+        self.replaced: list[int] = []
+
+
+class Union:
+    """One mounted union.
+
+    Arguments:
+        stack: the lower layers.
+        options: as parsed from the `-o` line.
+
+    Raises:
+        LayerError: upper or work cannot be used.
+    """
+
+    def __init__(self, stack: LayerStack, options: MountOptions) -> None:
+        self.options = options
+        self.lock = threading.RLock()
+        self.watcher: Watcher | None = None
+        self._stack = stack
+        upper = UpperDirectory(options) if options.upperdir is not None else None
+        self.tree = Tree(stack, upper, options)
+        self._store = upper
+        self._handles: dict[int, OpenFile | Directory] = {}
+        self._next_handle = itertools.count(1)
+        self._readers: dict[int, set[int]] = {}  # node id -> handles on lower data
+        self._copy = CopyUp(self.tree, self.lock, self._published)
+        read_only = upper is None or options.read_only
+        self._upper = None if read_only else Upper(self.tree, self._copy, self._changed)
+
+    def close(self) -> None:
+        """Let go of everything; the staging directory is empty afterwards."""
+        with self.lock:
+            for handle in list(self._handles):
+                self.release(handle)
+            for node in self.tree.nodes.values():
+                if node.unnamed >= 0:
+                    os.close(node.unnamed)
+                    node.unnamed = -1
+            self.tree.nodes.clear()
+            if self._store is not None:
+                self._store.close()
+            self._stack.close()
+
+    def status(self) -> tuple[int, int]:
+        """How many nodes are known and how many files are open."""
+        with self.lock:
+            return len(self.tree.nodes), len(self._handles)
+
+    # --- help ----------------------------------------------------------------------------
+
+    def _changes(self) -> Upper:
+        if self._upper is None:
+            raise failure(errno.EROFS)
+        return self._upper
+
+    def _changed(self, node: Node) -> None:
+        if self.watcher is not None:
+            self.watcher.changed(node.id)
+
+    def _published(self, node: Node) -> None:
+        """A node's file is upper's now: whoever reads the lower one goes on with the copy."""
+        for handle in self._readers.pop(node.id, ()):
+            opened = self._handles[handle]
+            assert isinstance(opened, OpenFile)
+            opened.replaced.append(opened.descriptor)
+            opened.descriptor = self._open_data(node, os.O_RDONLY)
+        self._changed(node)
+
+    def _entry(self, node: Node, status: os.stat_result | None = None) -> Entry:
+        node.lookups += 1
+        return Entry(node.id, self.tree.attributes(node, status), self._valid(node))
+
+    def _valid(self, node: Node) -> float:
+        if not node.written:
+            return self.options.timeout
+        return 0.0 if node.opened else min(_WRITTEN_VALID, self.options.timeout)
+
+    # --- looking -------------------------------------------------------------------------
+
+    def lookup(self, parent: int, name: bytes) -> Entry:
+        """The entry under a name. Raises ENOENT, ENAMETOOLONG."""
+        with self.lock:
+            directory = self.tree.directory(parent)
+            if name == b".":
+                return self._entry(directory)
+            if name == b"..":
+                return self._entry(directory.names[0][0] if directory.names else directory)
+            return self._entry(self.tree.find(directory, name))
+
+    def forget(self, number: int, count: int) -> None:
+        """The kernel has dropped `count` of the lookups that it was answered."""
+        with self.lock:
+            node = self.tree.nodes.get(number)
+            if node is not None:
+                node.lookups -= count
+                self.tree.release_if_unused(node)
+
+    def getattr(self, number: int, handle: int | None = None) -> Attributes:
+        """What stat(2) shows."""
+        with self.lock:
+            return self.tree.attributes(self.tree.node(number))
+
+    def attr_valid(self, number: int) -> float:
+        """For how many seconds the kernel may keep a node's attributes."""
+        with self.lock:
+            return self._valid(self.tree.node(number))
+
+    def readlink(self, number: int) -> bytes:
+        """The target of a symbolic link."""
+        with self.lock:
+            directory, name = self.tree.location(self.tree.node(number))
+            if not name:
+                return os.readlink(b"", dir_fd=directory)
+            return os.readlink(name, dir_fd=directory)
+
+    def statfs(self) -> os.statvfs_result:
+        """Of the upper's file system; of the top layer's without one."""
+        if self._store is not None:
+            return os.statvfs(self._store.descriptor)
+        return os.statvfs(self._stack.layers[0].descriptor)
+
+    # --- attributes ----------------------------------------------------------------------
+
+    def setattr(self, number: int, changes: Changes, handle: int | None = None) -> Attributes:
+        """Change mode, owner, size or times; returns the new attributes."""
+        with self.lock:
+            self._changes()
+            node = self.tree.node(number)
+            if changes.mode is not None and stat.S_ISLNK(node.kind):
+                raise failure(errno.EOPNOTSUPP)
+            self._copy.copy_up(node, data=changes.size is not None, size=changes.size)
+            directory, name = self.tree.location(node)
+            self._set_owner_and_mode(node, directory, name, changes)
+            if changes.size is not None:
+                self._truncate(node, directory, name, changes.size, handle)
+            if changes.kill_privileges:
+                self._kill_privileges(node)
+            if changes.atime_ns is not None or changes.mtime_ns is not None:
+                self._set_times(directory, name, changes)
+            self._changed(node)
+            return self.tree.attributes(node)
+
+    def _set_owner_and_mode(
+        self, node: Node, directory: int, name: bytes, changes: Changes
+    ) -> None:
+        owners = self.tree.owners
+        if changes.uid is None and changes.gid is None and changes.mode is None:
+            return
+        if owners.override is not None:
+            shown = self.tree.attributes(node)
+            uid = shown.uid if changes.uid is None else changes.uid
+            gid = shown.gid if changes.gid is None else changes.gid
+            mode = shown.mode if changes.mode is None else changes.mode
+            if changes.mode is None and node.is_regular:
+                mode = _without_privileges(mode)
+            owners.write_override(directory, name, uid, gid, mode)
+            return
+        if changes.uid is not None or changes.gid is not None:
+            uid = -1 if changes.uid is None else changes.uid
+            gid = -1 if changes.gid is None else changes.gid
+            syscalls.chown(directory, name, *owners.stored(uid, gid))
+        if changes.mode is not None:
+            syscalls.chmod(directory, name, stat.S_IMODE(changes.mode))
+
+    def _truncate(
+        self, node: Node, directory: int, name: bytes, size: int, handle: int | None
+    ) -> None:
+        if node.is_directory:
+            raise failure(errno.EISDIR)
+        opened = self._handles.get(handle) if handle is not None else None
+        if isinstance(opened, OpenFile) and opened.writable:
+            syscalls.ftruncate(opened.descriptor, size)
+        else:
+            syscalls.truncate(directory, name, size)
+
+    def _set_times(self, directory: int, name: bytes, changes: Changes) -> None:
+        now = time.time_ns()
+        atime, mtime = changes.atime_ns, changes.mtime_ns
+        if atime is None or mtime is None:
+            status = view.entry_status(directory, name) if name else os.stat(directory)
+            atime = status.st_atime_ns if atime is None else atime
+            mtime = status.st_mtime_ns if mtime is None else mtime
+        atime = now if atime == NOW else atime
+        mtime = now if mtime == NOW else mtime
+        syscalls.utimens(directory, name, (atime, mtime))
+
+    def _kill_privileges(self, node: Node) -> None:
+        """Drop set-uid, set-gid and file capabilities, as a write by somebody else does."""
+        if not node.is_regular:
+            return
+        directory, name = self.tree.location(node)
+        status = view.entry_status(directory, name) if name else os.stat(directory)
+        mode = _without_privileges(stat.S_IMODE(status.st_mode))
+        if mode != stat.S_IMODE(status.st_mode):
+            syscalls.chmod(directory, name, mode)
+        try:
+            syscalls.removexattr(directory, name, b"security.capability")
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM):
+                raise
+
+    # --- names ---------------------------------------------------------------------------
+
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Entry:
+        """Create a file, FIFO, socket or device."""
+        with self.lock:
+            directory = self.tree.directory(parent)
+            return self._entry(self._changes().mknod(directory, name, mode, rdev, caller))
+
+    def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Entry:
+        """Create a directory."""
+        with self.lock:
+            directory = self.tree.directory(parent)
+            return self._entry(self._changes().mkdir(directory, name, mode, caller))
+
+    def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Entry:
+        """Create a symbolic link."""
+        with self.lock:
+            directory = self.tree.directory(parent)
+            return self._entry(self._changes().symlink(directory, name, target, caller))
+
+    def link(self, number: int, new_parent: int, new_name: bytes) -> Entry:
+        """Give a file one more name."""
+        with self.lock:
+            node, directory = self.tree.node(number), self.tree.directory(new_parent)
+            self._changes().link(node, directory, new_name)
+            return self._entry(node)
+
+    def create(
+        self, parent: int, name: bytes, mode: int, flags: int, caller: Caller
+    ) -> tuple[Entry, int]:
+        """Create and open a regular file; returns its entry and a handle."""
+        with self.lock:
+            directory = self.tree.directory(parent)
+            flags &= _OPEN_FLAGS & ~os.O_TRUNC
+            node, descriptor = self._changes().create(directory, name, mode, flags, caller)
+            handle = self._opened(node, descriptor, flags)
+            return self._entry(node), handle
+
+    def tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> tuple[Entry, int]:
+        """Create a regular file without a name in a directory (O_TMPFILE)."""
+        with self.lock:
+            node, descriptor = self._changes().tmpfile(self.tree.directory(parent), mode, caller)
+            handle = self._opened(node, descriptor, os.O_RDWR)
+            return self._entry(node), handle
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        """Delete a name of anything but a directory."""
+        with self.lock:
+            node = self._changes().unlink(self.tree.directory(parent), name)
+            self.tree.release_if_unused(node)
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        """Delete an empty directory."""
+        with self.lock:
+            node = self._changes().rmdir(self.tree.directory(parent), name)
+            self.tree.release_if_unused(node)
+
+    def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
+    ) -> None:
+        """Rename; `flags` may be RENAME_NOREPLACE or RENAME_EXCHANGE."""
+        with self.lock:
+            source, goal = self.tree.directory(parent), self.tree.directory(new_parent)
+            nodes = self._changes().rename(source, name, goal, new_name, flags)
+            for node in nodes:
+                if node is not None:
+                    self.tree.release_if_unused(node)
+
+    # --- copy-up -------------------------------------------------------------------------
+
+    def copy_up_size(self, number: int, data: bool = True) -> int:
+        """Bytes that a change of this node must copy first; 0 where it takes no time.
+
+        A door that finds a number here calls `copy_up` in a thread that may wait before it does
+        what it was asked for; otherwise that would hold the lock while it copies.
+        """
+        with self.lock:
+            node = self.tree.nodes.get(number)
+            if node is None or self._upper is None:
+                return 0
+            size = self._copy.size(node, data)
+            return size if size > INLINE_SIZE else 0
+
+    def copy_up(self, number: int, data: bool = True) -> None:
+        """Copy a node up; for a thread that may wait. Two at once cause one copy."""
+        with self.lock:
+            node = self.tree.node(number)
+            self._changes()
+            if node.copying is None:
+                node.copying = threading.Lock()
+        with node.copying:
+            self._copy.copy_up(node, data)
+
+    # --- open files ----------------------------------------------------------------------
+
+    def open(self, number: int, flags: int, kill_privileges: bool = False) -> int:
+        """Open a regular file; returns a handle. O_APPEND and O_DIRECT are the kernel's concern."""
+        with self.lock:
+            node = self.tree.node(number)
+            if node.is_directory:
+                raise failure(errno.EISDIR)
+            flags &= _OPEN_FLAGS
+            if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+                self._changes()
+                self._copy.copy_up(node, size=0 if flags & os.O_TRUNC else None)
+            descriptor = self._open_data(node, flags)
+            if kill_privileges and flags & os.O_TRUNC:
+                self._kill_privileges(node)
+            return self._opened(node, descriptor, flags)
+
+    def _open_data(self, node: Node, flags: int) -> int:
+        if node.unnamed >= 0:
+            return os.open(syscalls.proc_path(node.unnamed), flags | os.O_CLOEXEC)
+        directory, name = self.tree.data_location(node)
+        if node.in_upper and not node.metacopy:
+            return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        return view.open_entry(directory, name, flags)
+
+    def _opened(self, node: Node, descriptor: int, flags: int) -> int:
+        handle = next(self._next_handle)
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        self._handles[handle] = OpenFile(node, descriptor, writable)
+        node.opened += 1
+        node.written = node.written or writable
+        if not node.in_upper or node.metacopy:
+            self._readers.setdefault(node.id, set()).add(handle)
+        return handle
+
+    def _file(self, handle: int) -> OpenFile:
+        opened = self._handles.get(handle)
+        if not isinstance(opened, OpenFile):
+            raise failure(errno.EBADF)
+        return opened
+
+    def descriptor(self, handle: int) -> int:
+        """The descriptor to read from now; it stays open until `release`."""
+        return self._file(handle).descriptor
+
+    def read(self, handle: int, offset: int, size: int) -> bytes:
+        """Bytes from an open file."""
+        return os.pread(self.descriptor(handle), size, offset)
+
+    def write(self, handle: int, offset: int, data: bytes, kill_privileges: bool = False) -> int:
+        """Write at an offset, wherever the file was opened to append; returns the byte count."""
+        opened = self._file(handle)
+        if kill_privileges:
+            with self.lock:
+                self._kill_privileges(opened.node)
+        done = syscalls.pwrite(opened.descriptor, data, offset)
+        while done < len(data):
+            done += syscalls.pwrite(opened.descriptor, data[done:], offset + done)
+        return done
+
+    def release(self, handle: int) -> None:
+        """Close a handle of a file or directory."""
+        with self.lock:
+            opened = self._handles.pop(handle, None)
+            if opened is None:
+                return
+            if isinstance(opened, OpenFile):
+                os.close(opened.descriptor)
+                for descriptor in opened.replaced:
+                    os.close(descriptor)
+                node = opened.node
+                readers = self._readers.get(node.id)
+                if readers is not None:
+                    readers.discard(handle)
+                    if not readers:
+                        del self._readers[node.id]
+            else:
+                node = opened
+            node.opened -= 1
+            self.tree.release_if_unused(node)
+
+    releasedir = release
+
+    def flush(self, handle: int) -> None:
+        """Nothing is held back that a close would have to write."""
+
+    def fsync(self, handle: int, datasync: bool) -> None:
+        """Bring an open file's data to disk; may take long and holds no lock."""
+        if self._store is not None and self._store.sync:
+            syscalls.fsync(self.descriptor(handle), datasync)
+
+    # --- directories ---------------------------------------------------------------------
+
+    def opendir(self, number: int) -> int:
+        """Open a directory; returns a handle."""
+        with self.lock:
+            directory = self.tree.directory(number)
+            self.tree.load(directory)
+            handle = next(self._next_handle)
+            self._handles[handle] = directory
+            directory.opened += 1
+            return handle
+
+    def opened_directory(self, handle: int) -> int:
+        """The node id behind a handle that `opendir` gave."""
+        opened = self._handles.get(handle)
+        if not isinstance(opened, Directory):
+            raise failure(errno.EBADF)
+        return opened.id
+
+    def listing(self, number: int, cookie: int) -> Iterator[tuple[bytes, int, Entry]]:
+        """(name, cookie, entry) of a directory's names behind a cookie; 0 begins with `.`.
+
+        Every entry but those of `.` and `..` counts one lookup, as soon as it is produced: who
+        does not hand it on gives it back with `forget`. Hold the lock while iterating.
+        """
+        directory = self.tree.directory(number)
+        for name, next_cookie in self.tree.names_after(directory, cookie):
+            if name in (b".", b".."):
+                node: Node = directory
+                if name == b".." and directory.names:
+                    node = directory.names[0][0]
+                yield name, next_cookie, Entry(node.id, self.tree.attributes(node), 0.0)
+                continue
+            try:
+                entry = self._entry(self.tree.find(directory, name))
+            except FileNotFoundError:
+                continue  # gone behind our back
+            yield name, next_cookie, entry
+
+    def fsyncdir(self, handle: int, datasync: bool) -> None:
+        """Bring a directory's names to disk."""
+        if self._store is None or not self._store.sync:
+            return
+        with self.lock:
+            directory = self.tree.directory(self.opened_directory(handle))
+            if not directory.in_upper:
+                return
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            readable = os.open(b".", flags, dir_fd=self.tree.upper_directory(directory))
+        try:
+            syscalls.fsync(readable, datasync)
+        finally:
+            os.close(readable)
+
+    def sync(self) -> None:
+        """Bring everything in upper to disk."""
+        if self._store is not None and self._store.sync:
+            syscalls.syncfs(self._store.lock)
+
+    # --- extended attributes -------------------------------------------------------------
+
+    def getxattr(self, number: int, attribute: bytes) -> bytes:
+        """The value of an extended attribute. Raises ENODATA, EOPNOTSUPP."""
+        with self.lock:
+            node = self.tree.node(number)
+            if attribute == LAYER_ATTRIBUTE:
+                return self._layer_of(node)
+            return syscalls.getxattr(*self.tree.location(node), self._stored_name(attribute))
+
+    def _layer_of(self, node: Node) -> bytes:
+        if node.in_upper:
+            return b"upper"
+        place = node.lowers[0] if isinstance(node, Directory) else node.lower
+        if place is None:
+            raise failure(errno.ENODATA)
+        return place.layer.path
+
+    def _stored_name(self, attribute: bytes) -> bytes:
+        hidden = attribute.startswith(_ACL_PREFIX) and self.options.noacl
+        if self.options.noxattrs or hidden or attribute == self.tree.owners.override:
+            raise failure(errno.EOPNOTSUPP)
+        return whiteout.escape_attribute(attribute)
+
+    def listxattr(self, number: int) -> list[bytes]:
+        """The names of a node's extended attributes; none of the union's own."""
+        if self.options.noxattrs:
+            raise failure(errno.EOPNOTSUPP)
+        with self.lock:
+            location = self.tree.location(self.tree.node(number))
+            shown = map(whiteout.unescape_attribute, syscalls.listxattr(*location))
+            names = [name for name in shown if name is not None]
+        if self.options.noacl:
+            names = [name for name in names if not name.startswith(_ACL_PREFIX)]
+        return [name for name in names if name != self.tree.owners.override]
+
+    def setxattr(self, number: int, attribute: bytes, value: bytes, flags: int = 0) -> None:
+        """Set an extended attribute; `flags` are XATTR_CREATE and XATTR_REPLACE."""
+        with self.lock:
+            self._changes()
+            if attribute == LAYER_ATTRIBUTE:
+                raise failure(errno.EPERM)
+            stored = self._stored_name(attribute)
+            node = self.tree.node(number)
+            self._copy.copy_up(node, data=False)
+            syscalls.setxattr(*self.tree.location(node), stored, value, flags)
+            self._attribute_changed(node, attribute)
+
+    def removexattr(self, number: int, attribute: bytes) -> None:
+        """Remove an extended attribute. Raises ENODATA."""
+        with self.lock:
+            self._changes()
+            stored = self._stored_name(attribute)
+            node = self.tree.node(number)
+            if not node.in_upper:
+                syscalls.getxattr(*self.tree.location(node), stored)  # ENODATA before any copy
+            self._copy.copy_up(node, data=False)
+            syscalls.removexattr(*self.tree.location(node), stored)
+            self._attribute_changed(node, attribute)
+
+    def _attribute_changed(self, node: Node, attribute: bytes) -> None:
+        if isinstance(node, Directory) and attribute.startswith(_ACL_PREFIX):
+            node.default_acl = None
+        self._changed(node)
+
+
+def _without_privileges(mode: int) -> int:
+    """A mode without set-uid, and without set-gid where that means privilege."""
+    mode &= ~stat.S_ISUID
+    if mode & stat.S_IXGRP:
+        mode &= ~stat.S_ISGID
+    return mode

@@ -1,0 +1,689 @@
+"""Changes of names: create, delete, rename and link in the writable layer.
+
+Each change becomes visible by one system call, so that a crash leaves the tree as it was before
+or as it is after. A name that lower layers have is deleted by a whiteout; a directory made over
+one is opaque. The steps are those of overlayfs (fs/overlayfs/dir.c). Callers hold the union's
+lock, and have checked that the kernel's request is about names of at most 255 bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from unionfuse import syscalls, view, whiteout
+from unionfuse.copyup import CopyUp
+from unionfuse.node import DOT_COOKIES, WHITEOUT, Caller, Directory, Node
+from unionfuse.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
+from unionfuse.tree import Tree, failure
+from unionfuse.upperdir import UpperDirectory, remove_tree
+
+Make = Callable[[int, bytes], int]
+"""Creates something under a free name in a directory; returns a descriptor, -1 for none."""
+
+
+class Upper:
+    """The changing half of a union.
+
+    Arguments:
+        changed: called with a directory whose names have changed, or a node whose file has.
+    """
+
+    def __init__(self, tree: Tree, copy: CopyUp, changed: Callable[[Node], None]) -> None:
+        assert tree.upper is not None
+        os.umask(0)  # the umask that counts is the caller's: the kernel sends it with each request
+        self._tree = tree
+        self._copy = copy
+        self._changed = changed
+        self._store: UpperDirectory = tree.upper
+        self._identity = (os.geteuid(), os.getegid())
+
+    # --- create --------------------------------------------------------------------------
+
+    def mknod(self, parent: Directory, name: bytes, mode: int, device: int, caller: Caller) -> Node:
+        """Create a regular file, FIFO, socket or device."""
+        if stat.S_ISCHR(mode) and device == 0:
+            raise failure(errno.EPERM)  # it would be a whiteout; overlayfs refuses it, too
+        if stat.S_ISREG(mode):
+            node, descriptor = self.create(parent, name, mode, os.O_WRONLY, caller)
+            os.close(descriptor)
+            return node
+
+        def make(directory: int, free: bytes) -> int:
+            syscalls.mknod(directory, free, self._mode(parent, mode, caller), device)
+            return -1
+
+        return self._create(parent, name, make, caller)[0]
+
+    def create(
+        self, parent: Directory, name: bytes, mode: int, flags: int, caller: Caller
+    ) -> tuple[Node, int]:
+        """Create and open a regular file; returns its node and descriptor."""
+
+        def make(directory: int, free: bytes) -> int:
+            bits = self._mode(parent, mode, caller) & 0o7777
+            return syscalls.create(directory, free, flags, bits)
+
+        return self._create(parent, name, make, caller)
+
+    def tmpfile(self, parent: Directory, mode: int, caller: Caller) -> tuple[Node, int]:
+        """Create and open a regular file without a name; returns its node and descriptor."""
+        if parent.deleted and parent is not self._tree.root:
+            raise failure(errno.ENOENT)
+        self._copy.copy_up(parent)
+        directory = self._tree.upper_directory(parent)
+        owner = self._tree.owners.stored(caller.uid, caller.gid)
+        bits = self._mode(parent, mode, caller) & 0o7777
+        try:
+            with self._as(owner):
+                descriptor = syscalls.create_unnamed(directory, bits)
+        except PermissionError:
+            descriptor = syscalls.create_unnamed(directory, bits)
+            syscalls.chown(descriptor, b"", *owner)
+        node = Node(stat.S_IFREG)
+        node.in_upper = True
+        node.unnamed = os.open(syscalls.proc_path(descriptor), os.O_PATH | os.O_CLOEXEC)
+        self._tree.new_inode(node, os.fstat(descriptor))
+        self._tree.number(node)
+        return node, descriptor
+
+    def mkdir(self, parent: Directory, name: bytes, mode: int, caller: Caller) -> Node:
+        """Create a directory."""
+
+        def make(directory: int, free: bytes) -> int:
+            syscalls.mkdir(directory, free, self._mode(parent, mode, caller) & 0o7777)
+            return -1
+
+        return self._create(parent, name, make, caller, is_directory=True)[0]
+
+    def symlink(self, parent: Directory, name: bytes, target: bytes, caller: Caller) -> Node:
+        """Create a symbolic link."""
+
+        def make(directory: int, free: bytes) -> int:
+            syscalls.symlink(target, directory, free)
+            return -1
+
+        return self._create(parent, name, make, caller)[0]
+
+    def _create(
+        self,
+        parent: Directory,
+        name: bytes,
+        make: Make,
+        caller: Caller,
+        is_directory: bool = False,
+    ) -> tuple[Node, int]:
+        directory = self._ready(parent, name)
+        assert parent.changes is not None
+        owner = self._tree.owners.stored(caller.uid, caller.gid)
+        if parent.changes.get(name) == WHITEOUT or self._tree.below(parent, name) is not None:
+            descriptor = self._make_over_whiteout(parent, name, make, owner, is_directory)
+        else:
+            descriptor = self._make_owned(directory, name, make, owner)
+        try:
+            return self._new_node(parent, name, directory, descriptor, caller), descriptor
+        except BaseException:
+            if descriptor >= 0:
+                os.close(descriptor)
+            raise
+
+    def _ready(self, parent: Directory, name: bytes) -> int:
+        """Check that a name may be created, bring its directory into upper, return that."""
+        if len(name) > 255:
+            raise failure(errno.ENAMETOOLONG)
+        if name.startswith(whiteout.WHITEOUT_PREFIX):
+            raise failure(errno.EINVAL)
+        if parent.deleted and parent is not self._tree.root:
+            raise failure(errno.ENOENT)
+        if self._tree.exists(parent, name):
+            raise failure(errno.EEXIST)
+        self._copy.copy_up(parent)
+        return self._tree.upper_directory(parent)
+
+    def _as(self, owner: tuple[int, int]) -> AbstractContextManager[None]:
+        if owner == self._identity or self._tree.owners.override is not None:
+            return nullcontext()
+        return syscalls.FileIdentity(*owner)
+
+    def _make_owned(self, directory: int, name: bytes, make: Make, owner: tuple[int, int]) -> int:
+        """Create in place as the caller, so that no crash leaves it with another owner."""
+        try:
+            with self._as(owner):
+                return make(directory, name)
+        except PermissionError:
+            # The kernel has checked the caller's rights in the merged tree; what is missing here
+            # are groups and capabilities that fsuid does not carry.
+            if owner == self._identity:
+                raise
+        with self._staging(directory) as (holder, staged):
+            descriptor = make(holder, staged)
+            self._set_owner(holder, staged, owner)
+            syscalls.rename(holder, staged, directory, name, RENAME_NOREPLACE)
+            return descriptor
+
+    def _set_owner(self, directory: int, name: bytes, owner: tuple[int, int]) -> None:
+        if self._tree.owners.override is not None:
+            return
+        status = view.entry_status(directory, name)
+        parent = os.stat(directory)
+        gid = status.st_gid if parent.st_mode & stat.S_ISGID else owner[1]
+        if (status.st_uid, status.st_gid) != (owner[0], gid):
+            mode = stat.S_IMODE(status.st_mode)
+            syscalls.chown(directory, name, owner[0], gid)
+            if not stat.S_ISLNK(status.st_mode) and mode & 0o6000:
+                syscalls.chmod(directory, name, mode)
+
+    def _mode(self, parent: Directory, mode: int, caller: Caller) -> int:
+        """The mode to create with: umask counts unless the directory hands an ACL down."""
+        if parent.default_acl is None:
+            parent.default_acl = self._has_default_acl(parent)
+        return mode if parent.default_acl else mode & ~caller.umask
+
+    def _has_default_acl(self, parent: Directory) -> bool:
+        if self._tree.options.noacl:
+            return False
+        return bool(self._default_acl(self._tree.location(parent)[0]))
+
+    def _make_over_whiteout(
+        self,
+        parent: Directory,
+        name: bytes,
+        make: Make,
+        owner: tuple[int, int],
+        is_directory: bool,
+    ) -> int:
+        directory = self._tree.upper_directory(parent)
+        with self._staging(directory) as (holder, staged):
+            try:
+                with self._as(owner):
+                    descriptor = make(holder, staged)
+            except PermissionError:  # fsuid may not write to the staging directory
+                descriptor = make(holder, staged)
+            self._set_owner(holder, staged, owner)
+            if is_directory:
+                self._store.marker.set_opaque(holder, staged)
+                syscalls.rename(holder, staged, directory, name, RENAME_EXCHANGE)
+            else:
+                syscalls.rename(holder, staged, directory, name)
+            return descriptor
+
+    @contextmanager
+    def _staging(self, like: int) -> Iterator[tuple[int, bytes]]:
+        """A directory in work and a free name in it; whatever is left there afterwards goes.
+
+        What is made there inherits just what it would in the directory `like`: a set-gid bit's
+        group and a default ACL.
+        """
+        name = self._store.staging_name()
+        status = os.stat(like)
+        acl = self._default_acl(like)
+        try:
+            if not acl and not status.st_mode & stat.S_ISGID:
+                yield self._store.work, name
+                return
+            syscalls.mkdir(self._store.work, name, 0o700)
+            flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+            holder = os.open(name, flags, dir_fd=self._store.work)
+            try:
+                syscalls.chown(holder, b"", -1, status.st_gid)
+                syscalls.chmod(holder, b"", 0o777 | (status.st_mode & stat.S_ISGID))
+                if acl:
+                    syscalls.setxattr(holder, b"", b"system.posix_acl_default", acl)
+                yield holder, name
+            finally:
+                os.close(holder)
+        finally:
+            self._store.discard(name)
+
+    def _default_acl(self, directory: int) -> bytes:
+        try:
+            return syscalls.getxattr(directory, b"", b"system.posix_acl_default")
+        except OSError:
+            return b""
+
+    def _new_node(
+        self, parent: Directory, name: bytes, directory: int, descriptor: int, caller: Caller
+    ) -> Node:
+        status = os.fstat(descriptor) if descriptor >= 0 else view.entry_status(directory, name)
+        if self._tree.owners.override is not None:
+            mode = stat.S_IMODE(status.st_mode)
+            self._tree.owners.write_override(directory, name, caller.uid, caller.gid, mode)
+        node: Node
+        if stat.S_ISDIR(status.st_mode):
+            node = Directory()
+            node.view = view.EMPTY_VIEW
+            node.opaque = self._tree.below(parent, name) is not None
+            self._tree.begin_changes(node, view.EMPTY_VIEW, {})
+        else:
+            node = Node(stat.S_IFMT(status.st_mode))
+        node.in_upper = True
+        self._tree.new_inode(node, status)
+        self._record(parent, name, node.kind)
+        self._tree.adopt(node, parent, name)
+        return node
+
+    def _record(self, parent: Directory, name: bytes, kind: int) -> None:
+        """Note what upper now has under a name, and tell that the directory differs."""
+        assert parent.changes is not None and parent.order is not None
+        parent.changes[name] = kind
+        if kind != WHITEOUT and self._tree.below(parent, name) is None:
+            parent.order.add(name)
+        self._changed(parent)
+
+    def _erase(self, parent: Directory, name: bytes, hidden: bool) -> None:
+        """Note that a name is gone; `hidden`: a whiteout stands for it."""
+        assert parent.changes is not None and parent.order is not None
+        if hidden:
+            parent.changes[name] = WHITEOUT
+        else:
+            parent.changes.pop(name, None)
+        parent.order.discard(name)
+        self._changed(parent)
+
+    # --- link ----------------------------------------------------------------------------
+
+    def link(self, node: Node, parent: Directory, name: bytes) -> None:
+        """Give a file one more name."""
+        if node.is_directory:
+            raise failure(errno.EPERM)
+        directory = self._ready(parent, name)
+        self._copy.copy_up(node, data=not self._tree.options.metacopy)
+        if node.metacopy:
+            self._keep_redirect(node)
+        source, old = self._tree.location(node)
+        if self._tree.below(parent, name) is not None:
+            staged = self._store.staging_name()
+            try:
+                syscalls.link(source, old, self._store.work, staged)
+                syscalls.rename(self._store.work, staged, directory, name)
+            except BaseException:
+                self._store.discard(staged)
+                raise
+        else:
+            syscalls.link(source, old, directory, name)
+        self._record(parent, name, node.kind)
+        if node.deleted and node.unnamed >= 0:
+            os.close(node.unnamed)
+            node.unnamed = -1
+        self._tree.alias(node, parent, name)
+        self._tree.remember_links(node, view.entry_status(directory, name))
+        self._changed(node)
+
+    # --- delete --------------------------------------------------------------------------
+
+    def unlink(self, parent: Directory, name: bytes) -> Node:
+        """Delete a name of anything but a directory; returns the node that had it."""
+        node = self._tree.find(parent, name)
+        if node.is_directory:
+            raise failure(errno.EISDIR)
+        self._copy.copy_up(parent)
+        self._before_losing_name(node, parent, name)
+        self._remove_name(parent, name, is_directory=False)
+        self._lose_name(node, parent, name)
+        return node
+
+    def rmdir(self, parent: Directory, name: bytes) -> Node:
+        """Delete an empty directory; returns its node."""
+        node = self._tree.find(parent, name)
+        if not isinstance(node, Directory):
+            raise failure(errno.ENOTDIR)
+        if not self._tree.is_empty(node):
+            raise failure(errno.ENOTEMPTY)
+        self._copy.copy_up(parent)
+        if node.last is None:
+            node.last = self._tree.attributes(node)
+        self._remove_name(parent, name, is_directory=True)
+        self._lose_name(node, parent, name)
+        return node
+
+    def _remove_name(self, parent: Directory, name: bytes, is_directory: bool) -> None:
+        directory = self._tree.upper_directory(parent)
+        physical = self._tree.is_physical(parent, name)
+        hidden = self._tree.below(parent, name) is not None
+        if hidden and physical:
+            self._replace_by_whiteout(directory, name, is_directory)
+        elif hidden:
+            self._place_whiteout(directory, name)
+        elif is_directory:
+            self._remove_directory(directory, name)
+        elif physical:
+            syscalls.unlink(directory, name)
+        self._erase(parent, name, hidden)
+
+    def _place_whiteout(self, directory: int, name: bytes) -> None:
+        if self._store.marker.make_device(directory, name):
+            return
+        staged = self._store.staging_name()
+        try:
+            self._store.marker.make_whiteout(self._store.work, staged)
+            self._store.marker.allow_whiteouts(directory)
+            syscalls.rename(self._store.work, staged, directory, name, RENAME_NOREPLACE)
+        finally:
+            self._store.discard(staged)
+
+    def _replace_by_whiteout(self, directory: int, name: bytes, is_directory: bool) -> None:
+        staged = self._store.staging_name()
+        try:
+            self._store.marker.make_whiteout(self._store.work, staged)
+            self._store.marker.allow_whiteouts(directory)
+            flags = RENAME_EXCHANGE if is_directory else 0
+            syscalls.rename(self._store.work, staged, directory, name, flags)
+        finally:
+            self._store.discard(staged)
+
+    def _remove_directory(self, directory: int, name: bytes) -> None:
+        """Remove a directory that shows nothing, though it may hold whiteouts."""
+        try:
+            syscalls.rmdir(directory, name)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        staged = self._store.staging_name()
+        syscalls.rename(directory, name, self._store.work, staged)
+        self._store.discard(staged)
+
+    def _before_losing_name(self, node: Node, parent: Directory, name: bytes) -> None:
+        """Keep what is needed of a file whose name is about to go."""
+        if not node.in_upper and node.lower_key is not None:
+            # Overlayfs does so, too: the link count of the names that stay is kept in the copy.
+            self._copy.copy_up(node)
+        if node.index_name:
+            shift = 0 if self._tree.is_physical(parent, name) else 1
+            self._keep_link_count(node, shift)
+        if len(node.names) == 1 and self._last_link(node):
+            if node.opened and node.unnamed < 0:
+                self._keep_unnamed(node)
+            node.last = self._tree.attributes(node)
+            node.last.nlink = 0
+
+    def _last_link(self, node: Node) -> bool:
+        if not node.index_name:
+            return True
+        status = self._tree.status(node)
+        return status.st_nlink + node.link_offset <= 1
+
+    def _keep_unnamed(self, node: Node) -> None:
+        directory, name = self._tree.location(node)
+        flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+        node.unnamed = os.open(name, flags, dir_fd=directory)
+
+    def _keep_link_count(self, node: Node, shift: int) -> None:
+        """Write down an indexed file's link count as it will be, in overlayfs's `U` form."""
+        node.link_offset -= shift
+        directory, name = self._tree.location(node)
+        # After an unlink of a real name both the real and the shown count are one less.
+        value = b"U%+d" % node.link_offset
+        self._store.marker.set(directory, name, b"nlink", value)
+
+    def _lose_name(self, node: Node, parent: Directory, name: bytes) -> None:
+        parent.children.pop(name, None)
+        try:
+            node.names.remove((parent, name))
+        except ValueError:
+            pass
+        if node.names or not node.index_name:
+            self._changed(node)
+            return
+        # Other lower names may exist that nobody has looked up; the index keeps the file for them.
+        status = self._tree.status(node) if node.unnamed < 0 else os.stat(node.unnamed)
+        if status.st_nlink + node.link_offset <= 0:
+            syscalls.unlink(self._store.index, node.index_name)
+            self._store.index_names.discard(node.index_name)
+            node.index_name = b""
+        self._changed(node)
+
+    # --- rename --------------------------------------------------------------------------
+
+    def rename(
+        self, parent: Directory, name: bytes, new_parent: Directory, new_name: bytes, flags: int
+    ) -> tuple[Node, Node | None]:
+        """Rename; returns the moved node and the one that was replaced or exchanged, if any.
+
+        Raises:
+            OSError: EINVAL for flags but RENAME_NOREPLACE and RENAME_EXCHANGE.
+        """
+        if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
+            raise failure(errno.EINVAL)
+        if len(new_name) > 255:
+            raise failure(errno.ENAMETOOLONG)
+        if new_name.startswith(whiteout.WHITEOUT_PREFIX):
+            raise failure(errno.EINVAL)
+        node = self._tree.find(parent, name)
+        target = self._target(new_parent, new_name)
+        if flags & RENAME_EXCHANGE:
+            if target is None:
+                raise failure(errno.ENOENT)
+            self._exchange(node, parent, name, target, new_parent, new_name)
+            return node, target
+        if target is not None:
+            if flags & RENAME_NOREPLACE:
+                raise failure(errno.EEXIST)
+            if target is node:
+                return node, None
+            self._check_replaceable(node, target)
+        self._move(node, parent, name, target, new_parent, new_name)
+        return node, target
+
+    def _target(self, parent: Directory, name: bytes) -> Node | None:
+        if parent.deleted and parent is not self._tree.root:
+            raise failure(errno.ENOENT)
+        return self._tree.find(parent, name) if self._tree.exists(parent, name) else None
+
+    def _check_replaceable(self, node: Node, target: Node) -> None:
+        if isinstance(target, Directory):
+            if not node.is_directory:
+                raise failure(errno.EISDIR)
+            if not self._tree.is_empty(target):
+                raise failure(errno.ENOTEMPTY)
+        elif node.is_directory:
+            raise failure(errno.ENOTDIR)
+
+    def _move(
+        self,
+        node: Node,
+        parent: Directory,
+        name: bytes,
+        target: Node | None,
+        new_parent: Directory,
+        new_name: bytes,
+    ) -> None:
+        self._copy.copy_up(parent)
+        self._copy.copy_up(new_parent)
+        self._prepare_to_move(node, parent, name, new_parent, new_name)
+        if target is not None:
+            self._prepare_to_replace(target, new_parent, new_name)
+        source = self._tree.upper_directory(parent)
+        goal = self._tree.upper_directory(new_parent)
+        hidden = self._tree.below(parent, name) is not None
+        self._rename_on_disk(
+            source,
+            name,
+            goal,
+            new_name,
+            hidden,
+            node.is_directory,
+            self._covers(new_parent, new_name),
+        )
+        if target is not None:
+            self._lose_name(target, new_parent, new_name)
+        self._erase(parent, name, hidden)
+        self._record(new_parent, new_name, node.kind)
+        self._relabel(node, parent, name, new_parent, new_name)
+
+    def _covers(self, parent: Directory, name: bytes) -> bool:
+        """Whether upper has a whiteout under a name."""
+        assert parent.changes is not None
+        return parent.changes.get(name) == WHITEOUT
+
+    def _relabel(
+        self, node: Node, parent: Directory, name: bytes, new_parent: Directory, new_name: bytes
+    ) -> None:
+        if parent.children.get(name) is node:
+            del parent.children[name]
+        new_parent.children[new_name] = node
+        index = node.names.index((parent, name))
+        node.names[index] = (new_parent, new_name)
+
+    def _rename_on_disk(
+        self,
+        source: int,
+        name: bytes,
+        goal: int,
+        new_name: bytes,
+        hidden: bool,
+        is_directory: bool,
+        over_whiteout: bool,
+    ) -> None:
+        """The one rename, leaving a whiteout where the old name would show through."""
+        if over_whiteout and is_directory:
+            # A directory cannot replace a device: swap them, which puts the whiteout in place.
+            if hidden:
+                self._store.marker.allow_whiteouts(source)
+            syscalls.rename(source, name, goal, new_name, RENAME_EXCHANGE)
+            if not hidden:
+                syscalls.unlink(source, name)
+        elif not hidden:
+            syscalls.rename(source, name, goal, new_name)
+        else:
+            self._rename_and_whiteout(source, name, goal, new_name)
+
+    def _rename_and_whiteout(self, source: int, name: bytes, goal: int, new_name: bytes) -> None:
+        if self._store.marker.devices:
+            try:
+                syscalls.rename(source, name, goal, new_name, RENAME_WHITEOUT)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EPERM):
+                    raise
+        # Not in one step here: a crash in between shows the file under both names, never none.
+        staged = self._store.staging_name()
+        try:
+            self._store.marker.make_whiteout(self._store.work, staged)
+            self._store.marker.allow_whiteouts(source)
+            syscalls.rename(source, name, goal, new_name)
+            syscalls.rename(self._store.work, staged, source, name)
+        finally:
+            self._store.discard(staged)
+
+    def _prepare_to_move(
+        self, node: Node, parent: Directory, name: bytes, new_parent: Directory, new_name: bytes
+    ) -> None:
+        """Bring what moves into upper, so marked that it means the same at its new place."""
+        if not isinstance(node, Directory):
+            self._copy.copy_up(node, data=not self._tree.options.metacopy)
+            if node.index_name and not self._tree.is_physical(parent, name):
+                self._copy.link_up(node, parent, name)
+                self._keep_link_count(node, 1)
+            if node.metacopy:
+                self._keep_redirect(node)
+            return
+        self._copy.copy_up(node)
+        self._tree.load(node)
+        directory = self._tree.upper_directory(node)
+        if node.lowers:
+            if self._tree.options.redirect_dir == "on" and self._store.redirects:
+                self._set_redirect(node, directory)
+            else:
+                self._detach(node, directory)
+        elif not node.opaque and self._hides_directory(new_parent, new_name):
+            self._cut_off(node, directory)
+
+    def _hides_directory(self, parent: Directory, name: bytes) -> bool:
+        stub = self._tree.below(parent, name)
+        return stub is not None and stub.kind == stat.S_IFDIR
+
+    def _set_redirect(self, node: Directory, directory: int) -> None:
+        if node.redirected:
+            return
+        self._store.marker.set(directory, b"", b"redirect", b"/" + node.lowers[0].path)
+        node.redirected = True
+
+    def _keep_redirect(self, node: Node) -> None:
+        """A metacopy that moves has to say where its data is."""
+        assert node.lower is not None
+        directory, name = self._tree.location(node)
+        path = b"/" + node.lower.inside()
+        self._store.marker.set(directory, name, b"redirect", path)
+
+    def _detach(self, node: Directory, directory: int) -> None:
+        """Copy up all that a directory shows and cut it off: the way without redirects."""
+        for name, _ in list(self._tree.names_after(node, DOT_COOKIES)):
+            child = self._tree.find(node, name)
+            self._copy.copy_up(child)
+            if isinstance(child, Directory):
+                self._tree.load(child)
+                if child.lowers:
+                    self._detach(child, self._tree.upper_directory(child))
+            elif child.index_name and not self._tree.is_physical(node, name):
+                self._copy.link_up(child, node, name)
+                self._keep_link_count(child, 1)
+            self._tree.release_if_unused(child)
+        directory = self._tree.upper_directory(node)
+        self._cut_off(node, directory)
+        node.lowers, node.view = (), view.EMPTY_VIEW
+        changes = node.changes or {}
+        for name in [name for name, kind in changes.items() if kind == WHITEOUT]:
+            remove_tree(directory, name)
+            del changes[name]
+        self._tree.begin_changes(node, view.EMPTY_VIEW, changes)
+
+    def _cut_off(self, node: Directory, directory: int) -> None:
+        self._store.marker.set_opaque(directory, b"")
+        self._store.marker.remove(directory, b"", b"redirect")
+        node.opaque, node.redirected = True, False
+
+    def _prepare_to_replace(self, target: Node, parent: Directory, name: bytes) -> None:
+        if not isinstance(target, Directory):
+            self._before_losing_name(target, parent, name)
+            return
+        target.last = self._tree.attributes(target)
+        if target.in_upper and target.changes:
+            self._empty(target, parent, name)
+
+    def _empty(self, target: Directory, parent: Directory, name: bytes) -> None:
+        """Swap a directory that shows nothing but holds whiteouts for one that holds nothing."""
+        staged = self._store.staging_name()
+        directory = self._tree.upper_directory(parent)
+        status = self._tree.status(target)
+        try:
+            syscalls.mkdir(self._store.work, staged, stat.S_IMODE(status.st_mode))
+            syscalls.chown(self._store.work, staged, status.st_uid, status.st_gid)
+            self._store.marker.set_opaque(self._store.work, staged)
+            syscalls.rename(self._store.work, staged, directory, name, RENAME_EXCHANGE)
+        finally:
+            self._store.discard(staged)
+        self._tree.stack.cache.discard(("upper", target.id))
+        target.changes = {}
+
+    def _exchange(
+        self,
+        node: Node,
+        parent: Directory,
+        name: bytes,
+        target: Node,
+        new_parent: Directory,
+        new_name: bytes,
+    ) -> None:
+        if target is node:
+            return
+        self._copy.copy_up(parent)
+        self._copy.copy_up(new_parent)
+        self._prepare_to_move(node, parent, name, new_parent, new_name)
+        self._prepare_to_move(target, new_parent, new_name, parent, name)
+        source = self._tree.upper_directory(parent)
+        goal = self._tree.upper_directory(new_parent)
+        syscalls.rename(source, name, goal, new_name, RENAME_EXCHANGE)
+        for directory in (parent, new_parent):
+            self._tree.load(directory)
+        self._record(parent, name, target.kind)
+        self._record(new_parent, new_name, node.kind)
+        parent.children[name] = target
+        new_parent.children[new_name] = node
+        here = node.names.index((parent, name))
+        there = target.names.index((new_parent, new_name))
+        node.names[here] = (new_parent, new_name)
+        target.names[there] = (parent, name)

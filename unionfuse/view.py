@@ -1,0 +1,268 @@
+"""What directories hold: one layer's directory as it lies on disk, and several of them merged.
+
+A `View` is the merged content of a directory's lower layers. It never changes once made: what
+changes is laid over it (`Directory.changes`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from unionfuse import whiteout
+from unionfuse.node import DOT_COOKIES, Place
+
+
+class Stub(NamedTuple):
+    """A name in a merged view that nobody asked about yet.
+
+    Attributes:
+        kind: S_IFMT bits.
+        positions: which of the merged directories have it: one for a file, several for a
+            directory, topmost first.
+        record: its record in the lookup index; 0 without one.
+    """
+
+    kind: int
+    positions: tuple[int, ...]
+    record: int = 0
+
+
+class View(Protocol):
+    """The merged content of some lower directories."""
+
+    def get(self, name: bytes) -> Stub | None: ...
+
+    def after(self, cookie: int) -> Iterator[tuple[bytes, int]]:
+        """(name, cookie) of the names behind a cookie, in an order that never changes."""
+        ...
+
+    def places(self) -> tuple[Place, ...]:
+        """The directories that were merged, topmost first: `Stub.positions` counts in these."""
+        ...
+
+
+class Scan(NamedTuple):
+    """One directory of one layer, read.
+
+    Attributes:
+        kinds: name -> S_IFMT bits; without the union's own files.
+        whiteouts: names that are deleted here.
+        marks: those of the directory itself.
+    """
+
+    kinds: dict[bytes, int]
+    whiteouts: set[bytes]
+    marks: whiteout.Marks
+
+
+def scan(directory: int) -> Scan:
+    """Read a directory through an O_PATH descriptor.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    readable = _open_readable(directory)
+    try:
+        marks = whiteout.read_marks(readable, b"")
+        kinds, whiteouts = _read_names(readable)
+        if whiteout.OPAQUE_FILE in kinds:
+            marks = _opaque(marks)
+        _take_dotted_whiteouts(kinds, whiteouts)
+        if marks.whiteouts_inside:
+            _take_attribute_whiteouts(readable, kinds, whiteouts)
+    finally:
+        os.close(readable)
+    return Scan(kinds, whiteouts, marks)
+
+
+def _opaque(marks: whiteout.Marks) -> whiteout.Marks:
+    if marks is whiteout.NO_MARKS:
+        return whiteout.Marks(opaque=True)
+    marks.opaque = True
+    return marks
+
+
+def _open_readable(directory: int) -> int:
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    try:
+        return os.open(b".", flags | os.O_NOATIME, dir_fd=directory)
+    except PermissionError:
+        return os.open(b".", flags, dir_fd=directory)
+
+
+def _read_names(readable: int) -> tuple[dict[bytes, int], set[bytes]]:
+    kinds: dict[bytes, int] = {}
+    whiteouts: set[bytes] = set()
+    with os.scandir(readable) as entries:
+        for entry in entries:
+            name = os.fsencode(entry.name)
+            if entry.is_file(follow_symlinks=False):
+                kinds[name] = stat.S_IFREG
+            elif entry.is_dir(follow_symlinks=False):
+                kinds[name] = stat.S_IFDIR
+            elif entry.is_symlink():
+                kinds[name] = stat.S_IFLNK
+            else:
+                status = os.stat(name, dir_fd=readable, follow_symlinks=False)
+                if whiteout.is_whiteout(status):
+                    whiteouts.add(name)
+                else:
+                    kinds[name] = stat.S_IFMT(status.st_mode)
+    return kinds, whiteouts
+
+
+def _take_dotted_whiteouts(kinds: dict[bytes, int], whiteouts: set[bytes]) -> None:
+    """Turn `.wh.NAME` into a whiteout of NAME; names of AUFS's own (`.wh..wh.…`) just go."""
+    dotted = [name for name in kinds if name.startswith(whiteout.WHITEOUT_PREFIX)]
+    for name in dotted:
+        del kinds[name]
+        hidden = name[len(whiteout.WHITEOUT_PREFIX) :]
+        # A layer that has both (an odd tar) deletes what lies below and keeps its own.
+        if hidden and not hidden.startswith(whiteout.WHITEOUT_PREFIX) and hidden not in kinds:
+            whiteouts.add(hidden)
+
+
+def _take_attribute_whiteouts(
+    readable: int, kinds: dict[bytes, int], whiteouts: set[bytes]
+) -> None:
+    for name in [name for name, kind in kinds.items() if kind == stat.S_IFREG]:
+        if whiteout.read_marks(readable, name).whiteout:
+            del kinds[name]
+            whiteouts.add(name)
+
+
+class ScannedView:
+    """A view made by reading the directories themselves."""
+
+    __slots__ = ("_names", "_places", "_stubs")
+
+    def __init__(self, stubs: dict[bytes, Stub], places: tuple[Place, ...]) -> None:
+        self._stubs = stubs
+        self._places = places
+        self._names: tuple[bytes, ...] | None = None
+
+    def get(self, name: bytes) -> Stub | None:
+        return self._stubs.get(name)
+
+    def after(self, cookie: int) -> Iterator[tuple[bytes, int]]:
+        if self._names is None:
+            self._names = tuple(self._stubs)
+        first = DOT_COOKIES + 1  # a name's cookie is its position, after `.` and `..`
+        for position in range(max(0, cookie - first + 1), len(self._names)):
+            yield self._names[position], position + first
+
+    def places(self) -> tuple[Place, ...]:
+        return self._places
+
+
+EMPTY_VIEW: View = ScannedView({}, ())
+
+Resolve = Callable[[bytes, int], Sequence[Place]]
+"""(redirect path, number of the first layer to look in) -> the lower directories there."""
+
+
+def merge(candidates: Sequence[Place], resolve: Resolve) -> ScannedView:
+    """Merge lower directories, topmost first, as their opaque marks and redirects say.
+
+    Arguments:
+        candidates: the directories of one name; fewer are used where one is opaque.
+        resolve: called for a directory that is redirected.
+
+    Raises:
+        OSError: a directory cannot be read.
+    """
+    merged = _Merge()
+    queue = list(candidates)
+    while queue:
+        place = queue.pop(0)
+        try:
+            found = scan(place.layer.directory(place.path))
+        except OSError as error:
+            if error.errno == errno.EXDEV and merged.places:
+                continue  # a mount point inside a layer: what lies under it cannot be seen
+            raise
+        merged.lay_below(place, found)
+        if found.marks.opaque:
+            break
+        if found.marks.redirect is not None:
+            target = redirect_target(found.marks.redirect, place.path)
+            queue = list(resolve(target, place.layer.number + 1))
+    return ScannedView(merged.stubs(), tuple(merged.places))
+
+
+def redirect_target(redirect: bytes, path: bytes) -> bytes:
+    """The path from the root that a redirect xattr on the directory at `path` leads to.
+
+    overlayfs: an absolute path, or the name of a sibling.
+    """
+    if redirect.startswith(b"/"):
+        return redirect.strip(b"/")
+    parent, _, _ = path.rpartition(b"/")
+    return parent + b"/" + redirect if parent else redirect
+
+
+class _Merge:
+    """The state of merging directories from the top down."""
+
+    def __init__(self) -> None:
+        self.places: list[Place] = []
+        self._open: dict[bytes, list[int]] = {}  # directories that what lies below may add to
+        self._closed: dict[bytes, Stub | None] = {}  # None: deleted
+
+    def lay_below(self, place: Place, found: Scan) -> None:
+        position = len(self.places)
+        self.places.append(place)
+        opened, closed = self._open, self._closed
+        single = (position,)
+        for name, kind in found.kinds.items():
+            if name in closed:
+                continue
+            above = opened.get(name)
+            if kind == stat.S_IFDIR:
+                if above is None:
+                    opened[name] = [position]
+                else:
+                    above.append(position)
+            elif above is None:
+                closed[name] = Stub(kind, single)
+            else:
+                closed[name] = Stub(stat.S_IFDIR, tuple(opened.pop(name)))
+        for name in found.whiteouts:
+            if name in opened:
+                closed[name] = Stub(stat.S_IFDIR, tuple(opened.pop(name)))
+            else:
+                closed.setdefault(name, None)
+
+    def stubs(self) -> dict[bytes, Stub]:
+        stubs = {name: stub for name, stub in self._closed.items() if stub is not None}
+        # Equal tuples are one object: there are few of them and many names.
+        shared: dict[tuple[int, ...], Stub] = {}
+        for name, positions in self._open.items():
+            key = tuple(positions)
+            stubs[name] = shared.setdefault(key, Stub(stat.S_IFDIR, key))
+        return _share(stubs)
+
+
+def _share(stubs: dict[bytes, Stub]) -> dict[bytes, Stub]:
+    shared: dict[Stub, Stub] = {}
+    return {name: shared.setdefault(stub, stub) for name, stub in stubs.items()}
+
+
+def entry_status(directory: int, name: bytes) -> os.stat_result:
+    """lstat of a name in a directory."""
+    return os.stat(name, dir_fd=directory, follow_symlinks=False)
+
+
+def open_entry(directory: int, name: bytes, flags: int) -> int:
+    """Open a name in a directory, never through a link; without touching atime where allowed."""
+    flags |= os.O_NOFOLLOW | os.O_CLOEXEC
+    if flags & os.O_ACCMODE == os.O_RDONLY:
+        try:
+            return os.open(name, flags | os.O_NOATIME, dir_fd=directory)
+        except PermissionError:
+            pass
+    return os.open(name, flags, dir_fd=directory)
