@@ -1,6 +1,6 @@
 """What the tests of the file system stand on.
 
-layers.py      a layer from a compact description: ``{"etc/passwd": "root", "var": Dir(mode=0o700)}``
+layers.py      a layer from a compact description: ``{"etc/passwd": "root", "var": Dir()}``
 linux.py       the few system calls that Python's ``os`` does not have
 mounts.py      one tree out of layers, by unionfuse, kernel overlayfs, a peer, or a plain directory
 snapshot.py    a whole tree as data, and two such trees compared in words

@@ -1,5 +1,6 @@
 """A whole tree as data, and the difference of two in words."""
 
+import errno
 import hashlib
 import os
 import stat
@@ -114,15 +115,34 @@ def _record(
     )
 
 
+_BLOCK = 1 << 20
+
+
 def _digest(top: int, path: bytes) -> str:
+    """Return a digest in which holes and zeros are equal, without reading the holes."""
     descriptor = _open_quietly(top, path)
+    digest, offset = hashlib.blake2b(digest_size=16), 0
     try:
-        digest = hashlib.blake2b(digest_size=16)
-        while block := os.read(descriptor, 1 << 20):
-            digest.update(block)
+        while (offset := _next_data(descriptor, offset)) >= 0:
+            block = os.pread(descriptor, _BLOCK, offset)
+            if not block:
+                break
+            if any(block):
+                digest.update(b"%d:" % offset)
+                digest.update(block)
+            offset += _BLOCK
         return digest.hexdigest()
     finally:
         os.close(descriptor)
+
+
+def _next_data(descriptor: int, offset: int) -> int:
+    """Return the start of the block in which the next data at or after `offset` lies, or -1."""
+    try:
+        found = os.lseek(descriptor, offset, os.SEEK_DATA)
+    except OSError as error:
+        return -1 if error.errno == errno.ENXIO else offset
+    return max(offset, found // _BLOCK * _BLOCK)
 
 
 def difference(left: Tree, right: Tree, names: tuple[str, str] = ("left", "right")) -> list[str]:
