@@ -1,0 +1,211 @@
+"""How each file system is mounted over the same layers, and what its daemon holds in memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmark.trees import Tree
+
+_PATIENCE = 20.0  # seconds
+
+
+@dataclass
+class Mounted:
+    """One mount that is ready for work."""
+
+    path: Path
+    tree: Tree
+    writable: bool
+    pinned: bool
+    process: subprocess.Popen[bytes] | None
+    memory: dict[str, int] = field(default_factory=dict)  # KiB: VmHWM, RssAnon
+    requests: dict[str, int] = field(default_factory=dict)  # by opcode, of the whole mount
+
+    def note_memory(self) -> None:
+        """Remember what the daemon holds now, at its peak and in anonymous pages."""
+        if self.process is None:
+            return
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        for name in ("VmHWM", "RssAnon"):
+            found = re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)
+            assert found, f"no {name} of the daemon"
+            self.memory[name] = max(int(found[1]), self.memory.get(name, 0))
+
+    def pin(self, command: list[str]) -> list[str]:
+        return ["taskset", "-c", "0", *command] if self.pinned else command
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What a mount command is made from. Layers are named relative to the tree's directory."""
+
+    tree: Tree
+    mountpoint: Path
+    upper: Path
+    work: Path
+    log: Path
+
+    @property
+    def lowerdir(self) -> str:
+        return ":".join(str(number) for number in range(self.tree.layers))
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A file system in the comparison.
+
+    Attributes:
+        command: the words that mount a stack: a daemon that stays in the foreground, or mount(8).
+        fuse: there is a daemon.
+        copies_up: a file in a read-only layer can be changed.
+    """
+
+    name: str
+    program: str
+    command: Callable[[Stack], list[str]] | None
+    fuse: bool = True
+    copies_up: bool = True
+
+    @property
+    def installed(self) -> bool:
+        return self.program == "" or shutil.which(self.program) is not None
+
+
+def _unionfuse(*options: str, index: bool = False) -> Callable[[Stack], list[str]]:
+    def command(stack: Stack) -> list[str]:
+        line = [f"lowerdir={stack.lowerdir}", f"upperdir={stack.upper}", f"workdir={stack.work}"]
+        line += ["stats", f"log={stack.log}", *options]
+        if index:
+            line.append(f"lookup_index={lookup_index(stack.tree)}")
+        return [
+            sys.executable,
+            "-m",
+            "unionfuse",
+            "-f",
+            "-o",
+            ",".join(line),
+            str(stack.mountpoint),
+        ]
+
+    return command
+
+
+def _fuse_overlayfs(stack: Stack) -> list[str]:
+    line = f"lowerdir={stack.lowerdir},upperdir={stack.upper},workdir={stack.work}"
+    return ["fuse-overlayfs", "-f", "-o", line, str(stack.mountpoint)]
+
+
+def _unionfs(stack: Stack) -> list[str]:
+    branches = [f"{stack.upper}=RW", *(f"{lower}=RO" for lower in stack.tree.lowers)]
+    line = "cow,hide_meta_files,allow_other"
+    return ["unionfs-fuse", "-f", "-o", line, ":".join(branches), str(stack.mountpoint)]
+
+
+def _mergerfs(stack: Stack) -> list[str]:
+    branches = [f"{stack.upper}=RW", *(f"{lower}=RO" for lower in stack.tree.lowers)]
+    line = "allow_other,category.create=ff,cache.files=auto-full,dropcacheonclose=false"
+    return ["mergerfs", "-f", "-o", line, ":".join(branches), str(stack.mountpoint)]
+
+
+def _overlay(stack: Stack) -> list[str]:
+    line = f"lowerdir={stack.lowerdir},upperdir={stack.upper},workdir={stack.work}"
+    return ["mount", "-i", "-t", "overlay", "overlay", "-o", line, str(stack.mountpoint)]
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("unionfuse", "", _unionfuse()),
+        Peer("unionfuse+index", "", _unionfuse(index=True)),
+        Peer("unionfuse+uring", "", _unionfuse("uring=on", index=True)),
+        Peer("unionfuse-pyfuse3", "", _unionfuse("express=off")),
+        Peer("fuse-overlayfs", "fuse-overlayfs", _fuse_overlayfs),
+        Peer("unionfs-fuse", "unionfs-fuse", _unionfs),
+        Peer("mergerfs", "mergerfs", _mergerfs, copies_up=False),
+        Peer("overlayfs", "", _overlay, fuse=False),
+        Peer("native", "", None, fuse=False, copies_up=False),
+    )
+}
+
+
+def lookup_index(tree: Tree) -> Path:
+    """The lookup index of a tree's layers, built when it is first asked for."""
+    path = tree.root / "lookup.index"
+    if not path.exists():
+        words = [
+            sys.executable,
+            "-c",
+            "import sys; from unionimage.cli import main; sys.exit(main())",
+        ]
+        words += ["index", "build", "-o", str(path), *map(str, tree.lowers)]
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    return path
+
+
+@contextmanager
+def mounted(peer: Peer, tree: Tree, scratch: Path, pinned: bool) -> Iterator[Mounted]:
+    """Mount a fresh upper on a tree; unmount at the end and take the daemon's counts along.
+
+    The plain directory is read where it lies; what is written goes to a directory beside it.
+    """
+    shutil.rmtree(scratch, ignore_errors=True)
+    stack = Stack(tree, scratch / "mnt", scratch / "upper", scratch / "work", scratch / "log")
+    for place in (stack.mountpoint, stack.upper, stack.work):
+        place.mkdir(parents=True)
+    if peer.command is None:
+        yield Mounted(tree.flat, tree, False, pinned, None)
+        return
+    if "index" in peer.name or "uring" in peer.name:
+        lookup_index(tree)
+    mount = Mounted(stack.mountpoint, tree, True, pinned, None)
+    words = mount.pin(peer.command(stack))
+    if peer.fuse:
+        with open(scratch / "messages", "wb") as messages:
+            mount.process = subprocess.Popen(words, cwd=tree.root, stdout=messages, stderr=messages)
+        _wait_until_mounted(mount.process, stack.mountpoint, scratch / "messages")
+    else:
+        subprocess.run(words, cwd=tree.root, check=True)
+    try:
+        yield mount
+        mount.note_memory()
+    finally:
+        _unmount(mount)
+    mount.requests = _counts(stack.log)
+
+
+def _wait_until_mounted(process: subprocess.Popen[bytes], mountpoint: Path, messages: Path) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while not os.path.ismount(mountpoint):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise RuntimeError(f"{process.args!r} did not mount: {messages.read_text()}")
+        time.sleep(0.002)
+
+
+def _unmount(mount: Mounted) -> None:
+    for _ in range(50):
+        if subprocess.run(["umount", mount.path], stderr=subprocess.DEVNULL).returncode == 0:
+            break
+        time.sleep(0.1)
+    else:
+        subprocess.run(["umount", "-l", mount.path], check=True)
+    if mount.process is not None:
+        mount.process.wait(_PATIENCE)
+
+
+def _counts(log: Path) -> dict[str, int]:
+    """The counts of the last line that `-o stats` logged: NAME=NUMBER …"""
+    if not log.exists():
+        return {}
+    lines = [line for line in log.read_text().splitlines() if " unmounted: " in line]
+    pairs = re.findall(r"(\S+)=(\d+)", lines[-1]) if lines else []
+    return {name: int(number) for name, number in pairs if name not in ("nodes", "open")}
