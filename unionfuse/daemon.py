@@ -1,10 +1,208 @@
-"""The life of one mount: check, mount, detach, serve, unmount."""
+"""The life of one mount: check, lock, mount, detach, serve, unmount, clean up.
+
+Everything that can be refused is refused before the mount exists. The order after that serves a
+quick start: the directory is mounted and INIT answered first; trio and pyfuse3, which take longer
+to import than all the rest, are imported while the kernel is already content.
+"""
 
 from __future__ import annotations
 
-from unionfuse.options import Invocation
+import fcntl
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from unionfuse import mounting
+from unionfuse.channel import Channel
+from unionfuse.express import protocol
+from unionfuse.layer import LayerError, LayerStack
+from unionfuse.options import Invocation, MountOptions
+from unionfuse.union import Union
+
+if TYPE_CHECKING:
+    from unionfuse.serving import Server
+
+_LOCK_PATIENCE = 5.0  # seconds that a daemon which is just ending may take
 
 
 def run(invocation: Invocation) -> int:
-    """Mount and serve; return the exit code of the command."""
-    raise NotImplementedError
+    """Mount and serve; the exit code of the command.
+
+    In the background (the default) it returns 0 once the mount answers; in the foreground when
+    the mount has ended. 1 means that nothing was mounted, and that the reason was printed.
+    """
+    for warning in invocation.warnings:
+        _say(warning)
+    if invocation.options.foreground:
+        _close_inherited()
+        return _live(invocation, ready=lambda: None)
+    return _run_detached(invocation)
+
+
+def _run_detached(invocation: Invocation) -> int:
+    """Fork; the child serves, the parent waits until the child says that it does."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.setsid()
+            _close_inherited(keep=writer)
+            _redirect(0)
+
+            def ready() -> None:
+                os.write(writer, b"\n")
+                os.close(writer)
+                _redirect(1, 2)
+
+            code = _live(invocation, ready)
+        finally:
+            os._exit(code)
+    os.close(writer)
+    if not os.read(reader, 1):
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or 1
+    try:
+        os.stat(invocation.mountpoint)
+    except OSError as error:
+        _say(f"{os.fsdecode(invocation.mountpoint)}: the mount does not answer: {error.strerror}")
+        return 1
+    return 0
+
+
+def _live(invocation: Invocation, ready: Callable[[], None]) -> int:
+    """The daemon itself, from checks to clean-up; `ready` is called once the mount is served."""
+    options = _anchored(invocation.options)
+    try:
+        mountpoint = mounting.resolve_mountpoint(invocation.mountpoint)
+        log = _open_log(options)
+        os.chdir("/")
+        os.umask(0)
+        _raise_limits()
+        locks = _lock(options)
+        union = _open_union(options)
+    except (LayerError, mounting.MountError) as refusal:
+        _say(str(refusal))
+        return 1
+    # Until the event loop listens, a signal waits: ended in between, the mount would stay behind.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+    try:
+        channel = mounting.attach(mountpoint, options)
+    except mounting.MountError as refusal:
+        union.close()
+        _say(str(refusal))
+        return 1
+    try:
+        server = _begin(channel, union, options, mountpoint)
+        return server.serve(log, ready)
+    except protocol.ProtocolError as error:
+        mounting.detach(mountpoint, lazy=True)
+        _say(f"{os.fsdecode(mountpoint)}: {error}; run a newer kernel")
+        return 1
+    finally:
+        union.close()
+        for lock in locks:
+            os.close(lock)
+
+
+def _begin(channel: int, union: Union, options: MountOptions, mountpoint: bytes) -> Server:
+    """Answer INIT; only then import what is slow to import."""
+    door = Channel(channel, options)
+    from unionfuse.serving import Server
+
+    return Server(door, union, options, mountpoint)
+
+
+# --- checks and preparations ----------------------------------------------------------------
+
+
+def _anchored(options: MountOptions) -> MountOptions:
+    """The same options with absolute paths: the daemon leaves the working directory."""
+    here = os.getcwdb()
+
+    def anchor(path: bytes | None) -> bytes | None:
+        return None if path is None else os.path.join(here, path)
+
+    return replace(
+        options,
+        lowerdir=tuple(os.path.join(here, path) for path in options.lowerdir),
+        upperdir=anchor(options.upperdir),
+        workdir=anchor(options.workdir),
+        lookup_index=anchor(options.lookup_index),
+        log=anchor(options.log),
+    )
+
+
+def _open_union(options: MountOptions) -> Union:
+    stack = LayerStack.open(options.lowerdir)
+    try:
+        return Union(stack, options)
+    except BaseException:
+        stack.close()
+        raise
+
+
+def _lock(options: MountOptions) -> list[int]:
+    """Lock upper and work for the life of this process: two daemons would ruin both."""
+    if options.upperdir is None or options.workdir is None:
+        return []
+    deadline = time.monotonic() + _LOCK_PATIENCE
+    return [_lock_directory(path, deadline) for path in (options.upperdir, options.workdir)]
+
+
+def _lock_directory(path: bytes, deadline: float) -> int:
+    try:
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        remedy = "upperdir and workdir must be directories that exist and that you may write to"
+        raise LayerError(path, f"cannot be opened: {error.strerror}", remedy) from None
+    while True:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return directory
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(directory)
+                remedy = "unmount the other mount first, or use another directory"
+                raise LayerError(path, "in use by another mount", remedy) from None
+            time.sleep(0.02)
+
+
+def _open_log(options: MountOptions) -> int | None:
+    """The descriptor of the log file; None for the terminal or syslog."""
+    if options.log is None:
+        return None
+    try:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        return os.open(options.log, flags, 0o644)
+    except OSError as error:
+        remedy = "name a file that can be written"
+        raise mounting.MountError(options.log, f"cannot log: {error.strerror}", remedy) from None
+
+
+def _raise_limits() -> None:
+    """As many open files as this process may have; more is not asked for."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _close_inherited(keep: int = 2) -> None:
+    """A descriptor that a caller forgot to close would stay open as long as the mount."""
+    os.closerange(3, keep)
+    os.closerange(keep + 1, os.sysconf("SC_OPEN_MAX"))
+
+
+def _redirect(*descriptors: int) -> None:
+    """Point standard streams to nowhere, so that no caller waits for them to close."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in descriptors:
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def _say(message: str) -> None:
+    line = f"unionfuse: {message}\n".encode("utf-8", "surrogateescape")
+    os.write(2, line.replace(b"\n", b" ").rstrip() + b"\n")

@@ -15,6 +15,7 @@ import errno
 import functools
 import logging
 import os
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -33,10 +34,11 @@ Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 def answering(handler: Handler) -> Handler:
     """No request ends the daemon: every exception becomes an errno, the odd one a log line."""
     name = handler.__name__
+    opcode = name.upper()
 
     @functools.wraps(handler)
     async def guarded(self: Operations, *args: Any) -> Any:
-        self.requests += 1
+        self.requests[opcode] += 1
         try:
             result = await handler(self, *args)
         except OSError as error:
@@ -59,7 +61,7 @@ class Operations(pyfuse3.Operations):
     """The handlers of one mount.
 
     Attributes:
-        requests: how many have been served.
+        requests: how many have been served, by name.
         trace: log each one.
     """
 
@@ -73,7 +75,7 @@ class Operations(pyfuse3.Operations):
         super().__init__()
         self._union = union
         self._negative = union.options.timeout
-        self.requests = 0
+        self.requests: Counter[str] = Counter()
         self.trace = trace
         self._started = started
 

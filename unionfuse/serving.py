@@ -5,23 +5,19 @@ Imported late: trio and pyfuse3 take longer to import than a mount takes to be m
 
 from __future__ import annotations
 
-import errno
-import inspect
 import logging
 import os
 import signal
-import socket
 import sys
 import syslog
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Callable
 
 import pyfuse3
 import trio
 
 from unionfuse import mounting
-from unionfuse.express import protocol
+from unionfuse.channel import Channel
 from unionfuse.operations import Operations
 from unionfuse.options import MountOptions
 from unionfuse.union import Union
@@ -35,15 +31,13 @@ class Server:
     """Serves one mounted channel until it is unmounted or a signal ends it."""
 
     def __init__(
-        self, channel: int, init: bytes, union: Union, options: MountOptions, mountpoint: bytes
+        self, channel: Channel, union: Union, options: MountOptions, mountpoint: bytes
     ) -> None:
         """
         Arguments:
-            channel: the mounted /dev/fuse, whose INIT has been answered.
-            init: that INIT request, for libfuse to see.
+            channel: where pyfuse3 gets its requests from; INIT has been answered.
         """
         self._channel = channel
-        self._init = init
         self._union = union
         self._options = options
         self._mountpoint = mountpoint
@@ -52,9 +46,11 @@ class Server:
     def serve(self, log_file: int | None, ready: Callable[[], None]) -> int:
         """Run until the mount has ended; 0 after a clean end, 1 after a failure of our own."""
         _log_to(log_file, self._options)
-        operations = Operations(self._union)
-        self._count_and_guard(operations)
-        session = self._hand_over(operations)
+        operations = Operations(
+            self._union, trace=self._options.debug, started=self._channel.started
+        )
+        self._requests = operations.requests
+        pyfuse3.init(operations, f"/dev/fd/{self._channel.descriptor}", set())
         try:
             trio.run(self._run, ready)
             code = 0
@@ -64,8 +60,7 @@ class Server:
             code = 1
         finally:
             pyfuse3.close(unmount=False)
-        session.detach()  # libfuse has closed it
-        os.close(self._channel)
+        self._channel.close()
         if self._options.stats:
             log.info("unmounted: %s", self.status())
         return code
@@ -73,9 +68,10 @@ class Server:
     def status(self) -> str:
         """One line: what the union holds and what was asked of it."""
         nodes, handles = self._union.status()
-        line = f"nodes={nodes} open={handles} requests={self._requests.total()}"
+        requests = self._requests + Counter(self._channel.counts())
+        line = f"nodes={nodes} open={handles} requests={requests.total()}"
         if self._options.stats:
-            line += "".join(f" {name}={count}" for name, count in self._requests.most_common())
+            line += "".join(f" {name}={count}" for name, count in requests.most_common())
         return line
 
     @property
@@ -122,52 +118,6 @@ class Server:
         await trio.sleep(_GRACE)
         pyfuse3.terminate()
 
-    def _hand_over(self, operations: Operations) -> socket.socket:
-        """Let libfuse take part in a conversation with the kernel that has begun without it.
-
-        libfuse shakes hands over a socket, with a kernel that we play, so that it agrees to what
-        we negotiated. In the middle of it, when it calls `init`, its end of the socket is
-        replaced by the real channel; its answer goes to the kernel with a number that no request
-        has, and is dropped there.
-        """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        descriptor = theirs.fileno()
-
-        def switch() -> None:
-            os.dup2(self._channel, descriptor, inheritable=False)
-            ours.close()
-
-        operations.init = switch  # type: ignore[method-assign]
-        fuse_options = {"debug"} if self._options.debug else set[str]()
-        pyfuse3.init(operations, f"/dev/fd/{descriptor}", fuse_options)
-        ours.send(protocol.init_for_libfuse(self._init))
-        return theirs
-
-    def _count_and_guard(self, operations: Operations) -> None:
-        """Count every request; a bug in a handler fails that one request, not the mount."""
-        for name, function in vars(pyfuse3.Operations).items():
-            if inspect.iscoroutinefunction(function):
-                handler = getattr(operations, name)
-                setattr(operations, name, _counted(name, handler, self._requests))
-
-
-def _counted(
-    name: str, handler: Callable[..., Awaitable[Any]], requests: Counter[str]
-) -> Callable[..., Awaitable[Any]]:
-    async def serve(*arguments: Any) -> Any:
-        requests[name] += 1
-        try:
-            return await handler(*arguments)
-        except pyfuse3.FUSEError:
-            raise
-        except OSError as error:
-            raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
-        except Exception:
-            log.exception("%s failed", name)
-            raise pyfuse3.FUSEError(errno.EIO) from None
-
-    return serve
-
 
 class _Syslog(logging.Handler):
     _PRIORITIES = ((logging.ERROR, syslog.LOG_ERR), (logging.WARNING, syslog.LOG_WARNING))
@@ -191,3 +141,5 @@ def _log_to(file: int | None, options: MountOptions) -> None:
     if not isinstance(handler, _Syslog):
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.INFO)
+    if options.debug:
+        logging.getLogger(__package__).setLevel(logging.DEBUG)
