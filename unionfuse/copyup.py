@@ -107,9 +107,14 @@ class CopyUp:
             os.close(source)
 
     def _parents(self, node: Node) -> None:
-        for parent, _ in node.names[:1]:
-            if not parent.in_upper:
-                self.copy_up(parent)
+        """Bring the directories above a node into upper, from the top down (paths may be deep)."""
+        missing: list[Directory] = []
+        while node.names and not node.names[0][0].in_upper:
+            node = node.names[0][0]
+            assert isinstance(node, Directory)
+            missing.append(node)
+        for directory in reversed(missing):
+            self._copy_directory(directory)
 
     def _open_data(self, node: Node) -> int:
         directory, name = self._tree.data_location(node)
@@ -177,7 +182,7 @@ class CopyUp:
         directory = place.layer.directory(place.path)
         syscalls.chown(upper.work, staged, status.st_uid, status.st_gid)
         copy_attributes(directory, place.name, upper.work, staged)
-        origin = self._tree.origin(directory, place.name, place)
+        origin = self._tree.origin(place)
         self._mark_origin(staged, origin, ino)
         if not stat.S_ISLNK(status.st_mode):
             syscalls.chmod(upper.work, staged, stat.S_IMODE(status.st_mode))

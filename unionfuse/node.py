@@ -109,6 +109,7 @@ class Node:
         link_offset: what to add to the real link count (overlayfs's nlink note).
         lookups: how many times the kernel was given the id.
         opened: open handles.
+        record: its number in the lookup index; 0 without one.
         unnamed: an O_PATH descriptor of a deleted file that is still in use; -1 for none.
         written: was opened for writing: shared maps may change its times at any moment.
         last: attributes of a deleted node that nothing else can tell.
@@ -131,6 +132,7 @@ class Node:
         "metacopy",
         "names",
         "opened",
+        "record",
         "unnamed",
         "upper_key",
         "written",
@@ -148,6 +150,7 @@ class Node:
         self.link_offset = 0
         self.lookups = 0
         self.opened = 0
+        self.record = 0
         self.unnamed = -1
         self.written = False
         self.last: Attributes | None = None

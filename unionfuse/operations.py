@@ -258,12 +258,16 @@ class Operations(pyfuse3.Operations):
     @answering
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         directory = self._union.opened_directory(fh)
+        for cookie, dot in ((1, b"."), (2, b"..")):
+            if start_id < cookie:
+                node = directory if cookie == 1 else self._union.parent(directory)
+                answer = _attributes(node, self._union.getattr(node), 0)
+                pyfuse3.readdir_reply(token, cast(Any, dot), answer, cookie)
         with self._union.lock:
             for name, cookie, entry in self._union.listing(directory, start_id):
                 taken = pyfuse3.readdir_reply(token, cast(Any, name), _entry(entry), cookie)
                 if not taken:
-                    if name not in (b".", b".."):
-                        self._union.forget(entry.node, 1)
+                    self._union.forget(entry.node, 1)
                     break
 
     @answering

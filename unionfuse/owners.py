@@ -117,3 +117,16 @@ def _stored(value: int, mappings: Sequence[Mapping], squashed: int | None) -> in
         if mapping.shown <= value < mapping.shown + mapping.length:
             return value - mapping.shown + mapping.stored
     raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+
+def acl_group_bits(acl: bytes) -> int:
+    """The rights that an ACL in xattr form gives the owning group: its entry and the mask."""
+    group, mask = 0, 7
+    for offset in range(4, len(acl) - 7, 8):
+        tag = int.from_bytes(acl[offset : offset + 2], "little")
+        rights = int.from_bytes(acl[offset + 2 : offset + 4], "little")
+        if tag == 0x04:
+            group = rights
+        elif tag == 0x10:
+            mask = rights
+    return group & mask

@@ -11,12 +11,13 @@ import errno
 import itertools
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, cast
 
 from unionfuse import syscalls, view, whiteout
+from unionfuse.inodes import InodeNumbers
 from unionfuse.layer import LayerStack
 from unionfuse.node import (
-    DOT_COOKIES,
     FIRST_NEW_COOKIE,
     WHITEOUT,
     Attributes,
@@ -26,8 +27,11 @@ from unionfuse.node import (
     Place,
 )
 from unionfuse.options import MountOptions
-from unionfuse.owners import Owners
+from unionfuse.owners import Owners, acl_group_bits
 from unionfuse.upperdir import UpperDirectory
+
+if TYPE_CHECKING:
+    from unionfuse.index import LookupIndex
 
 ROOT_ID = 1
 _FIRST_FRESH_ID = 1 << 62
@@ -46,12 +50,21 @@ class Tree:
         nodes: by id; a node that the kernel knows, or that is open, is in here.
         root: never forgotten.
         upper: None for a mount without one.
+        index: what the lower layers look like merged, made in advance; None without one.
+        changed: called with a node of the index that is found to differ from it.
     """
 
     def __init__(
-        self, stack: LayerStack, upper: UpperDirectory | None, options: MountOptions
+        self,
+        stack: LayerStack,
+        upper: UpperDirectory | None,
+        options: MountOptions,
+        index: LookupIndex | None = None,
     ) -> None:
         self.stack = stack
+        self.index = index
+        self._indexed_ids = index.count if index is not None else 0
+        self.changed: Callable[[Node], None] = lambda _node: None
         self.upper = upper
         self.options = options
         self.owners = Owners(options)
@@ -67,11 +80,12 @@ class Tree:
         root.id = ROOT_ID
         root.lookups = 1
         root.lowers = tuple(Place(layer, b"") for layer in self.stack.layers)
+        root.record = ROOT_ID if self.index is not None else 0
         if self.upper is not None:
             root.in_upper = True
             marks = whiteout.read_marks(self.upper.descriptor, b"")
             if marks.opaque:
-                root.lowers, root.opaque = (), True
+                root.lowers, root.opaque, root.record = (), True, 0
         root.ino = self._directory_inode(root)
         self.nodes[ROOT_ID] = root
         return root
@@ -80,10 +94,32 @@ class Tree:
 
     def node(self, number: int) -> Node:
         """The node with this id. Raises ESTALE for one that is not known."""
-        try:
-            return self.nodes[number]
-        except KeyError:
-            raise failure(errno.ESTALE) from None
+        node = self.nodes.get(number)
+        return node if node is not None else self._from_record(number)
+
+    def _from_record(self, number: int) -> Node:
+        """Make the node that the index has under a number, and those above it, anew."""
+        if self.index is None or not 0 < number <= self._indexed_ids:
+            raise failure(errno.ESTALE)
+        for parent, name in self.index.names(number):
+            missing = [(number, name)]
+            while parent not in self.nodes:
+                missing.append((parent, self.index.info(parent).name))
+                parent = self.index.info(parent).parent
+            node: Node = self.nodes[parent]
+            for expected, component in reversed(missing):
+                if not isinstance(node, Directory) or not self.exists(node, component):
+                    break
+                node = self.find(node, component)
+                if node.id != expected:
+                    break
+            else:
+                return node
+        raise failure(errno.ESTALE)
+
+    def is_indexed(self, node: Node) -> bool:
+        """Whether a node has an id of the index: the kernel's lookups of it are not counted."""
+        return node.id <= self._indexed_ids
 
     def directory(self, number: int) -> Directory:
         """The directory with this id. Raises ENOTDIR, ESTALE."""
@@ -211,7 +247,7 @@ class Tree:
         if directory.deleted and directory is not self.root:
             directory.view, directory.changes, directory.order = view.EMPTY_VIEW, {}, Order()
             return
-        below = view.merge(directory.lowers, self.resolve) if directory.lowers else view.EMPTY_VIEW
+        below = self._view(directory)
         if directory.in_upper:
             found = view.scan(self.upper_directory(directory))
             changes = dict(found.kinds)
@@ -220,6 +256,13 @@ class Tree:
             self.begin_changes(directory, below, changes)
         directory.lowers = tuple(below.places())
         directory.view = below
+
+    def _view(self, directory: Directory) -> view.View:
+        if directory.record and self.index is not None:
+            return self.index.view(directory.record, self.stack.layers)
+        if directory.lowers:
+            return view.merge(directory.lowers, self.resolve)
+        return view.EMPTY_VIEW
 
     def _hide_marks(self, directory: Directory, changes: dict[bytes, int]) -> None:
         for name in [name for name in changes if name.startswith(whiteout.WHITEOUT_PREFIX)]:
@@ -276,30 +319,43 @@ class Tree:
         if stub.kind == stat.S_IFDIR:
             child = Directory()
             child.lowers = tuple(places)
+            child.record = stub.record
             child.ino = self._directory_inode(child)
             return self.adopt(child, directory, name)
+        if stub.record and stub.record in self.nodes:
+            return self.alias(self.nodes[stub.record], directory, name)
         top = directory.view.places()[stub.positions[0]]
         place = Place(top.layer, top.path, name)
-        parent = place.layer.directory(place.path)
-        status = view.entry_status(parent, name)
-        if status.st_nlink > 1:
-            known = self._lower_links.get((status.st_dev, status.st_ino))
-            known = known or self._indexed(parent, name, place)
+        status, key = self._lower_status(place, stub)
+        if key is not None:
+            known = self._lower_links.get(key) or self._indexed(place)
             if known is not None:
+                known.record = known.record or stub.record
                 return self.alias(known, directory, name)
-        node = Node(stat.S_IFMT(status.st_mode))
+        node = Node(stub.kind)
         node.lower = place
-        node.ino = self._inodes.of(status)
-        if status.st_nlink > 1:
-            node.lower_key = (status.st_dev, status.st_ino)
-            self._lower_links[node.lower_key] = node
+        node.record = stub.record
+        node.ino = status.st_ino if stub.record else self._inodes.of(status)
+        if key is not None:
+            node.lower_key = key
+            self._lower_links[key] = node
         return self.adopt(node, directory, name)
 
-    def _indexed(self, parent: int, name: bytes, place: Place) -> Node | None:
+    def _lower_status(
+        self, place: Place, stub: view.Stub
+    ) -> tuple[os.stat_result, tuple[int, int] | None]:
+        """Attributes of a lower file, and what its other names are known by if it has any."""
+        if stub.record and self.index is not None:
+            noted = cast(os.stat_result, self.index.status(stub.record))
+            return noted, (-1, stub.record) if noted.st_nlink > 1 else None
+        status = view.entry_status(place.layer.directory(place.path), place.name)
+        return status, (status.st_dev, status.st_ino) if status.st_nlink > 1 else None
+
+    def _indexed(self, place: Place) -> Node | None:
         """The upper file that another name of this lower file was copied up to, if any."""
         if self.upper is None or not self.upper.index_names:
             return None
-        origin = self.origin(parent, name, place)
+        origin = self.origin(place)
         index_name = origin.hex().encode("ascii")
         if not origin or index_name not in self.upper.index_names:
             return None
@@ -307,10 +363,11 @@ class Tree:
         node = self._upper_links.get(status.st_ino)
         return node or self._make_upper_node(self.upper.index, index_name, status, place)
 
-    def origin(self, parent: int, name: bytes, place: Place) -> bytes:
+    def origin(self, place: Place) -> bytes:
         """The origin mark of a lower file; empty where its file system has no file handles."""
         try:
-            kind, handle = syscalls.file_handle(parent, name)
+            directory = place.layer.directory(place.path)
+            kind, handle = syscalls.file_handle(directory, place.name)
         except OSError:
             return b""
         return whiteout.encode_origin(kind, handle, place.layer.filesystem_uuid())
@@ -331,6 +388,7 @@ class Tree:
             top = directory.view.places()[stub.positions[0]]
             place = Place(top.layer, top.path, name)
         node = self._make_upper_node(parent, name, status, place)
+        node.record = stub.record if stub is not None else 0
         return self.adopt(node, directory, name)
 
     def _make_upper_node(
@@ -366,6 +424,16 @@ class Tree:
         if marks.nlink.startswith(b"L"):
             links = self._origin_links(marks.origin)
             node.link_offset = (links or status.st_nlink) + int(offset) - status.st_nlink
+
+    def linked_records(self) -> list[int]:
+        """The index's records of lower files that work/index has a copy of."""
+        if self.index is None or self.upper is None:
+            return []
+        inodes = set()
+        for name in self.upper.index_names:
+            marks = whiteout.read_marks(self.upper.index, name)
+            inodes.add(marks.inode or self._origin_inode(marks.origin))
+        return self.index.records_with_inodes(inodes) if inodes else []
 
     def _open_origin(self, origin: bytes) -> int:
         """The lower file behind an origin mark, -1 where it cannot be told."""
@@ -413,6 +481,9 @@ class Tree:
         child.redirected = marks.redirect is not None and marks.redirect.startswith(b"/")
         if not marks.opaque:
             child.lowers = tuple(self._lowers_of_upper(directory, name, marks.redirect))
+        stub = self.below(directory, name)
+        if stub is not None and child.lowers and marks.redirect is None:
+            child.record = stub.record
         self.adopt(child, directory, name, number=0)
         child.ino = marks.inode or self._directory_inode(child)
         self.number(child)
@@ -451,12 +522,23 @@ class Tree:
         return node
 
     def number(self, node: Node) -> None:
-        """Give a node its id: its inode number where that is free."""
+        """Give a node its id: the index's record of it, or its inode number where that is free."""
         number = node.ino
-        if number <= ROOT_ID or number >= _FIRST_FRESH_ID or number in self.nodes:
+        if node.record and self._is_recorded(node):
+            number = node.record
+        elif number <= max(ROOT_ID, self._indexed_ids) or number >= _FIRST_FRESH_ID:
+            number = next(self._fresh_ids)
+        if number in self.nodes:
             number = next(self._fresh_ids)
         node.id = number
         self.nodes[number] = node
+        if node.in_upper and number <= self._indexed_ids:
+            self.changed(node)
+
+    def _is_recorded(self, node: Node) -> bool:
+        """Whether a node is what the index means: not another file that upper has in its place."""
+        assert self.index is not None
+        return not node.in_upper or self.index.status(node.record).st_ino == node.ino
 
     def remember_links(self, node: Node, status: os.stat_result) -> None:
         """Note that an upper file has several links, so that each name finds the one node."""
@@ -472,6 +554,8 @@ class Tree:
         while node is not self.root and node.lookups <= 0 and node.opened == 0:
             if isinstance(node, Directory) and node.children:
                 return
+            if node.in_upper and self.is_indexed(node) and not node.deleted:
+                return  # the kernel may know it, and nobody counts
             if self.nodes.pop(node.id, None) is None:
                 return
             if node.unnamed >= 0:
@@ -500,6 +584,8 @@ class Tree:
 
     def status(self, node: Node) -> os.stat_result:
         """lstat of what a node is on disk."""
+        if node.record and not node.in_upper and node.unnamed < 0 and self.index is not None:
+            return cast(os.stat_result, self.index.status(node.record))
         directory, name = self.location(node)
         if name:
             return os.stat(name, dir_fd=directory, follow_symlinks=False)
@@ -534,7 +620,7 @@ class Tree:
             acl = syscalls.getxattr(directory, name, b"system.posix_acl_access")
         except OSError:
             return
-        group = _acl_group_bits(acl)
+        group = acl_group_bits(acl)
         attributes.mode &= ~stat.S_IRWXG | (group << 3)
 
     def _links(self, node: Node, status: os.stat_result) -> int:
@@ -543,18 +629,22 @@ class Tree:
         if not isinstance(node, Directory):
             return status.st_nlink + node.link_offset
         if self.options.static_nlink or self._is_merged(node):
-            return 1
+            return 1  # overlayfs does so, and find(1) takes it for "not known"
         return status.st_nlink
 
     def _is_merged(self, directory: Directory) -> bool:
         """Whether a directory comes from several places; overlayfs shows one link for these."""
         if directory.view is None and directory.lowers and not directory.in_upper:
-            if len(directory.lowers) == 1:
+            if len(directory.lowers) == 1 or directory.record:
                 return False
             self.load(directory)
+        if directory.record and not directory.in_upper:
+            return False  # the index has the right count already
         return len(directory.lowers) + directory.in_upper > 1
 
     def _directory_inode(self, directory: Directory) -> int:
+        if directory.record and self.index is not None:
+            return self.index.status(directory.record).st_ino
         if directory.lowers:
             place = directory.lowers[0]
             return self._inodes.of(os.stat(place.layer.directory(place.path)))
@@ -563,12 +653,9 @@ class Tree:
     # --- listing -------------------------------------------------------------------------
 
     def names_after(self, directory: Directory, cookie: int) -> Iterator[tuple[bytes, int]]:
-        """(name, cookie) of what a directory shows behind a cookie; 0 starts with `.`."""
+        """(name, cookie) of what a directory shows behind a cookie, without `.` and `..`."""
         self.load(directory)
         assert directory.view is not None
-        for position, dot in enumerate((b".", b".."), start=1):
-            if cookie < position:
-                yield dot, position
         changes = directory.changes or {}
         if cookie < FIRST_NEW_COOKIE:
             for name, old_cookie in directory.view.after(cookie):
@@ -580,38 +667,7 @@ class Tree:
 
     def is_empty(self, directory: Directory) -> bool:
         """Whether a directory shows nothing but `.` and `..`."""
-        return next(self.names_after(directory, DOT_COOKIES), None) is None
-
-
-class InodeNumbers:
-    """Turns (device, inode) of the layers into one number that is unique in the mount.
-
-    With one file system below the numbers are its own. With several, the number of the file
-    system, counted from the base layer so that a layer added on top changes nothing, goes into
-    high bits. That is what overlayfs calls xino.
-    """
-
-    _SHIFT = 53
-
-    def __init__(self, stack: LayerStack, upper: UpperDirectory | None, mix: bool) -> None:
-        self._mix = mix
-        self._devices: dict[int, int] = {}
-        for layer in reversed(stack.layers):
-            self._index(os.stat(layer.descriptor).st_dev)
-        if upper is not None:
-            self._index(upper.device)
-
-    def _index(self, device: int) -> int:
-        return self._devices.setdefault(device, len(self._devices))
-
-    def of(self, status: os.stat_result) -> int:
-        """The st_ino to show."""
-        index = self._devices.get(status.st_dev)
-        if index is None:
-            index = self._index(status.st_dev)
-        if index == 0 or not self._mix:
-            return status.st_ino
-        return (index << self._SHIFT) ^ status.st_ino
+        return next(self.names_after(directory, 0), None) is None
 
 
 def _stub_places(merged: view.View, stub: view.Stub, name: bytes) -> list[Place]:
@@ -620,16 +676,3 @@ def _stub_places(merged: view.View, stub: view.Stub, name: bytes) -> list[Place]
         Place(place.layer, place.path + b"/" + name if place.path else name)
         for place in (places[position] for position in stub.positions)
     ]
-
-
-def _acl_group_bits(acl: bytes) -> int:
-    """The rights that an ACL in xattr form gives the owning group: its entry and the mask."""
-    group, mask = 0, 7
-    for offset in range(4, len(acl) - 7, 8):
-        tag = int.from_bytes(acl[offset : offset + 2], "little")
-        rights = int.from_bytes(acl[offset + 2 : offset + 4], "little")
-        if tag == 0x04:
-            group = rights
-        elif tag == 0x10:
-            mask = rights
-    return group & mask

@@ -14,7 +14,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from unionfuse import syscalls, view, whiteout
 from unionfuse.copyup import INLINE_SIZE, CopyUp
@@ -24,6 +24,9 @@ from unionfuse.options import MountOptions
 from unionfuse.tree import Tree, failure
 from unionfuse.upper import Upper
 from unionfuse.upperdir import UpperDirectory
+
+if TYPE_CHECKING:
+    from unionfuse.index import LookupIndex
 
 LAYER_ATTRIBUTE = b"user.unionfuse.layer"
 """Names the layer directory that a file comes from; shown only to who asks for it by name."""
@@ -57,18 +60,23 @@ class Union:
     Arguments:
         stack: the lower layers.
         options: as parsed from the `-o` line.
+        index: the lookup index of this very stack, checked by the caller; None to read layers.
 
     Raises:
         LayerError: upper or work cannot be used.
     """
 
-    def __init__(self, stack: LayerStack, options: MountOptions) -> None:
+    def __init__(
+        self, stack: LayerStack, options: MountOptions, index: LookupIndex | None = None
+    ) -> None:
         self.options = options
         self.lock = threading.RLock()
-        self.watcher: Watcher | None = None
+        self._watcher: Watcher | None = None
         self._stack = stack
+        self.index = index
         upper = UpperDirectory(options) if options.upperdir is not None else None
-        self.tree = Tree(stack, upper, options)
+        self.tree = Tree(stack, upper, options, index)
+        self.tree.changed = self._changed
         self._store = upper
         self._handles: dict[int, OpenFile | Directory] = {}
         self._next_handle = itertools.count(1)
@@ -96,6 +104,23 @@ class Union:
         with self.lock:
             return len(self.tree.nodes), len(self._handles)
 
+    # --- who watches ---------------------------------------------------------------------
+
+    @property
+    def watcher(self) -> Watcher | None:
+        """Is told of every node whose answer is no longer the index's, before the request ends."""
+        return self._watcher
+
+    @watcher.setter
+    def watcher(self, watcher: Watcher) -> None:
+        with self.lock:
+            self._watcher = watcher
+            for node in self.tree.nodes.values():
+                if node.in_upper:
+                    watcher.changed(node.id)
+            for record in self.tree.linked_records():
+                watcher.changed(record)
+
     # --- help ----------------------------------------------------------------------------
 
     def _changes(self) -> Upper:
@@ -104,8 +129,8 @@ class Union:
         return self._upper
 
     def _changed(self, node: Node) -> None:
-        if self.watcher is not None:
-            self.watcher.changed(node.id)
+        if self._watcher is not None:
+            self._watcher.changed(node.id)
 
     def _published(self, node: Node) -> None:
         """A node's file is upper's now: whoever reads the lower one goes on with the copy."""
@@ -117,8 +142,12 @@ class Union:
         self._changed(node)
 
     def _entry(self, node: Node, status: os.stat_result | None = None) -> Entry:
-        node.lookups += 1
-        return Entry(node.id, self.tree.attributes(node, status), self._valid(node))
+        entry = Entry(node.id, self.tree.attributes(node, status), self._valid(node))
+        if self.tree.is_indexed(node):
+            self.tree.release_if_unused(node)
+        else:
+            node.lookups += 1
+        return entry
 
     def _valid(self, node: Node) -> float:
         if not node.written:
@@ -453,24 +482,24 @@ class Union:
         return opened.id
 
     def listing(self, number: int, cookie: int) -> Iterator[tuple[bytes, int, Entry]]:
-        """(name, cookie, entry) of a directory's names behind a cookie; 0 begins with `.`.
+        """(name, cookie, entry) of a directory's names behind a cookie, without `.` and `..`.
 
-        Every entry but those of `.` and `..` counts one lookup, as soon as it is produced: who
-        does not hand it on gives it back with `forget`. Hold the lock while iterating.
+        Every entry counts one lookup as soon as it is produced: who does not hand it on gives
+        it back with `forget`. Hold the lock while iterating.
         """
         directory = self.tree.directory(number)
         for name, next_cookie in self.tree.names_after(directory, cookie):
-            if name in (b".", b".."):
-                node: Node = directory
-                if name == b".." and directory.names:
-                    node = directory.names[0][0]
-                yield name, next_cookie, Entry(node.id, self.tree.attributes(node), 0.0)
-                continue
             try:
                 entry = self._entry(self.tree.find(directory, name))
             except FileNotFoundError:
                 continue  # gone behind our back
             yield name, next_cookie, entry
+
+    def parent(self, number: int) -> int:
+        """The node id of a directory's parent; of the root, itself."""
+        with self.lock:
+            directory = self.tree.directory(number)
+            return directory.names[0][0].id if directory.names else directory.id
 
     def fsyncdir(self, handle: int, datasync: bool) -> None:
         """Bring a directory's names to disk."""
@@ -490,7 +519,7 @@ class Union:
     def sync(self) -> None:
         """Bring everything in upper to disk."""
         if self._store is not None and self._store.sync:
-            syscalls.syncfs(self._store.lock)
+            self._store.sync_all()
 
     # --- extended attributes -------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from unionfuse import syscalls, view, whiteout
 from unionfuse.copyup import CopyUp
-from unionfuse.node import DOT_COOKIES, WHITEOUT, Caller, Directory, Node
+from unionfuse.node import WHITEOUT, Caller, Directory, Node
 from unionfuse.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from unionfuse.tree import Tree, failure
 from unionfuse.upperdir import UpperDirectory, remove_tree
@@ -588,7 +588,7 @@ class Upper:
             if self._tree.options.redirect_dir == "on" and self._store.redirects:
                 self._set_redirect(node, directory)
             else:
-                self._detach(node, directory)
+                self._detach(node)
         elif not node.opaque and self._hides_directory(new_parent, new_name):
             self._cut_off(node, directory)
 
@@ -609,27 +609,36 @@ class Upper:
         path = b"/" + node.lower.inside()
         self._store.marker.set(directory, name, b"redirect", path)
 
-    def _detach(self, node: Directory, directory: int) -> None:
+    def _detach(self, node: Directory) -> None:
         """Copy up all that a directory shows and cut it off: the way without redirects."""
-        for name, _ in list(self._tree.names_after(node, DOT_COOKIES)):
-            child = self._tree.find(node, name)
-            self._copy.copy_up(child)
-            if isinstance(child, Directory):
-                self._tree.load(child)
-                if child.lowers:
-                    self._detach(child, self._tree.upper_directory(child))
-            elif child.index_name and not self._tree.is_physical(node, name):
-                self._copy.link_up(child, node, name)
-                self._keep_link_count(child, 1)
-            self._tree.release_if_unused(child)
+        found = [node]
+        for directory in found:  # grows while it is walked; no recursion: trees may be deep
+            for name, _ in list(self._tree.names_after(directory, 0)):
+                child = self._tree.find(directory, name)
+                self._copy.copy_up(child)
+                if isinstance(child, Directory):
+                    self._tree.load(child)
+                    found.append(child)
+                    continue
+                if child.index_name and not self._tree.is_physical(directory, name):
+                    self._copy.link_up(child, directory, name)
+                    self._keep_link_count(child, 1)
+                self._tree.release_if_unused(child)
+        for directory in reversed(found):
+            if directory.lowers:
+                self._make_standalone(directory)
+
+    def _make_standalone(self, node: Directory) -> None:
+        """Make a directory opaque that upper has all of by now; its whiteouts go."""
         directory = self._tree.upper_directory(node)
         self._cut_off(node, directory)
-        node.lowers, node.view = (), view.EMPTY_VIEW
+        node.lowers, node.view, node.record = (), view.EMPTY_VIEW, 0
         changes = node.changes or {}
         for name in [name for name, kind in changes.items() if kind == WHITEOUT]:
             remove_tree(directory, name)
             del changes[name]
         self._tree.begin_changes(node, view.EMPTY_VIEW, changes)
+        self._tree.release_if_unused(node)
 
     def _cut_off(self, node: Directory, directory: int) -> None:
         self._store.marker.set_opaque(directory, b"")

@@ -10,27 +10,22 @@ The layout is kernel overlayfs's, so that either can go on where the other stopp
 from __future__ import annotations
 
 import errno
-import fcntl
 import itertools
 import os
 import shutil
 import stat
-import time
 
 from unionfuse import syscalls
 from unionfuse.layer import LayerError, open_directory
 from unionfuse.options import MountOptions
 from unionfuse.whiteout import TRUSTED, USER, Marker, decode_origin
 
-LOCK_PATIENCE = 5.0
-"""Seconds to wait for a daemon that is just ending."""
-
 _OWN_ENTRIES = {b"work", b"index"}
 _READ = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class UpperDirectory:
-    """Upper and work, opened and locked.
+    """Upper and work, opened.
 
     Attributes:
         path: as the user wrote it.
@@ -45,7 +40,7 @@ class UpperDirectory:
     """
 
     def __init__(self, options: MountOptions) -> None:
-        """Open, check, lock and clean.
+        """Open, check and clean. That nobody else uses them is the caller's to see to (flock).
 
         Raises:
             LayerError: upper or work cannot be used; nothing was changed.
@@ -71,7 +66,6 @@ class UpperDirectory:
         self.descriptor = self._keep(open_directory(self.path, "the upper directory"))
         workdir = self._keep(open_directory(self._work_path, "the work directory"))
         self._check_places(workdir)
-        self._lock()
         self._check_strangers(workdir)
         self._workdir = workdir
         self.work = self._prepare_staging(workdir)
@@ -101,20 +95,6 @@ class UpperDirectory:
             if not os.access(path, os.W_OK | os.X_OK):
                 reason = "the directory cannot be written"
                 raise LayerError(path, reason, "give yourself the permission to write it")
-
-    def _lock(self) -> None:
-        readable = self._keep(os.open(b".", _READ, dir_fd=self.descriptor))
-        deadline = time.monotonic() + LOCK_PATIENCE
-        while True:
-            try:
-                fcntl.flock(readable, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.lock = readable
-                return
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    reason = "the upper directory is in use by another mount"
-                    raise LayerError(self.path, reason, "unmount that one first") from None
-                time.sleep(0.05)
 
     def _check_strangers(self, workdir: int) -> None:
         readable = os.open(b".", _READ, dir_fd=workdir)
@@ -199,6 +179,14 @@ class UpperDirectory:
             flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             self.index = self._keep(os.open(b"index", flags, dir_fd=self._workdir))
         return self.index
+
+    def sync_all(self) -> None:
+        """Bring the whole file system that upper is on to disk."""
+        readable = os.open(b".", _READ, dir_fd=self.descriptor)
+        try:
+            syscalls.syncfs(readable)
+        finally:
+            os.close(readable)
 
     # --- the end ---
 

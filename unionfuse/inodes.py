@@ -1,0 +1,39 @@
+"""Inode numbers that are unique in one mount, over all the file systems that layers lie on."""
+
+from __future__ import annotations
+
+import os
+
+from unionfuse.layer import LayerStack
+from unionfuse.upperdir import UpperDirectory
+
+
+class InodeNumbers:
+    """Turns (device, inode) of the layers into one number that is unique in the mount.
+
+    With one file system below the numbers are its own. With several, the number of the file
+    system, counted from the base layer so that a layer added on top changes nothing, goes into
+    high bits. That is what overlayfs calls xino.
+    """
+
+    _SHIFT = 53
+
+    def __init__(self, stack: LayerStack, upper: UpperDirectory | None, mix: bool) -> None:
+        self._mix = mix
+        self._devices: dict[int, int] = {}
+        for layer in reversed(stack.layers):
+            self._index(os.stat(layer.descriptor).st_dev)
+        if upper is not None:
+            self._index(upper.device)
+
+    def _index(self, device: int) -> int:
+        return self._devices.setdefault(device, len(self._devices))
+
+    def of(self, status: os.stat_result) -> int:
+        """The st_ino to show."""
+        index = self._devices.get(status.st_dev)
+        if index is None:
+            index = self._index(status.st_dev)
+        if index == 0 or not self._mix:
+            return status.st_ino
+        return (index << self._SHIFT) ^ status.st_ino
