@@ -1,0 +1,637 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
+"""The compiled loop of the express lane: reads FUSE requests and answers what the index knows.
+
+What it answers itself it answers without the GIL, from the mapped lookup index. Everything else it
+hands, with the GIL, to a Python callable. It trusts neither the request nor the index: every length
+and offset is checked before it is followed, and what does not fit is answered with an error.
+
+It does not know the union, copies no file and changes nothing on disk.
+"""
+
+from libc.errno cimport EIO, EINTR, EAGAIN, EINVAL, ENAMETOOLONG, ENODATA, ENODEV, ENOENT, ENOSYS, \
+    ERANGE, errno
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memchr, memcmp, memcpy, memset
+from posix.types cimport off_t
+from posix.unistd cimport pread, read
+
+cdef extern from *:
+    """
+    #define XXH_INLINE_ALL
+    #include <xxhash.h>
+    #include <linux/fuse.h>
+    #include <sys/uio.h>
+    #include <time.h>
+
+    /* One node of the index; see unionfuse/index.py. */
+    struct lane_node {
+        uint32_t record, parent;
+        uint16_t layer, flags;
+        uint32_t length;
+        uint64_t offset, places;
+    };
+    struct lane_slot { uint32_t tag, record; };
+
+    static inline double lane_clock(void) {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+        return now.tv_sec + now.tv_nsec * 1e-9;
+    }
+    """
+    struct fuse_in_header:
+        uint32_t len
+        uint32_t opcode
+        uint64_t unique
+        uint64_t nodeid
+        uint32_t uid
+        uint32_t gid
+        uint32_t pid
+    struct fuse_out_header:
+        uint32_t len
+        int32_t error
+        uint64_t unique
+    struct fuse_read_in:
+        uint64_t fh
+        uint64_t offset
+        uint32_t size
+    struct fuse_getxattr_in:
+        uint32_t size
+        uint32_t padding
+    struct fuse_dirent:
+        uint64_t ino
+        uint64_t off
+        uint32_t namelen
+        uint32_t type
+    struct fuse_forget_one:
+        uint64_t nodeid
+        uint64_t nlookup
+    struct fuse_batch_forget_in:
+        uint32_t count
+        uint32_t dummy
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    struct lane_node:
+        uint32_t record
+        uint32_t parent
+        uint16_t layer
+        uint16_t flags
+        uint32_t length
+        uint64_t offset
+        uint64_t places
+    struct lane_slot:
+        uint32_t tag
+        uint32_t record
+    ssize_t writev(int fd, const iovec *iov, int count) nogil
+    uint64_t XXH3_64bits_withSeed(const void *data, size_t length, uint64_t seed) nogil
+    double lane_clock() nogil
+
+# Opcodes answered here (enum fuse_opcode).
+cdef enum:
+    LOOKUP = 1
+    FORGET = 2
+    GETATTR = 3
+    READLINK = 5
+    READ = 15
+    STATFS = 17
+    GETXATTR = 22
+    LISTXATTR = 23
+    FLUSH = 25
+    OPENDIR = 27
+    READDIR = 28
+    RELEASEDIR = 29
+    ACCESS = 34
+    INTERRUPT = 36
+    BATCH_FORGET = 42
+    READDIRPLUS = 44
+    OPCODES = 64  # counters; what is above shares the last one
+
+cdef enum:
+    HEADER = 40
+    OUT_HEADER = 16
+    ENTRY_SIZE = 128
+    ATTR_AT = 40  # in a fuse_entry_out
+    RECORD_SIZE = 152
+    NAME_MAX = 255
+
+# How a request ended.
+cdef enum:
+    FOR_PYTHON = 0
+    ANSWERED = 1
+    SILENT = 2  # no reply is due
+
+# Flags of a node in the index.
+cdef enum:
+    HAS_XATTRS = 1
+    DIRECTORY = 8
+    SYMLINK = 16
+
+# What Python has told us of a node of the index.
+cdef enum:
+    CHANGED = 1  # its attributes, names or content differ from the index
+    LISTING = 2  # a name in it leads to a node that is CHANGED
+
+cdef uint32_t DELETED = 0xFFFFFFFF
+cdef size_t BUFFER = (1 << 20) + 8192  # the largest request: max_write and its headers
+cdef size_t MEMORY = 16  # directories whose place a thread remembers
+cdef double STATFS_VALID = 0.05  # seconds
+
+cdef struct Reply:
+    int error
+    const char *data
+    size_t length
+
+cdef struct Place:
+    uint64_t directory, cookie, offset
+
+# What belongs to one thread.
+cdef struct Thread:
+    char *request  # one request, header included
+    char *out  # where replies are put together
+    Place places[16]
+    uint64_t here[64]  # requests answered here, by opcode
+    uint64_t python[64]  # requests handed to Python
+
+
+cdef class Loop:
+    """The requests of one mount, answered by any number of threads.
+
+    Arguments:
+        fd: /dev/fuse, mounted, INIT answered.
+        handler: called with (opcode, unique, node, uid, gid, pid, body); returns the body of the
+            reply as bytes, an errno as int, or None where a reply comes later or never.
+        valid: for how many seconds the kernel may keep an answer of the index.
+        xattrs: whether absent extended attributes may be answered from the index.
+    """
+
+    cdef int fd
+    cdef object handler, index
+    cdef uint64_t valid, forever
+    cdef bint xattrs
+    cdef const char *base
+    cdef const lane_slot *slots
+    cdef const lane_node *nodes
+    cdef const char *records
+    cdef const char *targets
+    cdef uint64_t mask, count, records_length, targets_length
+    cdef uint8_t *dirty
+    cdef char statfs[80]
+    cdef double statfs_until
+    cdef Thread *threads[64]
+    cdef int thread_count
+    cdef bint stopping
+    cdef const unsigned char[:] view
+    cdef int *descriptors  # by handle: where READ reads, plus one; 0 is for Python to say
+    cdef uint64_t handles
+
+    def __cinit__(self, int fd, handler, uint64_t valid=1 << 30, bint xattrs=True):
+        self.fd, self.handler, self.valid, self.forever = fd, handler, valid, 1 << 30
+        self.xattrs = xattrs
+        self.handles = 1 << 16
+        self.descriptors = <int *>calloc(self.handles, sizeof(int))
+        if not self.descriptors:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.dirty)
+        free(self.descriptors)
+        for i in range(self.thread_count):
+            free(self.threads[i].request)
+            free(self.threads[i].out)
+            free(self.threads[i])
+
+    def use_index(self, index):
+        """Answer from a LookupIndex from now on; it must stay open. Called before any thread runs."""
+        sections = index.sections
+        self.dirty = <uint8_t *>calloc(index.count + 1, 1)
+        if not self.dirty:
+            raise MemoryError
+        self.index = index
+        self.view = index.map
+        self.base = <const char *>&self.view[0]
+        self.slots = <const lane_slot *>(self.base + <size_t>sections["slots"].offset)
+        self.mask = sections["slots"].length // sizeof(lane_slot) - 1
+        self.nodes = <const lane_node *>(self.base + <size_t>sections["nodes"].offset)
+        self.records = self.base + <size_t>sections["records"].offset
+        self.records_length = sections["records"].length
+        self.targets = self.base + <size_t>sections["targets"].offset
+        self.targets_length = sections["targets"].length
+        self.count = index.count
+
+    def changed(self, uint64_t node, parents):
+        """Ask Python about a node from now on, and about the listings that show it."""
+        cdef uint64_t parent
+        if 0 < node <= self.count:
+            self.dirty[node] |= CHANGED
+        for parent in parents:
+            if 0 < parent <= self.count:
+                self.dirty[parent] |= LISTING
+
+    def is_changed(self, uint64_t node):
+        """Whether Python is asked about a node."""
+        return not 0 < node <= self.count or bool(self.dirty[node] & CHANGED)
+
+    def read_from(self, uint64_t handle, int descriptor):
+        """READ of an open handle reads this descriptor from now on; -1 asks Python again."""
+        if handle < self.handles:
+            self.descriptors[handle] = descriptor + 1
+
+    def counts(self):
+        """Requests by opcode: (answered here, handed to Python)."""
+        found = {}
+        for i in range(self.thread_count):
+            for opcode in range(OPCODES):
+                here, python = self.threads[i].here[opcode], self.threads[i].python[opcode]
+                if here or python:
+                    before = found.get(opcode, (0, 0))
+                    found[opcode] = (before[0] + here, before[1] + python)
+        return found
+
+    def stop(self):
+        """Threads end after the request that they are at."""
+        self.stopping = True
+
+    # --- the classic transport ----------------------------------------------------------------
+
+    def run(self):
+        """Read and answer until the mount ends; run it in as many threads as you like.
+
+        Returns the errno that ended it: ENODEV after an unmount, 0 after `stop`.
+        """
+        cdef Thread *thread = self.new_thread()
+        cdef ssize_t size
+        cdef int failure = 0
+        cdef Reply reply
+        with nogil:
+            while not self.stopping:
+                size = read(self.fd, thread.request, BUFFER)
+                if size < 0:
+                    # ENOENT: the request was interrupted before we could read it.
+                    if errno == EINTR or errno == EAGAIN or errno == ENOENT:
+                        continue
+                    failure = errno
+                    break
+                if size < HEADER:
+                    continue
+                self.serve(thread, <size_t>size)
+        return failure
+
+    cdef Thread *new_thread(self) except NULL:
+        cdef Thread *thread
+        if self.thread_count >= 64:
+            raise RuntimeError("too many threads")
+        thread = <Thread *>calloc(1, sizeof(Thread))
+        if thread:
+            # Pages of these are resident only once they are touched.
+            thread.request = <char *>malloc(BUFFER)
+            thread.out = <char *>malloc(BUFFER)
+        if not thread or not thread.request or not thread.out:
+            raise MemoryError
+        self.threads[self.thread_count] = thread
+        self.thread_count += 1
+        return thread
+
+    cdef void serve(self, Thread *thread, size_t size) noexcept nogil:
+        cdef const fuse_in_header *header = <const fuse_in_header *>thread.request
+        cdef Reply reply
+        cdef int how = self.answer(thread, size, &reply)
+        cdef uint32_t opcode = header.opcode if header.opcode < OPCODES else OPCODES - 1
+        if how == FOR_PYTHON:
+            thread.python[opcode] += 1
+            with gil:
+                self.ask_python(thread, size)
+            return
+        thread.here[opcode] += 1
+        if how == ANSWERED:
+            self.send(header.unique, &reply)
+
+    cdef void send(self, uint64_t unique, const Reply *reply) noexcept nogil:
+        cdef fuse_out_header out
+        cdef iovec parts[2]
+        out.len = <uint32_t>(OUT_HEADER + reply.length)
+        out.error = -reply.error
+        out.unique = unique
+        parts[0].iov_base, parts[0].iov_len = &out, OUT_HEADER
+        parts[1].iov_base, parts[1].iov_len = <void *>reply.data, reply.length
+        # A failure means that nobody waits any more (ENOENT, ENODEV): there is nothing to do.
+        writev(self.fd, parts, 2 if reply.length else 1)
+
+    cdef void ask_python(self, Thread *thread, size_t size) noexcept:
+        cdef const fuse_in_header *header = <const fuse_in_header *>thread.request
+        cdef Reply reply
+        cdef const unsigned char[:] data
+        reply.error, reply.length, reply.data = 0, 0, NULL
+        body = (<char *>thread.request)[HEADER:size]
+        try:
+            result = self.handler(
+                header.opcode, header.unique, header.nodeid, header.uid, header.gid, header.pid,
+                body,
+            )
+            if result is None:
+                return
+            if type(result) is int:
+                reply.error = result
+            elif len(result):
+                data = result
+                reply.data, reply.length = <const char *>&data[0], len(result)
+        except BaseException:  # the handler answers for its own errors: this is the last resort
+            reply.error = EIO
+        with nogil:
+            self.send(header.unique, &reply)
+
+    def reply(self, uint64_t unique, int error, const unsigned char[:] body):
+        """Answer a request that a handler left open."""
+        cdef Reply reply
+        reply.error, reply.length, reply.data = error, len(body), NULL
+        if reply.length:
+            reply.data = <const char *>&body[0]
+        with nogil:
+            self.send(unique, &reply)
+
+    # --- answers ------------------------------------------------------------------------------
+
+    def answer_request(self, bytes request):
+        """What the loop would do with a request, for tests: None for Python, () for silence, or
+        (errno, body)."""
+        cdef Reply reply
+        cdef Thread *thread
+        cdef int how
+        if not self.thread_count:
+            self.new_thread()
+        thread = self.threads[0]
+        if len(request) < HEADER or <size_t>len(request) > BUFFER:
+            return ()
+        memcpy(thread.request, <const char *>request, len(request))
+        how = self.answer(thread, len(request), &reply)
+        if how == FOR_PYTHON:
+            return None
+        return () if how == SILENT else (reply.error, reply.data[:reply.length])
+
+    cdef int answer(self, Thread *thread, size_t size, Reply *reply) noexcept nogil:
+        """Answer a request without Python where that is possible."""
+        cdef const fuse_in_header *header = <const fuse_in_header *>thread.request
+        cdef const char *body = thread.request + HEADER
+        cdef uint32_t opcode = header.opcode
+        cdef uint64_t node = header.nodeid
+        cdef bint known
+        size -= HEADER
+        reply.error, reply.data, reply.length = 0, NULL, 0
+        if opcode == FORGET:
+            return SILENT if 0 < node <= self.count else FOR_PYTHON
+        if opcode == BATCH_FORGET:
+            return self.batch_forget(body, size)
+        if opcode == INTERRUPT:
+            return SILENT
+        if opcode == OPENDIR or opcode == FLUSH:
+            reply.error = ENOSYS  # and the kernel never asks again
+            return ANSWERED
+        if opcode == RELEASEDIR or opcode == ACCESS:
+            return ANSWERED
+        if opcode == STATFS:
+            if lane_clock() >= self.statfs_until:
+                return FOR_PYTHON
+            reply.data, reply.length = self.statfs, 80
+            return ANSWERED
+        if opcode == READ:
+            return self.read_data(thread, body, size, reply)
+        known = 0 < node <= self.count and not self.dirty[node] & CHANGED
+        if not known:
+            return FOR_PYTHON
+        if opcode == LOOKUP:
+            return self.lookup(thread, node, body, size, reply)
+        if opcode == GETATTR:
+            return self.getattr(thread, node, reply)
+        if opcode == READDIRPLUS or opcode == READDIR:
+            return self.readdir(thread, node, opcode == READDIRPLUS, body, size, reply)
+        if opcode == READLINK:
+            return self.readlink(node, reply)
+        if opcode == GETXATTR or opcode == LISTXATTR:
+            return self.xattr(thread, node, opcode == LISTXATTR, body, size, reply)
+        return FOR_PYTHON
+
+    cdef int fail(self, Reply *reply, int error) noexcept nogil:
+        reply.error, reply.data, reply.length = error, NULL, 0
+        return ANSWERED
+
+    cdef const char *record(self, uint64_t offset, uint64_t end) noexcept nogil:
+        """The record at an offset if it lies wholly before `end`; NULL where it does not."""
+        cdef const fuse_dirent *entry
+        if end > self.records_length or offset > end or end - offset < RECORD_SIZE:
+            return NULL
+        entry = <const fuse_dirent *>(self.records + offset + ENTRY_SIZE)
+        if entry.namelen > end - offset - RECORD_SIZE:
+            return NULL
+        return self.records + offset
+
+    cdef int lookup(
+        self, Thread *thread, uint64_t parent, const char *name, size_t size, Reply *reply
+    ) noexcept nogil:
+        cdef const lane_node *node = &self.nodes[parent]
+        cdef uint64_t key, slot, tries, offset, start = node.offset, child
+        cdef uint64_t end = start + node.length
+        cdef const char *record
+        cdef const fuse_dirent *entry
+        cdef size_t length
+        if not size or name[size - 1] != 0 or memchr(name, 0, size - 1) != NULL:
+            return self.fail(reply, EINVAL)
+        length = size - 1
+        if length > NAME_MAX:
+            return self.fail(reply, ENAMETOOLONG)
+        if not node.flags & DIRECTORY:
+            return FOR_PYTHON
+        key = XXH3_64bits_withSeed(name, length, parent)
+        slot = key & self.mask
+        for tries in range(self.mask + 1):
+            if self.slots[slot].record == 0:
+                memset(thread.out, 0, ENTRY_SIZE)
+                (<uint64_t *>thread.out)[2] = self.valid
+                reply.data, reply.length = thread.out, ENTRY_SIZE
+                return ANSWERED
+            offset = <uint64_t>self.slots[slot].record * 8
+            if self.slots[slot].tag == key >> 32 and start <= offset < end:
+                record = self.record(offset, end)
+                if record == NULL:
+                    return self.fail(reply, EIO)
+                entry = <const fuse_dirent *>(record + ENTRY_SIZE)
+                if entry.namelen == length and memcmp(record + RECORD_SIZE, name, length) == 0:
+                    child = (<const uint64_t *>record)[0]
+                    if not 0 < child <= self.count:
+                        return self.fail(reply, EIO)
+                    if self.dirty[child] & CHANGED:
+                        return FOR_PYTHON
+                    reply.data, reply.length = record, ENTRY_SIZE
+                    if self.valid != self.forever:
+                        memcpy(thread.out, record, ENTRY_SIZE)
+                        self.limit(thread.out)
+                        reply.data = thread.out
+                    return ANSWERED
+            slot = (slot + 1) & self.mask
+        return self.fail(reply, EIO)
+
+    cdef void limit(self, char *entry) noexcept nogil:
+        """Make an entry hold for `valid` seconds only."""
+        (<uint64_t *>entry)[2] = self.valid
+        (<uint64_t *>entry)[3] = self.valid
+
+    cdef int getattr(self, Thread *thread, uint64_t node, Reply *reply) noexcept nogil:
+        cdef const char *record = self.record(
+            <uint64_t>self.nodes[node].record * 8, self.records_length
+        )
+        if record == NULL:
+            return self.fail(reply, EIO)
+        memset(thread.out, 0, 16)
+        (<uint64_t *>thread.out)[0] = self.valid
+        memcpy(thread.out + 16, record + ATTR_AT, ENTRY_SIZE - ATTR_AT)
+        reply.data, reply.length = thread.out, 16 + ENTRY_SIZE - ATTR_AT
+        return ANSWERED
+
+    cdef int readlink(self, uint64_t node, Reply *reply) noexcept nogil:
+        cdef const lane_node *link = &self.nodes[node]
+        if not link.flags & SYMLINK:
+            return self.fail(reply, EINVAL)
+        if link.offset > self.targets_length or self.targets_length - link.offset < link.length:
+            return self.fail(reply, EIO)
+        reply.data, reply.length = self.targets + link.offset, link.length
+        return ANSWERED
+
+    cdef int xattr(
+        self, Thread *thread, uint64_t node, bint all_names, const char *body, size_t size,
+        Reply *reply
+    ) noexcept nogil:
+        cdef const fuse_getxattr_in *wanted = <const fuse_getxattr_in *>body
+        if size < sizeof(fuse_getxattr_in):
+            return self.fail(reply, EINVAL)
+        if not self.xattrs or self.nodes[node].flags & HAS_XATTRS:
+            return FOR_PYTHON
+        if all_names:
+            if wanted.size == 0:
+                memset(thread.out, 0, 8)
+                reply.data, reply.length = thread.out, 8
+            return ANSWERED
+        # What the union itself makes up: see user.unionfuse.layer.
+        if size >= 8 + 15 and memcmp(body + 8, b"user.unionfuse.", 15) == 0:
+            return FOR_PYTHON
+        return self.fail(reply, ENODATA)
+
+    cdef int batch_forget(self, const char *body, size_t size) noexcept nogil:
+        """Nodes of the index need no counting: silence unless another one is among them."""
+        cdef const fuse_forget_one *one
+        cdef uint32_t i
+        if size < sizeof(fuse_batch_forget_in):
+            return SILENT
+        one = <const fuse_forget_one *>(body + sizeof(fuse_batch_forget_in))
+        size = (size - sizeof(fuse_batch_forget_in)) // sizeof(fuse_forget_one)
+        for i in range((<const fuse_batch_forget_in *>body).count):
+            if i >= size:
+                break
+            if not 0 < one[i].nodeid <= self.count:
+                return FOR_PYTHON
+        return SILENT
+
+    # --- listing ------------------------------------------------------------------------------
+
+    cdef int readdir(
+        self, Thread *thread, uint64_t directory, bint plus, const char *body, size_t size,
+        Reply *reply
+    ) noexcept nogil:
+        cdef const lane_node *node = &self.nodes[directory]
+        cdef const fuse_read_in *wanted = <const fuse_read_in *>body
+        cdef uint64_t at, end = node.offset + node.length, start, cookie = 0
+        cdef size_t room, used = 0, length
+        cdef const char *record
+        cdef const fuse_dirent *entry
+        if size < sizeof(fuse_read_in):
+            return self.fail(reply, EINVAL)
+        if not node.flags & DIRECTORY or (plus and self.dirty[directory] & LISTING):
+            return FOR_PYTHON
+        room = wanted.size if wanted.size < BUFFER else BUFFER
+        if not self.seek(thread, directory, wanted.offset, &at):
+            return self.fail(reply, EIO)
+        start = at
+        while at < end:
+            record = self.record(at, end)
+            if record == NULL:
+                return self.fail(reply, EIO)
+            entry = <const fuse_dirent *>(record + ENTRY_SIZE)
+            length = (RECORD_SIZE + entry.namelen + 7) & ~<size_t>7
+            if not plus:
+                length -= ENTRY_SIZE
+            if used + length > room:
+                break
+            if not plus:
+                memcpy(thread.out + used, record + ENTRY_SIZE, length)
+            elif self.valid != self.forever:
+                memcpy(thread.out + used, record, length)
+                self.limit(thread.out + used)
+            used += length
+            at += (RECORD_SIZE + entry.namelen + 7) & ~<uint64_t>7
+            cookie = entry.off
+        if used == 0 and at < end:
+            return self.fail(reply, EINVAL)
+        if plus and self.valid == self.forever:
+            if at > self.records_length:
+                return self.fail(reply, EIO)
+            reply.data = self.records + start
+        else:
+            reply.data = thread.out
+        reply.length = used
+        if cookie:
+            self.remember(thread, directory, cookie, at)
+        return ANSWERED
+
+    cdef bint seek(
+        self, Thread *thread, uint64_t directory, uint64_t cookie, uint64_t *offset
+    ) noexcept nogil:
+        """The offset of the record behind a cookie."""
+        cdef const lane_node *node = &self.nodes[directory]
+        cdef const Place *known = &thread.places[directory % MEMORY]
+        cdef uint64_t at = node.offset, end = node.offset + node.length
+        cdef const char *record
+        cdef const fuse_dirent *entry
+        if cookie and known.directory == directory and known.cookie == cookie:
+            offset[0] = known.offset
+            return True
+        while cookie and at < end:
+            record = self.record(at, end)
+            if record == NULL:
+                return False
+            entry = <const fuse_dirent *>(record + ENTRY_SIZE)
+            if entry.off > cookie:
+                break
+            at += (RECORD_SIZE + entry.namelen + 7) & ~<uint64_t>7
+        offset[0] = at
+        return True
+
+    cdef void remember(
+        self, Thread *thread, uint64_t directory, uint64_t cookie, uint64_t offset
+    ) noexcept nogil:
+        cdef Place *place = &thread.places[directory % MEMORY]
+        place.directory, place.cookie, place.offset = directory, cookie, offset
+
+    # --- data ---------------------------------------------------------------------------------
+
+    cdef int read_data(
+        self, Thread *thread, const char *body, size_t size, Reply *reply
+    ) noexcept nogil:
+        cdef const fuse_read_in *wanted = <const fuse_read_in *>body
+        cdef int descriptor
+        cdef ssize_t got
+        if size < sizeof(fuse_read_in):
+            return self.fail(reply, EINVAL)
+        if wanted.fh >= self.handles or wanted.size > BUFFER:
+            return FOR_PYTHON
+        descriptor = self.descriptors[wanted.fh] - 1
+        if descriptor < 0:
+            return FOR_PYTHON
+        got = pread(descriptor, thread.out, wanted.size, <off_t>wanted.offset)
+        if got < 0:
+            return self.fail(reply, errno)
+        reply.data, reply.length = thread.out, got
+        return ANSWERED
+
+    def keep_statfs(self, bytes answer):
+        """Answer STATFS with these bytes for a moment: the kernel never caches it."""
+        if len(answer) == 80:
+            memcpy(self.statfs, <const char *>answer, 80)
+            self.statfs_until = lane_clock() + STATFS_VALID
