@@ -252,7 +252,7 @@ def test_a_slow_copy_does_not_hold_up_others(workshop: Workshop) -> None:
     rounds = 0
     while copying.is_alive():
         assert os.listdir(tree / "d") == ["x"]
-        os.stat(tree / "d/x").st_size
+        assert os.stat(tree / "d/x").st_size == 1
         with contextlib.suppress(OSError):
             os.stat(tree / f"missing{rounds}")
         rounds += 1

@@ -1,4 +1,4 @@
-"""Deleting: whiteouts for what lies below, nothing for what does not, opaque marks for what is new."""
+"""Deleting: whiteouts for what lies below, opaque marks for what is made anew over it."""
 
 import errno
 import os

@@ -201,7 +201,7 @@ def test_paths_as_deep_as_a_path_can_be_and_deeper(workshop: Workshop) -> None:
 
 
 def test_a_path_of_path_max_in_a_layer(workshop: Workshop) -> None:
-    # the longest path that a program can use in the mount: the union must not put a prefix before it
+    # the longest path that a program can use: the union must not put a prefix before it
     tree = workshop({"x": ""})
     tree.unmount()
     room = 4095 - len(str(tree.root)) - len("/f")
