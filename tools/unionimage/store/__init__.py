@@ -1,0 +1,41 @@
+"""The content store: images, layers and blobs, by digest and by name.
+
+On disk, below the root:
+
+    store.db                 SQLite: what there is (schema.py). What has no row does not exist
+    blobs/sha256/HEX         configs, manifests, compressed layers as they came
+    diff/HEX/                a layer's files, by diffID: what mounts use as lower directories
+    recipes/HEX              what its tar has beside them, so that it comes back byte for byte
+    layers/HEX               by chainID: the layers (names in diff/) of that chain, topmost first
+    staging/LEASE/           what a running command has not published yet
+    partial/HEX              compressed layers that are coming in, by digest
+    locks/                   flock(2) files of running commands
+
+The map of the package, arrows downwards:
+
+    store      reading, names, holds          lease      adding
+    cleanup    garbage                        check      damage and repair
+    layer_tar, blobs, model, ahead
+    database → schema;  files, locks
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from unionimage.store.model import Image, Layer
+from unionimage.store.store import Store
+
+if TYPE_CHECKING:
+    from unionimage.store.lease import Lease
+
+__all__ = ["Image", "Layer", "Lease", "Store"]
+
+
+def __getattr__(name: str) -> Any:
+    """`Lease` is imported when it is asked for: verbs that only read start faster without it."""
+    if name == "Lease":
+        from unionimage.store.lease import Lease
+
+        return Lease
+    raise AttributeError(name)
