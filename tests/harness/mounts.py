@@ -332,13 +332,13 @@ class Workshop:
         """Unmount all, remove all; raise AssertionError about what was left wrong."""
         try:
             for tree in self._trees:
-                if not failed and is_mounted(tree.root):
+                if is_mounted(tree.root) and tree.kind != "plain" and not failed:
                     tree.unmount()
+            for layer, before in self._layers.items():
+                assert_equal(before, fingerprint(layer), (f"{layer.name} before", "after the test"))
         finally:
             for tree in self._trees:
                 tree.discard()
-        for layer, before in self._layers.items():
-            assert_equal(before, fingerprint(layer), (f"{layer.name} before", "after the test"))
 
     def messages(self) -> str:
         """What the daemons wrote, for the report of a failure."""
