@@ -112,13 +112,11 @@ def daemon_of(mount: Mount) -> int | None:
     """
     connection = mount.device.partition(b":")[2]
     wanted = re.compile(rb"^fuse_connection:\t%s$" % connection, re.MULTILINE)
-    for entry in os.scandir(b"/proc"):
-        if not entry.name.isdigit():
-            continue
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        infos = f"/proc/{process}/fdinfo"
         try:
-            infos = os.scandir(entry.path + b"/fdinfo")
-            if any(wanted.search(_contents(info.path)) for info in infos):
-                return os.pidfd_open(int(entry.name))
+            if any(wanted.search(_contents(f"{infos}/{number}")) for number in os.listdir(infos)):
+                return os.pidfd_open(int(process))
         except OSError:
             continue  # it ended, or is not ours to look into
     return None
@@ -265,7 +263,7 @@ def _unmount_command(path: bytes) -> str:
     return f"unionfuse umount {os.fsdecode(path)}"
 
 
-def _contents(path: bytes) -> bytes:
+def _contents(path: str) -> bytes:
     with open(path, "rb") as file:
         return file.read()
 
