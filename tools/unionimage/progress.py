@@ -14,8 +14,8 @@ class Task(Protocol):
     def advance(self, count: int) -> None:
         """`count` more bytes are done (fewer, if negative)."""
 
-    def status(self, text: str) -> None:
-        """What happens to it now: `Extracting`."""
+    def status(self, text: str, total: int | None = None) -> None:
+        """What happens to it now: `Extracting`; with `total` it counts from 0 to that anew."""
 
     def done(self, text: str) -> None:
         """It has ended: `Pull complete`."""
@@ -43,7 +43,7 @@ class Silent:
     def advance(self, count: int) -> None:
         pass
 
-    def status(self, text: str) -> None:
+    def status(self, text: str, total: int | None = None) -> None:
         pass
 
     def done(self, text: str) -> None:

@@ -69,7 +69,7 @@ class _LineTask:
     def advance(self, count: int) -> None:
         pass
 
-    def status(self, text: str) -> None:
+    def status(self, text: str, total: int | None = None) -> None:
         if text != self._last:
             self._last = text
             self._lines.line(f"{self._name}: {text}")
@@ -124,8 +124,11 @@ class _Bar:
     def advance(self, count: int) -> None:
         self._bars.advance(self._task, count)
 
-    def status(self, text: str) -> None:
-        self._bars.update(self._task, description=text)
+    def status(self, text: str, total: int | None = None) -> None:
+        if total is None:
+            self._bars.update(self._task, description=text)
+        else:
+            self._bars.update(self._task, description=text, total=total, completed=0)
 
     def done(self, text: str) -> None:
         total = self._bars.tasks[self._task].total

@@ -236,7 +236,11 @@ class Repository:
         return False
 
     def upload(
-        self, digest: Digest, size: int, open_blob: Callable[[], BinaryIO], progress: Progress
+        self,
+        digest: Digest,
+        size: int,
+        open_blob: Callable[[], BinaryIO],
+        progress: Progress = no_progress,
     ) -> None:
         """Send a blob: in one PUT if it is small, else in chunks that are resumed after a cut.
 
@@ -428,6 +432,7 @@ class BlobReader:
         self._failures = 0
         self._pace = Pace(repository.transport.limits.stall)
         self._finished = False
+        self._aborted = False
         self.position = offset
 
     def __enter__(self) -> BlobReader:
@@ -435,6 +440,16 @@ class BlobReader:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def abort(self) -> None:
+        """Let a `read` that waits in another thread, and all later ones, fail at once."""
+        self._aborted = True
+        response = self._response
+        if response is not None:
+            try:
+                response.shutdown()
+            except (RuntimeError, ValueError, OSError):
+                pass  # it has just ended by itself
 
     def close(self) -> None:
         """Give up the connection; harmless when all was read."""
@@ -452,6 +467,8 @@ class BlobReader:
         if size == 0 or self._finished:
             return b""
         while True:
+            if self._aborted:
+                raise RegistryError(str(self._repository), "the transfer was stopped")
             try:
                 data = self._some(size)
                 break
@@ -521,7 +538,7 @@ class BlobReader:
         """Note a cut; wait before the next attempt, or give up after too many in a row."""
         self.close()
         self._failures += 1
-        if self._failures >= self._repository.transport.limits.attempts:
+        if self._aborted or self._failures >= self._repository.transport.limits.attempts:
             raise problem from cause
         self._repository.transport.pause(self._failures)
 
@@ -551,7 +568,7 @@ def _pieces(
 ) -> Iterator[bytes]:
     """The bytes from `start` to `end` of a blob, piece by piece."""
     with open_blob() as blob:
-        blob.seek(start)
+        _skip(blob, start)
         left = end - start
         while left > 0:
             data = blob.read(min(CHUNK, left))
@@ -562,6 +579,15 @@ def _pieces(
             left -= len(data)
             progress(len(data))
             yield data
+
+
+def _skip(blob: BinaryIO, count: int) -> None:
+    """Go forward in a blob, which may be one that can only be read."""
+    if count and hasattr(blob, "seek"):
+        blob.seek(count)
+        return
+    while count and (data := blob.read(min(CHUNK, count))):
+        count -= len(data)
 
 
 def _is_worth_another(error: RegistryError) -> bool:

@@ -1,0 +1,97 @@
+"""An image as it leaves the store: which blob stands for each layer, and under which manifest.
+
+What came from elsewhere leaves as it came, byte for byte, so that digests stay the same everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import BinaryIO, cast
+
+from unionimage.spec import (
+    DOCKER_CONFIG,
+    DOCKER_LAYER,
+    DOCKER_LAYER_GZIP,
+    DOCKER_LAYER_ZSTD,
+    DOCKER_MANIFEST,
+    OCI_CONFIG,
+    OCI_LAYER,
+    OCI_LAYER_GZIP,
+    OCI_LAYER_ZSTD,
+    OCI_MANIFEST,
+    Descriptor,
+    Manifest,
+    parse_manifest,
+)
+from unionimage.store import Image, Lease, Store
+
+LAYER_TYPES = {
+    (OCI_MANIFEST, "none"): OCI_LAYER,
+    (DOCKER_MANIFEST, "none"): DOCKER_LAYER,
+    (OCI_MANIFEST, "gzip"): OCI_LAYER_GZIP,
+    (OCI_MANIFEST, "zstd"): OCI_LAYER_ZSTD,
+    (DOCKER_MANIFEST, "gzip"): DOCKER_LAYER_GZIP,
+    (DOCKER_MANIFEST, "zstd"): DOCKER_LAYER_ZSTD,
+}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How the image shall look in the registry; None: as it came, else OCI with gzip."""
+
+    manifest_type: str | None = None
+    compression: str | None = None
+
+    @property
+    def anything(self) -> bool:
+        return self.manifest_type is None and self.compression is None
+
+
+AS_IT_IS = Wanted()
+
+
+class Outgoing:
+    """An image as it is sent: under its own manifest, or a new one."""
+
+    def __init__(self, store: Store, lease: Lease, image: Image, wanted: Wanted) -> None:
+        self.store, self.lease, self.image, self.wanted = store, lease, image, wanted
+        self.original = self._original() if wanted.anything else None
+
+    def layer(self, position: int) -> Descriptor:
+        """The blob of a layer; compresses it if it has none yet."""
+        if self.original is not None:
+            return self.original[1].layers[position]
+        compression = self.wanted.compression or "gzip"
+        diff_id = self.image.diff_ids[position]
+        blob = self.store.layer_blob(diff_id, compression, self.lease)
+        media_type = LAYER_TYPES[self.wanted.manifest_type or OCI_MANIFEST, compression]
+        return Descriptor(media_type, blob.digest, blob.size)
+
+    def open_layer(self, position: int, blob: Descriptor) -> BinaryIO:
+        """The bytes of a layer's blob; an uncompressed one may exist only as its files."""
+        if self.store.blobs.has(blob.digest):
+            return open(self.store.blobs.path(blob.digest), "rb")
+        return cast(BinaryIO, self.store.layer_tar(self.image.diff_ids[position]))
+
+    def manifest(self, layers: Iterable[Descriptor]) -> tuple[str, bytes]:
+        """Media type and bytes of the manifest."""
+        if self.original is not None:
+            return self.original[1].media_type, self.original[0]
+        media_type = self.wanted.manifest_type or OCI_MANIFEST
+        config_type = DOCKER_CONFIG if media_type == DOCKER_MANIFEST else OCI_CONFIG
+        config = Descriptor.of(config_type, self.image.config_bytes)
+        return media_type, Manifest(media_type, config, tuple(layers)).to_json()
+
+    def _original(self) -> tuple[bytes, Manifest] | None:
+        """The manifest that the image came with, if all its blobs can still be had."""
+        if self.image.manifest_digest is None:
+            return None
+        data = self.image.manifest_bytes()
+        manifest = parse_manifest(data) if data else None
+        if not isinstance(manifest, Manifest) or len(manifest.layers) != len(self.image.diff_ids):
+            return None
+        for layer, diff_id in zip(manifest.layers, self.image.diff_ids, strict=True):
+            if layer.digest != diff_id and not self.lease.use_blob(layer.digest):
+                return None
+        return (data, manifest) if data else None

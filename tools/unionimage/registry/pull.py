@@ -1,0 +1,215 @@
+"""Pull: an image from a registry into the store.
+
+Layers are fetched side by side and streamed into the store, which verifies and unpacks them as they
+come; what is there is not fetched, and what a broken pull left is continued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from unionimage.digest import Digest
+from unionimage.errors import BadContent, UserError
+from unionimage.progress import Reporter, Task
+from unionimage.reference import Reference
+from unionimage.registry.client import RawManifest, Repository
+from unionimage.registry.errors import RegistryError, RegistryStatusError
+from unionimage.registry.session import Session
+from unionimage.spec import (
+    Descriptor,
+    ImageConfig,
+    Index,
+    Manifest,
+    Platform,
+    compression_of,
+    parse_manifest,
+)
+from unionimage.store import Image, Lease, Store
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What a pull did. `digest` is of what the tag points at, be it a manifest or an index."""
+
+    reference: Reference
+    image: Image
+    digest: Digest
+    is_new: bool
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An image in a repository, chosen for a platform, with its config verified."""
+
+    repository: Repository
+    top_digest: Digest
+    raw: RawManifest
+    manifest: Manifest
+    config_bytes: bytes
+    config: ImageConfig
+
+    def layers(self) -> Iterator[tuple[Descriptor, Digest]]:
+        """Each different layer once: the blob and its diffID."""
+        pairs = zip(self.manifest.layers, self.config.diff_ids, strict=True)
+        yield from {diff_id: (layer, diff_id) for layer, diff_id in pairs}.values()
+
+
+def pull(
+    store: Store,
+    session: Session,
+    reference: Reference,
+    report: Reporter,
+    platform: Platform | None = None,
+) -> Pulled:
+    """Pull one image, by tag or digest.
+
+    Args:
+        reference: with a tag or a digest.
+        platform: which image of an index; this machine's if None.
+
+    Raises:
+        UserError: the registry or what it sent cannot be used; the store is as it was.
+    """
+    wanted = reference.digest or reference.tag
+    assert wanted is not None
+    report.line(f"{wanted}: Pulling from {reference.path}")
+    found = _find(session, reference, wanted, platform)
+    with store.lease(f"pull {reference.familiar}") as lease:
+        before = store.find(str(reference)) if reference.tag else None
+        is_new = before is None or before.id != found.manifest.config.digest
+        tasks = [
+            (layer, diff_id, report.task(layer.digest.short, "Pulling fs layer", layer.size))
+            for layer, diff_id in found.layers()
+        ]
+        session.side_by_side(
+            lambda job: _fetch_layer(session, found.repository, lease, *job), tasks
+        )
+        by_digest = Reference(reference.registry, reference.path, None, found.top_digest)
+        image = lease.add_image(
+            found.config_bytes,
+            manifest=found.raw.data,
+            names=[replace(reference, digest=None)] if reference.tag else [],
+            digests=[by_digest],
+        )
+    return Pulled(reference, image, found.top_digest, is_new)
+
+
+def pull_all(
+    store: Store,
+    session: Session,
+    reference: Reference,
+    report: Reporter,
+    platform: Platform | None = None,
+) -> list[Pulled]:
+    """Pull every tag of a repository, one after the other."""
+    tags = list(session.repository(reference).tags())
+    if not tags:
+        raise RegistryError(reference.familiar_repository, "has no tags", "check the name")
+    return [
+        pull(store, session, replace(reference, tag=tag, digest=None), report, platform)
+        for tag in tags
+    ]
+
+
+def _find(
+    session: Session, reference: Reference, wanted: str | Digest, platform: Platform | None
+) -> _Found:
+    """The image from the first source that has it: mirrors may fail, the registry may not."""
+    *mirrors, home = session.sources(reference)
+    for mirror in mirrors:
+        try:
+            return _find_in(mirror, reference, wanted, platform)
+        except UserError:
+            continue
+    try:
+        return _find_in(home, reference, wanted, platform)
+    except RegistryStatusError as error:
+        raise _explain(error, reference) from error
+
+
+def _find_in(
+    repository: Repository, reference: Reference, wanted: str | Digest, platform: Platform | None
+) -> _Found:
+    top = raw = repository.manifest(wanted)
+    parsed = parse_manifest(raw.data, raw.media_type)
+    if isinstance(parsed, Index):
+        chosen = parsed.select(platform or Platform.host())
+        raw = repository.manifest(chosen.digest)
+        if len(raw.data) != chosen.size:
+            raise BadContent(f"{repository}: manifest {chosen.digest} has not {chosen.size} bytes")
+        parsed = parse_manifest(raw.data, raw.media_type)
+        if isinstance(parsed, Index):
+            raise BadContent(f"{repository}: the index {top.digest} holds another index")
+    for layer in parsed.layers:
+        compression_of(layer.media_type)
+    config_bytes = repository.small_blob(parsed.config)
+    config = ImageConfig.from_json(config_bytes)
+    if len(config.diff_ids) != len(parsed.layers):
+        raise BadContent(
+            f"{repository}: the manifest has {len(parsed.layers)} layers, "
+            f"its config {len(config.diff_ids)}"
+        )
+    if platform is not None and not config.platform.satisfies(platform):
+        raise UserError(
+            f"{reference.familiar}: was found but does not match the specified platform: "
+            f"wanted {platform}, actual {config.platform}"
+        )
+    return _Found(repository, top.digest, raw, parsed, config_bytes, config)
+
+
+def _fetch_layer(
+    session: Session,
+    repository: Repository,
+    lease: Lease,
+    layer: Descriptor,
+    diff_id: Digest,
+    task: Task,
+) -> None:
+    if lease.use_layer(diff_id) is not None:
+        task.done("Already exists")
+        return
+    offset = lease.resume_offset(layer.digest)
+    try:
+        _stream_layer(session, repository, lease, layer, diff_id, task, offset)
+    except BadContent:
+        if not offset or session.stopped.is_set():
+            raise
+        # What an earlier pull left may be what is wrong.
+        task.advance(-offset)
+        _stream_layer(session, repository, lease, layer, diff_id, task, 0)
+    task.done("Pull complete")
+
+
+def _stream_layer(
+    session: Session,
+    repository: Repository,
+    lease: Lease,
+    layer: Descriptor,
+    diff_id: Digest,
+    task: Task,
+    offset: int,
+) -> None:
+    task.status("Resuming" if offset else "Downloading")
+    task.advance(offset)
+    with session.follow(repository.blob(layer, task.advance, offset)) as reader:
+        lease.add_layer(
+            reader,
+            compression=compression_of(layer.media_type),
+            diff_id=diff_id,
+            digest=layer.digest,
+            size=layer.size,
+            offset=offset,
+        )
+
+
+def _explain(error: RegistryStatusError, reference: Reference) -> UserError:
+    """Docker's words for an image that is not there, or not for us."""
+    if error.status == 404 and "MANIFEST_UNKNOWN" in error.codes:
+        return RegistryError(f"manifest for {reference.familiar}", "not found", "check the tag")
+    if error.status in (401, 403, 404):
+        return RegistryError(
+            f"pull access denied for {reference.familiar_repository}",
+            "repository does not exist or may require 'unionfuse login'",
+        )
+    return error

@@ -1,0 +1,128 @@
+"""Push: an image from the store into a registry.
+
+A blob that the repository has is skipped, one that another repository of the same registry has is
+mounted from there, all others are sent, side by side. Layers made here are compressed now, once.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from unionimage.digest import Digest
+from unionimage.progress import Reporter, Task
+from unionimage.reference import Reference
+from unionimage.registry.client import Repository
+from unionimage.registry.errors import RegistryError, RegistryStatusError
+from unionimage.registry.outgoing import AS_IT_IS, Outgoing, Wanted
+from unionimage.registry.session import Session
+from unionimage.spec import Descriptor, Manifest, parse_manifest
+from unionimage.store import Image, Store
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did."""
+
+    reference: Reference
+    digest: Digest
+    size: int  # bytes of the manifest
+
+
+def push(
+    store: Store,
+    session: Session,
+    image: Image,
+    reference: Reference,
+    report: Reporter,
+    wanted: Wanted = AS_IT_IS,
+) -> Pushed:
+    """Push one image under the tag of `reference`.
+
+    Raises:
+        UserError: the registry refuses or cannot be reached; what was sent stays there, unnamed.
+    """
+    repository = session.repository(reference)
+    with store.lease(f"push {reference.familiar}") as lease:
+        made = Outgoing(store, lease, image, wanted)
+        tasks = [
+            (position, report.task(diff_id.short, "Preparing"))
+            for diff_id, position in {d: n for n, d in enumerate(image.diff_ids)}.items()
+        ]
+        sources = _Sources(store, reference)
+        try:
+            blobs = session.side_by_side(
+                lambda job: _push_layer(made, repository, sources, *job), tasks
+            )
+        except RegistryStatusError as error:
+            raise _explain(error, reference) from error
+        layers = dict(zip((image.diff_ids[position] for position, _ in tasks), blobs, strict=True))
+        manifest_type, data = made.manifest([layers[diff_id] for diff_id in image.diff_ids])
+        _push_config(repository, data, image)
+        assert reference.tag is not None
+        digest = repository.put_manifest(reference.tag, manifest_type, data)
+        by_digest = Reference(reference.registry, reference.path, None, digest)
+        lease.add_image(image.config_bytes, manifest=data, digests=[by_digest])
+    return Pushed(reference, digest, len(data))
+
+
+class _Sources:
+    """Other repositories of the same registry that a layer is known to be in."""
+
+    def __init__(self, store: Store, reference: Reference) -> None:
+        self._paths: dict[Digest, dict[str, None]] = {}
+        for image in store.images(all=True):
+            for name in (*image.names, *image.digests):
+                if name.registry == reference.registry and name.path != reference.path:
+                    for diff_id in image.diff_ids:
+                        self._paths.setdefault(diff_id, {})[name.path] = None
+
+    def of(self, diff_id: Digest) -> list[str]:
+        """At most three repositories to try."""
+        return list(self._paths.get(diff_id, ()))[:3]
+
+
+def _push_layer(
+    made: Outgoing, repository: Repository, sources: _Sources, position: int, task: Task
+) -> Descriptor:
+    blob = made.layer(position)
+    if repository.has_blob(blob.digest):
+        task.done("Layer already exists")
+        return blob
+    for source in sources.of(made.image.diff_ids[position]):
+        if repository.mount(blob.digest, source):
+            task.done(f"Mounted from {source}")
+            return blob
+    task.status("Pushing", blob.size)
+    repository.upload(blob.digest, blob.size, lambda: made.open_layer(position, blob), task.advance)
+    task.done("Pushed")
+    return blob
+
+
+def _push_config(repository: Repository, manifest: bytes, image: Image) -> None:
+    parsed = parse_manifest(manifest)
+    assert isinstance(parsed, Manifest)
+    if not repository.has_blob(parsed.config.digest):
+        config = parsed.config
+        repository.upload(config.digest, config.size, lambda: io.BytesIO(image.config_bytes))
+
+
+def _explain(error: RegistryStatusError, reference: Reference) -> RegistryError:
+    if error.status in (401, 403):
+        return RegistryError(
+            f"push access to {reference.familiar_repository} is denied",
+            error.reason,
+            "use unionfuse login",
+        )
+    return error
+
+
+def tags_to_push(image_names: Iterable[Reference], reference: Reference) -> list[Reference]:
+    """Every local tag of the repository that `reference` names, in order."""
+    same = {
+        replace(name, digest=None)
+        for name in image_names
+        if (name.registry, name.path) == (reference.registry, reference.path) and name.tag
+    }
+    return sorted(same, key=str)
