@@ -16,6 +16,8 @@
     "docker.io" = ["mirror.lan"]       # asked first, in this order
     [registries.short-names]
     debian = "registry.lan/base/debian"
+    [registries.token-realms]
+    "registry.lan" = ["login.lan"]     # token servers elsewhere that may see its password
 
 `UNIONFUSE_CONFIG` names one file that is read instead of both.
 """
@@ -37,7 +39,12 @@ _STRING, _STRINGS, _FLAG, _NUMBER = "a string", "a list of strings", "true or fa
 _KEYS: dict[str, dict[str, str]] = {
     "store": {"root": _STRING, "driver": _STRING, "durable": _FLAG, "dedupe": _STRING},
     "limits": {"layer-size": _NUMBER, "layer-entries": _NUMBER},
-    "registries": {"insecure": _STRINGS, "mirrors": "a table", "short-names": "a table"},
+    "registries": {
+        "insecure": _STRINGS,
+        "mirrors": "a table",
+        "short-names": "a table",
+        "token-realms": "a table",
+    },
 }
 
 
@@ -49,6 +56,7 @@ class Config:
         root: of the store; None: the default place.
         mirrors: registry -> registries that are asked first.
         short_names: what a user types -> full repository name.
+        token_realms: registry -> hosts of token servers elsewhere that may see its password.
         layer_size, layer_entries: see `changeset.tar.Limits`.
     """
 
@@ -61,6 +69,7 @@ class Config:
     insecure: tuple[str, ...] = ()
     mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     short_names: Mapping[str, str] = field(default_factory=dict)
+    token_realms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def load() -> Config:
@@ -83,8 +92,9 @@ def load() -> Config:
         limits.get("layer-size", defaults.layer_size),
         limits.get("layer-entries", defaults.layer_entries),
         tuple(registries.get("insecure", ())),
-        {name: tuple(mirrors) for name, mirrors in registries.get("mirrors", {}).items()},
+        _tuples(registries.get("mirrors", {})),
         dict(registries.get("short-names", {})),
+        _tuples(registries.get("token-realms", {})),
     )
 
 
@@ -121,13 +131,18 @@ def _parse(path: Path, data: bytes) -> dict[str, dict[str, Any]]:
                 raise UserError(f"{path}: there is no key {key!r} in [{section}]")
             if not _fits(value, kind):
                 raise UserError(f"{path}: {key!r} in [{section}] must be {kind}")
-    for name, mirrors in tables.get("registries", {}).get("mirrors", {}).items():
-        if not _fits(mirrors, _STRINGS):
-            raise UserError(f"{path}: the mirrors of {name!r} must be {_STRINGS}")
+    for key in ("mirrors", "token-realms"):
+        for name, hosts in tables.get("registries", {}).get(key, {}).items():
+            if not _fits(hosts, _STRINGS):
+                raise UserError(f"{path}: the {key} of {name!r} must be {_STRINGS}")
     for name, full in tables.get("registries", {}).get("short-names", {}).items():
         if not _fits(full, _STRING):
             raise UserError(f"{path}: the short name {name!r} must be {_STRING}")
     return tables
+
+
+def _tuples(table: Mapping[str, list[str]]) -> dict[str, tuple[str, ...]]:
+    return {name: tuple(values) for name, values in table.items()}
 
 
 def _fits(value: Any, kind: str) -> bool:
