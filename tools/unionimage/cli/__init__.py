@@ -50,6 +50,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "push": ("push", "Upload an image to a registry"),
     "login": ("login", "Log in to a registry"),
     "logout": ("logout", "Log out of a registry"),
+    "tags": ("tags", "List the tags of a repository in a registry"),
     "copy": ("copy", "Send an image to another host over ssh"),
     "explore": ("explore", "Show an image as a page of pictures"),
     # Containers

@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from unionimage.cli.common import load_config
+    from unionimage import config
     from unionimage.errors import UserError
     from unionimage.registry.credentials import Credential, CredentialFile
     from unionimage.registry.login import check_login, registry_of
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if not password:
         raise UserError("the password is empty")
     credential = Credential(username, password)
-    with Session(load_config(args), insecure=args.insecure) as session:
+    with Session(config.load(), insecure=args.insecure) as session:
         check_login(session, registry, credential)
     path = CredentialFile().put(registry, credential)
     if path is not None:

@@ -37,14 +37,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from unionimage.cli.progress import reporter
     from unionimage.errors import UserError
-    from unionimage.reference import Reference
     from unionimage.registry.pull import pull, pull_all
     from unionimage.registry.session import Session
     from unionimage.spec import Platform
 
-    reference = Reference.parse(args.name)
-    if args.all_tags and (reference.tag or reference.digest):
-        raise UserError("tag can't be used with --all-tags/-a")
     platform = Platform.parse(args.platform) if args.platform else None
     results: list[Pulled]
     with (
@@ -52,6 +48,9 @@ def run(args: argparse.Namespace) -> int:
         Session(store.config, insecure=args.insecure) as session,
         reporter(args.quiet) as report,
     ):
+        reference = store.reference(args.name)
+        if args.all_tags and (reference.tag or reference.digest):
+            raise UserError("tag can't be used with --all-tags/-a")
         if args.all_tags:
             results = pull_all(store, session, reference, report, platform)
         else:

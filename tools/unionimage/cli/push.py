@@ -38,17 +38,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from unionimage.cli.progress import reporter
     from unionimage.errors import NotFound, UserError
-    from unionimage.reference import Reference
     from unionimage.registry.outgoing import Wanted
     from unionimage.registry.push import push, tags_to_push
     from unionimage.registry.session import Session
     from unionimage.spec import DOCKER_MANIFEST, OCI_MANIFEST
 
-    reference = Reference.parse(args.name)
-    if reference.digest is not None:
-        raise UserError(f"{args.name}: cannot push a digest reference; give a tag")
-    if args.all_tags and reference.tag is not None:
-        raise UserError("tag can't be used with --all-tags/-a")
     manifest_type = {"oci": OCI_MANIFEST, "docker": DOCKER_MANIFEST, None: None}[args.format]
     wanted = Wanted(manifest_type, args.compression)
     with (
@@ -56,6 +50,11 @@ def run(args: argparse.Namespace) -> int:
         Session(store.config, insecure=args.insecure) as session,
         reporter(args.quiet) as report,
     ):
+        reference = store.reference(args.name)
+        if reference.digest is not None:
+            raise UserError(f"{args.name}: cannot push a digest reference; give a tag")
+        if args.all_tags and reference.tag is not None:
+            raise UserError("tag can't be used with --all-tags/-a")
         report.line(f"The push refers to repository [{reference.repository}]")
         if args.all_tags:
             names = (name for image in store.images(all=True) for name in image.names)

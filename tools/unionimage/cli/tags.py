@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from unionimage.cli.common import open_store
+
 EXAMPLE = """\
 unionfuse tags debian
 unionfuse tags --filter '1.*' localhost:5000/team/app
@@ -30,17 +32,16 @@ def run(args: argparse.Namespace) -> int:
     import fnmatch
     import itertools
 
-    from unionimage.cli.common import load_config
     from unionimage.errors import UserError
-    from unionimage.reference import Reference
     from unionimage.registry.session import Session
 
-    reference = Reference.parse(args.name)
+    with open_store(args) as store:
+        reference, config = store.reference(args.name), store.config
     if reference.tag or reference.digest:
         raise UserError(f"{args.name}: give the name without a tag")
     if args.limit is not None and args.limit < 1:
         raise UserError("--limit must be at least 1")
-    with Session(load_config(args), insecure=args.insecure) as session:
+    with Session(config, insecure=args.insecure) as session:
         repository = session.repository(reference)
         found = (
             tag

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import BinaryIO
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 from urllib3.exceptions import HTTPError
 
-from unionimage.digest import CHUNK, Digest
+from unionimage.digest import CHUNK, Digest, Readable
 from unionimage.errors import BadContent
 from unionimage.registry.auth import Authorizer, parse_challenges
 from unionimage.registry.errors import RegistryError, RegistryStatusError, printable
@@ -46,6 +46,7 @@ TAGS_PER_PAGE = 1000
 MOST_TAGS = 1_000_000
 
 Progress = Callable[[int], None]
+OpenBlob = Callable[[], AbstractContextManager[Readable]]
 
 
 def no_progress(count: int) -> None:
@@ -239,7 +240,7 @@ class Repository:
         self,
         digest: Digest,
         size: int,
-        open_blob: Callable[[], BinaryIO],
+        open_blob: OpenBlob,
         progress: Progress = no_progress,
     ) -> None:
         """Send a blob: in one PUT if it is small, else in chunks that are resumed after a cut.
@@ -258,7 +259,7 @@ class Repository:
         self._upload_whole(digest, size, open_blob, progress)
 
     def _upload_whole(
-        self, digest: Digest, size: int, open_blob: Callable[[], BinaryIO], progress: Progress
+        self, digest: Digest, size: int, open_blob: OpenBlob, progress: Progress
     ) -> None:
         """POST and PUT; an upload that broke is begun anew, since nothing of it is kept."""
         attempts = self.transport.limits.attempts
@@ -288,7 +289,7 @@ class Repository:
                 self.transport.pause(attempt)
 
     def _upload_chunked(
-        self, digest: Digest, size: int, open_blob: Callable[[], BinaryIO], progress: Progress
+        self, digest: Digest, size: int, open_blob: OpenBlob, progress: Progress
     ) -> None:
         """POST, PATCH for each chunk, PUT; after a cut the registry says how far it got."""
         location, done, failures = self._begin(), 0, 0
@@ -563,9 +564,7 @@ class _Counted:
         self._count = 0
 
 
-def _pieces(
-    open_blob: Callable[[], BinaryIO], start: int, end: int, progress: Progress
-) -> Iterator[bytes]:
+def _pieces(open_blob: OpenBlob, start: int, end: int, progress: Progress) -> Iterator[bytes]:
     """The bytes from `start` to `end` of a blob, piece by piece."""
     with open_blob() as blob:
         _skip(blob, start)
@@ -581,10 +580,11 @@ def _pieces(
             yield data
 
 
-def _skip(blob: BinaryIO, count: int) -> None:
+def _skip(blob: Readable, count: int) -> None:
     """Go forward in a blob, which may be one that can only be read."""
-    if count and hasattr(blob, "seek"):
-        blob.seek(count)
+    seek = getattr(blob, "seek", None)
+    if count and seek is not None:
+        seek(count)
         return
     while count and (data := blob.read(min(CHUNK, count))):
         count -= len(data)

@@ -6,9 +6,10 @@ What came from elsewhere leaves as it came, byte for byte, so that digests stay 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import BinaryIO, cast
 
+from unionimage.digest import Readable
 from unionimage.spec import (
     DOCKER_CONFIG,
     DOCKER_LAYER,
@@ -64,15 +65,19 @@ class Outgoing:
             return self.original[1].layers[position]
         compression = self.wanted.compression or "gzip"
         diff_id = self.image.diff_ids[position]
-        blob = self.store.layer_blob(diff_id, compression, self.lease)
         media_type = LAYER_TYPES[self.wanted.manifest_type or OCI_MANIFEST, compression]
-        return Descriptor(media_type, blob.digest, blob.size)
+        if compression == "none":
+            return Descriptor(media_type, diff_id, self.store.layer(diff_id).tar_size)
+        return Descriptor(media_type, *self.lease.compress_layer(diff_id, compression))
 
-    def open_layer(self, position: int, blob: Descriptor) -> BinaryIO:
-        """The bytes of a layer's blob; an uncompressed one may exist only as its files."""
+    def open_layer(self, position: int, blob: Descriptor) -> AbstractContextManager[Readable]:
+        """The bytes of a layer's blob; an uncompressed one may exist only as its files.
+
+        A compressed blob is *not* verified here: whoever receives it verifies it.
+        """
         if self.store.blobs.has(blob.digest):
             return open(self.store.blobs.path(blob.digest), "rb")
-        return cast(BinaryIO, self.store.layer_tar(self.image.diff_ids[position]))
+        return self.store.layer_tar(self.image.diff_ids[position])
 
     def manifest(self, layers: Iterable[Descriptor]) -> tuple[str, bytes]:
         """Media type and bytes of the manifest."""

@@ -195,7 +195,6 @@ def _stream_layer(
     with session.follow(repository.blob(layer, task.advance, offset)) as reader:
         lease.add_layer(
             reader,
-            compression=compression_of(layer.media_type),
             diff_id=diff_id,
             digest=layer.digest,
             size=layer.size,

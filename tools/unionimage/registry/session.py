@@ -6,11 +6,12 @@ One `Session` lives as long as one command; `stop` ends whatever waits or reads 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from typing import Protocol, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
+from unionimage.config import Config
 from unionimage.reference import DEFAULT_REGISTRY, Reference
 from unionimage.registry.auth import Authorizer
 from unionimage.registry.client import BlobReader, Repository
@@ -25,17 +26,6 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-class RegistryConfig(Protocol):
-    """What of the configuration file is about registries."""
-
-    @property
-    def insecure_registries(self) -> Sequence[str]: ...
-    @property
-    def registry_mirrors(self) -> Mapping[str, Sequence[str]]: ...
-    @property
-    def token_realms(self) -> Mapping[str, Sequence[str]]: ...
-
-
 class Session:
     """The connections of one command; a context manager.
 
@@ -47,7 +37,7 @@ class Session:
 
     def __init__(
         self,
-        config: RegistryConfig,
+        config: Config,
         *,
         insecure: bool = False,
         credentials: CredentialFile | None = None,
@@ -75,7 +65,7 @@ class Session:
 
     def sources(self, reference: Reference) -> list[Repository]:
         """Where to pull from: the configured mirrors in order, then the registry itself."""
-        mirrors = self._config.registry_mirrors.get(reference.registry, ())
+        mirrors = self._config.mirrors.get(reference.registry, ())
         return [self._mirror(mirror, reference) for mirror in mirrors] + [
             self.repository(reference)
         ]
@@ -95,7 +85,7 @@ class Session:
             plain: plain HTTP is fine for it.
         """
         name = name or host
-        insecure = bool({host, name} & set(self._config.insecure_registries))
+        insecure = bool({host, name} & set(self._config.insecure))
         insecure = insecure or plain or self._insecure
         transport = Transport(host, insecure, sleep=self._pause)
         authorizer = Authorizer(transport, credential, self._config.token_realms.get(name, ()))

@@ -254,7 +254,6 @@ def _receive(store: Store, source: BinaryIO, answers: BinaryIO) -> Digest:
             section = _Section(source, layer.size - offset)
             lease.add_layer(
                 section,
-                compression=compression_of(layer.media_type),
                 diff_id=config.diff_ids[position],
                 digest=layer.digest,
                 size=layer.size,
