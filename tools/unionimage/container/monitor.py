@@ -1,0 +1,735 @@
+"""The process that keeps one container: starts it, holds its streams, and outlives the command.
+
+One thread, one `poll` loop. It is the child subreaper, so the container's first process is its own
+child and its exit code is known for sure. It writes log and state, answers on its socket (`wire`),
+runs the health check, keeps the restart policy, and cleans up when the container has ended. What it
+does *not* do: mount (the command did that before, errors are told to the user there), decide
+configuration, or know images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from unionimage.container import health, limits, logs, wire
+from unionimage.container.runtime import Runtime, RuntimeFailure
+from unionimage.container.state import NEVER, Container, now
+from unionimage.errors import UserError
+
+CHUNK = 1 << 16
+SLOW_CLIENT = 1 << 20  # bytes unsent to a client above which the container has to wait
+FIRST_DELAY, LONGEST_DELAY = 0.1, 60.0
+LONG_ENOUGH = 10.0  # seconds up after which a restart counts as a success
+DRAIN = 1.0  # seconds to wait for output that somebody still holds open after the exit
+PR_SET_CHILD_SUBREAPER = 36
+
+State = dict[str, Any]
+
+
+@dataclass
+class Hooks:
+    """What the monitor has done for it by others, so that it need not know them."""
+
+    connect: Callable[[int], None]  # the network of a process, between create and start
+    disconnect: Callable[[], None]
+    unmount: Callable[[], None]
+    removed: Callable[[], None]  # --rm
+    event: Callable[..., None]
+
+
+@dataclass
+class Client:
+    """One connection."""
+
+    socket: socket.socket
+    attached: bool = False
+    stdin: bool = False
+    stdout: bool = False
+    stderr: bool = False
+    waits: str = ""  # "exit": answer when the container has ended for good
+    received: bytes = b""
+    frames: wire.Frames = field(default_factory=wire.Frames)
+    unsent: bytearray = field(default_factory=bytearray)
+
+
+class Monitor:
+    """See the module. `run` returns when the container has ended for good."""
+
+    def __init__(
+        self,
+        container: Container,
+        runtime: Runtime,
+        hooks: Hooks,
+        first: socket.socket | None,
+        ready: int,
+    ) -> None:
+        self._container, self._runtime, self._hooks = container, runtime, hooks
+        self._ready = ready  # a pipe: one JSON line tells the command how the start went
+        self._tty = bool(container.config.get("Tty"))
+        self._state: State = container.state()
+        self._clients: list[Client] = []
+        self._selector = selectors.DefaultSelector()
+        self._outputs: dict[int, str] = {}  # descriptor -> stdout, stderr
+        self._master = self._stdin = -1
+        self._input = bytearray()
+        self._input_ends = False
+        self._exit_code: int | None = None
+        self._stopping = False
+        self._timers: dict[str, tuple[float, Callable[[], None]]] = {}
+        self._delay = FIRST_DELAY
+        self._started = 0.0
+        self._oom_file: str | None = None
+        self._memory_cgroup: str | None = None
+        self._health: health.Checker | None = None
+        self._done = False
+        self._open_log()
+        if first is not None:
+            first.setblocking(False)
+            self._add_client(first)
+
+    def run(self) -> None:
+        alive = os.open(self._container.run / "alive", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        _become_subreaper()
+        wake, awoken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(awoken, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        # a shutdown of the host asks everybody: the container gets its stop signal
+        signal.signal(signal.SIGTERM, lambda *_: self._begin_stop(None, None))
+        server = wire.listen(self._container.control)
+        self._selector.register(wake, selectors.EVENT_READ, self._reap)
+        self._selector.register(server, selectors.EVENT_READ, lambda: self._accept(server))
+        self._wake = wake
+        try:
+            self._start()
+        except UserError as error:
+            self._failed_start(error)
+            return
+        except Exception as error:
+            self._failed_start(UserError(f"{type(error).__name__}: {error}", exit_code=125))
+            raise
+        self._tell({"pid": self._state["Pid"]})
+        while not self._done:
+            self._step()
+        server.close()
+        self._farewell()
+
+    # ---- starting
+
+    def _start(self) -> None:
+        config = self._container.config
+        console = str(self._container.run / "console") if self._tty else None
+        pid_file = self._container.run / "pid"
+        container_ends, own_ends, listener = self._make_streams(console)
+        networked = self._container.record.get("NetworkMode") == "engine"
+        try:
+            pid = self._runtime.start_detached(
+                self._container.id,
+                self._container.bundle,
+                pid_file,
+                create_only=networked,
+                console_socket=console,
+                stdin=container_ends[0],
+                stdout=container_ends[1],
+                stderr=container_ends[2],
+            )
+            if networked:
+                self._hooks.connect(pid)
+                self._runtime.start(self._container.id)
+        except BaseException:
+            for descriptor in own_ends:
+                os.close(descriptor)
+            self._runtime.delete(self._container.id, force=True)
+            self._hooks.disconnect()
+            raise
+        finally:
+            for descriptor in {end for end in container_ends if end >= 0}:
+                os.close(descriptor)
+        if listener is not None:
+            with listener:
+                connection, _ = listener.accept()
+                with connection:
+                    _, descriptors, _, _ = socket.recv_fds(connection, 64, 1)
+            self._master = self._stdin = descriptors[0]
+            os.set_blocking(self._master, False)
+            self._watch_output(self._master, "stdout")
+        else:
+            if config.get("OpenStdin"):
+                self._stdin = own_ends.pop(0)
+            for descriptor, name in zip(own_ends, ("stdout", "stderr"), strict=True):
+                self._watch_output(descriptor, name)
+        self._started = time.monotonic()
+        self._exit_code = None
+        cgroup = limits.cgroup_of(pid, "memory")
+        self._memory_cgroup = str(cgroup) if cgroup else None
+        self._write(
+            Status="running",
+            Pid=pid,
+            PidStart=_start_time(pid),
+            StartedAt=now(),
+            Error="",
+            OOMKilled=False,
+            ExitCode=0,
+        )
+        self._hooks.event("start")
+        check = health.Checker.for_container(self._container, self._runtime)
+        if check is not None:
+            self._health = check
+            self._write(Health=check.status())
+            self._timer("health", check.first_delay(), self._check_health)
+
+    def _make_streams(
+        self, console: str | None
+    ) -> tuple[tuple[int, int, int], list[int], socket.socket | None]:
+        """The container's ends of its streams, ours (input if any, output, errors), and where a
+        terminal will arrive."""
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        if console is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(console)
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            listener.bind(console)
+            listener.listen(1)
+            return (null, null, null), [], listener
+        out_read, out_write = os.pipe2(os.O_CLOEXEC)
+        error_read, error_write = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(out_read, False)
+        os.set_blocking(error_read, False)
+        if not self._container.config.get("OpenStdin"):
+            return (null, out_write, error_write), [out_read, error_read], None
+        os.close(null)
+        in_read, in_write = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(in_write, False)
+        return (in_read, out_write, error_write), [in_write, out_read, error_read], None
+
+    def _failed_start(self, error: UserError) -> None:
+        code = error.exit_code if error.exit_code in (126, 127) else 128
+        self._write(Status="created", Pid=0, ExitCode=code, Error=error.message)
+        with contextlib.suppress(OSError):
+            self._hooks.unmount()
+        for client in self._clients:
+            client.socket.close()
+        self._tell({"error": error.message, "exit_code": max(error.exit_code, 125)})
+
+    def _tell(self, answer: dict[str, Any]) -> None:
+        """Answer the command that started this monitor; it may be gone already."""
+        with contextlib.suppress(OSError):
+            os.write(self._ready, json.dumps(answer).encode() + b"\n")
+        os.close(self._ready)
+
+    # ---- the loop
+
+    def _step(self) -> None:
+        waiting = any(len(client.unsent) > SLOW_CLIENT for client in self._clients)
+        for descriptor in self._outputs:
+            with contextlib.suppress(KeyError, ValueError):
+                wanted = 0 if waiting else selectors.EVENT_READ
+                self._want_output(descriptor, wanted)
+        for key, mask in self._selector.select(self._next_timer()):
+            if isinstance(key.data, Client):
+                self._serve(key.data, mask)
+            elif key.fd == self._stdin and mask & selectors.EVENT_WRITE:
+                self._feed_input()
+                if mask & selectors.EVENT_READ:
+                    key.data()
+            else:
+                key.data()
+        for name, (when, action) in list(self._timers.items()):
+            if when <= time.monotonic() and self._timers.get(name, (None,))[0] == when:
+                del self._timers[name]
+                action()
+
+    def _timer(self, name: str, delay: float, action: Callable[[], None]) -> None:
+        self._timers[name] = (time.monotonic() + delay, action)
+
+    def _next_timer(self) -> float | None:
+        if not self._timers:
+            return None
+        return max(0.0, min(when for when, _ in self._timers.values()) - time.monotonic())
+
+    # ---- output and input
+
+    def _watch_output(self, descriptor: int, name: str) -> None:
+        self._outputs[descriptor] = name
+        self._selector.register(
+            descriptor, selectors.EVENT_READ, lambda: self._read_output(descriptor)
+        )
+
+    def _want_output(self, descriptor: int, wanted: int) -> None:
+        """Read from a stream or leave it, without forgetting input that waits for a terminal."""
+        writes = selectors.EVENT_WRITE if descriptor == self._stdin and self._input else 0
+        events = wanted | writes
+        known = self._selector.get_map().get(descriptor)
+        read = lambda: self._read_output(descriptor)  # noqa: E731
+        if known is None:
+            if events:
+                self._selector.register(descriptor, events, read)
+        elif not events:
+            self._selector.unregister(descriptor)
+        elif known.events != events:
+            self._selector.modify(descriptor, events, read)
+
+    def _read_output(self, descriptor: int) -> None:
+        name = self._outputs.get(descriptor)
+        if name is None:
+            return
+        try:
+            data = os.read(descriptor, CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:  # EIO: nobody holds the terminal any more
+            data = b""
+        if not data:
+            self._end_output(descriptor)
+            return
+        if self._log is not None:
+            try:
+                self._log.write(name, data)
+            except OSError as error:
+                self._log = None
+                self._write(LogError=f"{self._container.log_path}: {error.strerror}")
+        kind = wire.STDOUT if name == "stdout" else wire.STDERR
+        for client in list(self._clients):
+            if client.attached and getattr(client, name):
+                self._send(client, wire.frame(kind, data))
+
+    def _end_output(self, descriptor: int) -> None:
+        del self._outputs[descriptor]
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(descriptor)
+        if descriptor == self._stdin:
+            self._stdin = -1
+        if descriptor == self._master:
+            self._master = -1
+        os.close(descriptor)
+        self._maybe_ended()
+
+    def _take_input(self, data: bytes) -> None:
+        if self._stdin >= 0:
+            self._input += data
+            self._feed_input()
+
+    def _feed_input(self) -> None:
+        if self._stdin < 0:
+            return
+        try:
+            while self._input:
+                written = os.write(self._stdin, self._input[:CHUNK])
+                del self._input[:written]
+        except BlockingIOError:
+            pass
+        except OSError:  # EPIPE: the process reads no more
+            self._input.clear()
+            self._input_ends = True
+        if self._stdin == self._master:
+            return  # `_step` registers a terminal for both directions
+        known = self._selector.get_map().get(self._stdin)
+        if self._input and known is None:
+            self._selector.register(self._stdin, selectors.EVENT_WRITE, self._feed_input)
+        elif not self._input and known is not None:
+            self._selector.unregister(self._stdin)
+        if self._input_ends and not self._input:
+            os.close(self._stdin)
+            self._stdin = -1
+
+    def _end_input(self) -> None:
+        """The attached command has no more input: pass the end on, once (docker's StdinOnce)."""
+        if self._stdin >= 0 and self._stdin != self._master:
+            self._input_ends = True
+            self._feed_input()
+
+    # ---- clients
+
+    def _accept(self, server: socket.socket) -> None:
+        with contextlib.suppress(BlockingIOError):
+            connection, _ = server.accept()
+            connection.setblocking(False)
+            self._add_client(connection)
+
+    def _add_client(self, connection: socket.socket) -> None:
+        client = Client(connection)
+        self._clients.append(client)
+        self._selector.register(connection, selectors.EVENT_READ, client)
+
+    def _serve(self, client: Client, mask: int) -> None:
+        if mask & selectors.EVENT_WRITE:
+            self._send(client, b"")
+        if not mask & selectors.EVENT_READ:
+            return
+        try:
+            data = client.socket.recv(CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(client)
+            return
+        if not client.attached:
+            client.received += data
+            line, newline, data = client.received.partition(b"\n")
+            if not newline:
+                return
+            client.received = b""
+            try:
+                self._answer(client, json.loads(line))
+            except UserError as error:
+                self._reply(client, {"error": error.message})
+            except (ValueError, KeyError, TypeError):
+                self._drop(client)
+                return
+        try:
+            for kind, payload in client.frames.feed(data) if client.attached else ():
+                self._take_frame(client, kind, payload)
+        except (ValueError, struct.error):
+            self._drop(client)
+
+    def _take_frame(self, client: Client, kind: int, payload: bytes) -> None:
+        if kind == wire.STDIN and client.stdin:
+            self._take_input(payload)
+        elif kind == wire.END_OF_INPUT and client.stdin:
+            if self._container.config.get("StdinOnce"):
+                self._end_input()
+        elif kind == wire.RESIZE:
+            self._resize(*struct.unpack(">HH", payload))
+        elif kind == wire.SIGNAL:
+            self._signal(payload[0])
+
+    def _resize(self, rows: int, columns: int) -> None:
+        if self._master >= 0:
+            size = struct.pack("HHHH", rows, columns, 0, 0)
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(self._master, termios.TIOCSWINSZ, size)
+
+    def _drop(self, client: Client) -> None:
+        if client not in self._clients:
+            return
+        self._clients.remove(client)
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(client.socket)
+        client.socket.close()
+        if client.stdin and self._container.config.get("StdinOnce") and not self._tty:
+            self._end_input()
+
+    def _send(self, client: Client, data: bytes) -> None:
+        client.unsent += data
+        try:
+            while client.unsent:
+                sent = client.socket.send(client.unsent)
+                del client.unsent[:sent]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._drop(client)
+            return
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.unsent else 0)
+        if self._selector.get_key(client.socket).events != wanted:
+            self._selector.modify(client.socket, wanted, client)
+
+    def _reply(self, client: Client, answer: dict[str, Any]) -> None:
+        self._send(client, json.dumps(answer).encode() + b"\n")
+
+    def _answer(self, client: Client, request: dict[str, Any]) -> None:
+        """Do what a request asks. Raises UserError, which is sent back."""
+        match request["op"]:
+            case "attach":
+                client.attached = True
+                client.stdin = bool(request.get("stdin"))
+                client.stdout = client.stderr = bool(request.get("output", True))
+                client.stdout = bool(request.get("stdout", client.stdout))
+                client.stderr = bool(request.get("stderr", client.stderr))
+                self._hooks.event("attach")
+            case "wait":
+                client.waits = "exit"
+            case "stop":
+                client.waits = "exit"
+                self._begin_stop(request.get("signal"), request.get("timeout"))
+            case "kill":
+                number = int(request["signal"])
+                self._hooks.event("kill", signal=str(number))
+                if number == signal.SIGKILL:
+                    self._manually_stopped()
+                self._signal(number)
+                self._reply(client, {})
+            case "pause":
+                self._pause()
+                self._reply(client, {})
+            case "unpause":
+                self._unpause()
+                self._reply(client, {})
+            case "reload":
+                self._container.reload()
+                self._reply(client, {})
+            case other:
+                raise UserError(f"unknown request {other!r}")
+
+    # ---- stopping
+
+    def _begin_stop(self, number: int | None, timeout: int | None) -> None:
+        self._manually_stopped()
+        if self._state["Status"] == "paused":
+            self._unpause()
+        self._timers.pop("restart", None)
+        if self._exit_code is not None and not self._outputs:
+            self._finish()
+            return
+        config = self._container.config
+        chosen = number if number is not None else signal_number(config.get("StopSignal"))
+        seconds = timeout if timeout is not None else config.get("StopTimeout")
+        self._signal(chosen)
+        if seconds is None:
+            seconds = 10
+        if seconds >= 0:
+            self._timer("kill", seconds, lambda: self._signal(signal.SIGKILL))
+
+    def _manually_stopped(self) -> None:
+        self._stopping = True
+        self._write(StoppedByUser=True)
+
+    def _signal(self, number: int) -> None:
+        """To the first process: it is our child and not yet reaped, so the pid is its own."""
+        if self._exit_code is None and self._state.get("Pid"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._state["Pid"], number)
+
+    def _pause(self) -> None:
+        if self._state["Status"] != "running":
+            raise UserError(f"container {self._container.name} is {self._state['Status']}")
+        self._runtime.pause(self._container.id)
+        self._write(Status="paused")
+        self._hooks.event("pause")
+
+    def _unpause(self) -> None:
+        if self._state["Status"] != "paused":
+            raise UserError(f"container {self._container.name} is not paused")
+        self._runtime.resume(self._container.id)
+        self._write(Status="running")
+        self._hooks.event("unpause")
+
+    # ---- the end
+
+    def _reap(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake, CHUNK)
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            code = os.waitstatus_to_exitcode(status)
+            code = code if code >= 0 else 128 - code
+            if pid == self._state.get("Pid"):
+                self._exit_code = code
+                self._timers.pop("kill", None)
+                self._timer("drain", DRAIN, self._stop_draining)
+                self._maybe_ended()
+            elif self._health is not None and self._health.ended(pid, code):
+                self._health_result()
+
+    def _stop_draining(self) -> None:
+        for descriptor in list(self._outputs):
+            self._end_output(descriptor)
+
+    def _maybe_ended(self) -> None:
+        """Once the process has ended and all its output is read."""
+        if self._exit_code is None or self._outputs or self._done:
+            return
+        if self._state["Status"] in ("exited", "restarting"):
+            return
+        self._timers.pop("drain", None)
+        self._timers.pop("health", None)
+        if self._health is not None:
+            self._health.cancel()
+            self._health = None
+        if self._stdin >= 0:
+            os.close(self._stdin)
+            self._stdin = -1
+        self._input.clear()
+        self._input_ends = False
+        killed_by_oom = self._ran_out_of_memory()
+        if self._log is not None:
+            with contextlib.suppress(OSError):
+                self._log.flush()
+        self._runtime.delete(self._container.id, force=True)
+        self._hooks.disconnect()
+        if killed_by_oom:
+            self._hooks.event("oom")
+        self._hooks.event("die", exitCode=str(self._exit_code))
+        self._write(
+            Pid=0, ExitCode=self._exit_code, FinishedAt=now(), OOMKilled=killed_by_oom
+        )
+        if self._should_restart():
+            self._schedule_restart()
+        else:
+            self._finish()
+
+    def _should_restart(self) -> bool:
+        if self._stopping:
+            return False
+        self._container.reload()
+        policy = self._container.host_config.get("RestartPolicy") or {}
+        match policy.get("Name"):
+            case "always" | "unless-stopped":
+                return True
+            case "on-failure":
+                most = policy.get("MaximumRetryCount") or 0
+                count = self._state.get("RestartCount", 0)
+                return self._exit_code != 0 and (not most or count < most)
+        return False
+
+    def _schedule_restart(self) -> None:
+        if time.monotonic() - self._started > LONG_ENOUGH:
+            self._delay = FIRST_DELAY
+        self._write(Status="restarting")
+        self._timer("restart", self._delay, self._restart)
+        self._delay = min(self._delay * 2, LONGEST_DELAY)
+
+    def _restart(self) -> None:
+        self._write(RestartCount=self._state.get("RestartCount", 0) + 1)
+        try:
+            self._start()
+        except UserError as error:
+            self._exit_code = error.exit_code
+            self._write(Status="restarting", Error=error.message, ExitCode=error.exit_code)
+            if self._should_restart():
+                self._schedule_restart()
+            else:
+                self._finish()
+
+    def _finish(self) -> None:
+        """Nothing will run again: leave nothing behind but upper, log and the exit code."""
+        if self._log is not None:
+            with contextlib.suppress(OSError):
+                self._log.close()
+        self._hooks.unmount()
+        self._write(Status="exited")
+        if self._container.host_config.get("AutoRemove"):
+            self._hooks.removed()
+        self._done = True
+
+    def _farewell(self) -> None:
+        """Tell every client the exit code, and wait a moment for the slow ones."""
+        code = self._exit_code or 0
+        for client in list(self._clients):
+            if client.attached:
+                self._send(client, wire.frame(wire.EXIT, bytes([code & 0xFF])))
+            elif client.waits:
+                self._reply(client, {"exit_code": code})
+        deadline = time.monotonic() + 30
+        while any(client.unsent for client in self._clients) and time.monotonic() < deadline:
+            for key, mask in self._selector.select(1.0):
+                if isinstance(key.data, Client):
+                    self._serve(key.data, mask)
+
+    def _ran_out_of_memory(self) -> bool:
+        if self._memory_cgroup is None:
+            return False
+        for name in ("memory.oom_control", "memory.events"):
+            try:
+                with open(f"{self._memory_cgroup}/{name}") as file:
+                    for line in file:
+                        key, _, count = line.partition(" ")
+                        if key == "oom_kill" and int(count) > 0:
+                            return True
+            except OSError:
+                continue
+        return False
+
+    # ---- health
+
+    def _check_health(self) -> None:
+        if self._health is None:
+            return
+        if self._state["Status"] == "paused":
+            self._timer("health", self._health.interval, self._check_health)
+            return
+        timeout = self._health.begin()
+        self._timer("health", timeout, self._health_timed_out)
+
+    def _health_timed_out(self) -> None:
+        if self._health is not None:
+            self._health.timed_out()
+            self._health_result()
+
+    def _health_result(self) -> None:
+        if self._health is None:
+            return
+        before = (self._state.get("Health") or {}).get("Status")
+        status = self._health.status()
+        self._write(Health=status)
+        if status["Status"] != before:
+            self._hooks.event(f"health_status: {status['Status']}")
+        self._timer("health", self._health.next_delay(), self._check_health)
+
+    # ---- records
+
+    def _write(self, **changes: Any) -> None:
+        self._state |= changes
+        with contextlib.suppress(FileNotFoundError):
+            self._container.write_state(self._state)
+
+    def _open_log(self) -> None:
+        self._log: logs.Writer | None = None
+        log = self._container.host_config.get("LogConfig") or {}
+        if log.get("Type") == "none":
+            return
+        options = log.get("Config") or {}
+        size = options.get("max-size")
+        self._log = logs.Writer(
+            self._container.log_path,
+            limits.parse_size(size, "--log-opt max-size") if size else logs.DEFAULT_SIZE,
+            int(options.get("max-file") or logs.DEFAULT_FILES),
+        )
+
+
+def signal_number(text: str | int | None) -> int:
+    """`KILL`, `SIGKILL`, `9`, `RTMIN+3`; SIGTERM for nothing. Raises UserError."""
+    if not text:
+        return signal.SIGTERM
+    name = str(text).upper().removeprefix("SIG")
+    if name.isdigit() and 0 < int(name) < 65:
+        return int(name)
+    base, plus, offset = name.partition("+")
+    try:
+        return int(signal.Signals[f"SIG{base}"]) + (int(offset) if plus else 0)
+    except (KeyError, ValueError):
+        raise UserError(f"invalid signal: {text}") from None
+
+
+def started_by(pid: int, start: int | None) -> bool:
+    """True if that pid is still the process that had this start time."""
+    return bool(pid) and start is not None and _start_time(pid) == start
+
+
+def _start_time(pid: int) -> int | None:
+    """Clock ticks since boot at which a process began; tells a pid from its reuse."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b") ")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _become_subreaper() -> None:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
