@@ -109,7 +109,8 @@ class Monitor:
         signal.set_wakeup_fd(awoken, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         # a shutdown of the host asks everybody: the container gets its stop signal
-        signal.signal(signal.SIGTERM, lambda *_: self._begin_stop(None, None))
+        stop = lambda: self._begin_stop(None, None)  # noqa: E731
+        signal.signal(signal.SIGTERM, lambda *_: self._timer("stop", 0.0, stop))
         server = wire.listen(self._container.control)
         self._selector.register(wake, selectors.EVENT_READ, self._reap)
         self._selector.register(server, selectors.EVENT_READ, lambda: self._accept(server))

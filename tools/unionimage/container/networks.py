@@ -1,0 +1,333 @@
+"""Networks: none, host, another container's, or bridges made by netavark.
+
+netavark and aardvark-dns (podman's engine, Debian packages) do the work in the kernel: bridge, veth
+pair, addresses, NAT, published ports, and names. This module keeps the definitions and hands out
+addresses; an address belongs to a container as long as its record says so.
+
+    STORE/networks/NAME.json   docker's words where docker has them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import ipaddress
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from unionimage.container.state import (
+    NAME,
+    Container,
+    new_id,
+    now,
+    replace_file,
+    run_directory,
+)
+from unionimage.errors import Conflict, NotFound, UserError
+
+Network = dict[str, Any]
+
+DEFAULT = "bridge"
+SPECIAL = ("none", "host", "bridge")
+# Where new networks take their /24 from; the default bridge is the first.
+POOL = ipaddress.ip_network("10.90.0.0/16")
+ENGINE = ("netavark", "/usr/lib/podman/netavark", "/usr/libexec/podman/netavark")
+NAMES = ("aardvark-dns", "/usr/lib/podman/aardvark-dns", "/usr/libexec/podman/aardvark-dns")
+
+
+class Networks:
+    """The networks of one store. Cheap to make; holds nothing open."""
+
+    def __init__(self, store_root: Path) -> None:
+        self.directory = Path(os.path.realpath(store_root)) / "networks"
+
+    def all(self) -> list[Network]:
+        """Every network, the special ones first."""
+        found = [self.find(name) for name in SPECIAL]
+        with contextlib.suppress(FileNotFoundError):
+            for entry in sorted(os.listdir(self.directory)):
+                name = entry.removesuffix(".json")
+                if entry.endswith(".json") and name not in SPECIAL:
+                    with contextlib.suppress(NotFound):
+                        found.append(self.find(name))
+        return found
+
+    def find(self, text: str) -> Network:
+        """By name, id or unique id prefix. Raises NotFound."""
+        if text in ("none", "host"):
+            return _special(text)
+        if NAME.fullmatch(text):
+            with contextlib.suppress(FileNotFoundError):
+                value: Network = json.loads((self.directory / f"{text}.json").read_bytes())
+                return value
+        if text == DEFAULT:
+            return self.create(DEFAULT, default=True)
+        matches = []
+        with contextlib.suppress(FileNotFoundError):
+            for entry in os.listdir(self.directory):
+                if entry.endswith(".json") and not entry.startswith("."):
+                    value = json.loads((self.directory / entry).read_bytes())
+                    if str(value["Id"]).startswith(text):
+                        matches.append(value)
+        if len(matches) == 1:
+            return dict(matches[0])
+        if matches:
+            raise UserError(f"network {text} is ambiguous: {len(matches)} networks start so")
+        raise NotFound(f"network {text} not found: 'unionfuse network create {text}' makes it")
+
+    def create(
+        self,
+        name: str,
+        *,
+        subnet: str | None = None,
+        gateway: str | None = None,
+        internal: bool = False,
+        labels: Mapping[str, str] | None = None,
+        default: bool = False,
+    ) -> Network:
+        """A new bridge network. Raises Conflict or UserError."""
+        if not NAME.fullmatch(name) or name in ("none", "host", "container", "default"):
+            raise UserError(f"invalid network name {name!r}")
+        with self._locked():
+            path = self.directory / f"{name}.json"
+            if path.exists():
+                if default:
+                    return dict(json.loads(path.read_bytes()))
+                raise Conflict(f"network with name {name} already exists")
+            network = self._subnet(subnet)
+            first = ipaddress.ip_address(gateway) if gateway else network.network_address + 1
+            if first not in network:
+                raise UserError(f"--gateway {gateway} is not in {network}")
+            identity = new_id()
+            value: Network = {
+                "Name": name,
+                "Id": identity,
+                "Created": now(),
+                "Driver": "bridge",
+                "Scope": "local",
+                "Internal": internal,
+                "EnableIPv6": False,
+                "IPAM": {"Config": [{"Subnet": str(network), "Gateway": str(first)}]},
+                "Interface": "unionfuse0" if default else f"uf-{identity[:10]}",
+                "DNS": not default,
+                "Labels": dict(labels or {}),
+            }
+            if default and os.path.exists("/sys/class/net/unionfuse0"):
+                value["Interface"] = f"uf-{identity[:10]}"  # another store has that one
+            replace_file(path, json.dumps(value))
+        return value
+
+    def remove(self, text: str, containers: Iterable[Container]) -> str:
+        """Remove a network that no container has; its name is returned."""
+        network = self.find(text)
+        name = str(network["Name"])
+        if name in SPECIAL:
+            raise UserError(f"{name} is a pre-defined network and cannot be removed")
+        with self._locked():
+            if holders := users_of(name, containers):
+                raise Conflict(f"network {name} is in use by {', '.join(holders)}: remove it first")
+            (self.directory / f"{name}.json").unlink(missing_ok=True)
+        remove_interface(network)
+        return name
+
+    def take_address(
+        self, network: Network, containers: Iterable[Container], wanted: str | None
+    ) -> str:
+        """An address that no container has: hold `locked()` until it is in a record.
+
+        Raises UserError when `wanted` is taken or outside, or when there is none left.
+        """
+        subnet = ipaddress.ip_network(network["IPAM"]["Config"][0]["Subnet"])
+        gateway = network["IPAM"]["Config"][0]["Gateway"]
+        taken = {gateway}
+        for container in containers:
+            entry = (container.record.get("Networks") or {}).get(network["Name"]) or {}
+            taken.add(entry.get("IPAddress") or "")
+        if wanted:
+            try:
+                inside = ipaddress.ip_address(wanted) in subnet
+            except ValueError:
+                inside = False
+            if not inside:
+                raise UserError(f"--ip {wanted} is not in {subnet} of network {network['Name']}")
+            if wanted in taken:
+                raise UserError(f"--ip {wanted}: address already in use")
+            return wanted
+        for host in subnet.hosts():
+            if str(host) not in taken:
+                return str(host)
+        raise UserError(f"network {network['Name']} has no address left in {subnet}")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Exclude other commands that hand out addresses."""
+        with self._locked("addresses"):
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self, name: str = "lock") -> Iterator[None]:
+        self.directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+        path = self.directory / f".{name}"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _subnet(self, wanted: str | None) -> ipaddress.IPv4Network:
+        taken = _routes()
+        with contextlib.suppress(FileNotFoundError):
+            for entry in os.listdir(self.directory):
+                if entry.endswith(".json"):
+                    config = json.loads((self.directory / entry).read_bytes())["IPAM"]["Config"]
+                    taken += [ipaddress.IPv4Network(one["Subnet"]) for one in config]
+        if wanted:
+            try:
+                subnet = ipaddress.IPv4Network(wanted)
+            except ValueError as error:
+                raise UserError(f"--subnet: {error}") from None
+            if clash := next((one for one in taken if one.overlaps(subnet)), None):
+                raise UserError(f"--subnet {wanted} overlaps with {clash}, which is in use")
+            return subnet
+        for candidate in POOL.subnets(new_prefix=24):
+            assert isinstance(candidate, ipaddress.IPv4Network)
+            if not any(one.overlaps(candidate) for one in taken):
+                return candidate
+        raise UserError(f"no free subnet left in {POOL}: choose one by --subnet")
+
+
+def users_of(name: str, containers: Iterable[Container]) -> list[str]:
+    """The short ids of the containers that are on a network."""
+    return [one.id[:12] for one in containers if name in (one.record.get("Networks") or {})]
+
+
+def _special(name: str) -> Network:
+    return {
+        "Name": name,
+        "Id": {"none": "0", "host": "1"}[name] * 64,
+        "Created": "",
+        "Driver": "null" if name == "none" else "host",
+        "Scope": "local",
+        "Internal": False,
+        "EnableIPv6": False,
+        "IPAM": {"Config": []},
+        "Labels": {},
+    }
+
+
+def _routes() -> list[ipaddress.IPv4Network]:
+    """The subnets that this host already has routes to, except the default route."""
+    found = []
+    for line in Path("/proc/net/route").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[7] != "00000000":
+            number, mask = (int.from_bytes(bytes.fromhex(f), "little") for f in (fields[1], fields[7]))
+            address = str(ipaddress.IPv4Address(number))
+            found.append(ipaddress.IPv4Network(f"{address}/{mask.bit_count()}", strict=False))
+    return found
+
+
+# ---- the engine
+
+
+def engine() -> str:
+    """The netavark program. Raises UserError when there is none."""
+    for candidate in ENGINE:
+        if found := shutil.which(candidate):
+            return found
+    raise UserError(
+        "networks need netavark (Debian: netavark, aardvark-dns, iptables): install it, or run"
+        " with --network none or host",
+        exit_code=125,
+    )
+
+
+def connect(container: Container, networks: Networks, namespace: str) -> Mapping[str, Any]:
+    """Give a network namespace the interfaces of a container; what netavark says is returned."""
+    return _netavark("setup", namespace, engine_input(container, networks))
+
+
+def disconnect(container: Container, networks: Networks, namespace: str) -> None:
+    """Take interfaces, NAT rules and names away again."""
+    _netavark("teardown", namespace, engine_input(container, networks))
+
+
+def engine_input(container: Container, networks: Networks) -> dict[str, Any]:
+    """What netavark reads: the container's networks, addresses and ports."""
+    entries = container.record.get("Networks") or {}
+    options: dict[str, Any] = {}
+    information: dict[str, Any] = {}
+    for number, (name, entry) in enumerate(entries.items()):
+        network = networks.find(name)
+        aliases = [container.name, container.id[:12], *(entry.get("Aliases") or [])]
+        options[name] = {
+            "interface_name": entry.get("Interface") or f"eth{number}",
+            "static_ips": [entry["IPAddress"]],
+            "aliases": list(dict.fromkeys(aliases)),
+        }
+        if entry.get("MacAddress"):
+            options[name]["static_mac"] = entry["MacAddress"]
+        information[name] = _network_input(network)
+    return {
+        "container_id": container.id,
+        "container_name": container.name,
+        "networks": options,
+        "network_info": information,
+        "port_mappings": container.record.get("PortMappings") or [],
+    }
+
+
+def _network_input(network: Network) -> dict[str, Any]:
+    return {
+        "name": network["Name"],
+        "id": network["Id"],
+        "driver": "bridge",
+        "network_interface": network["Interface"],
+        "subnets": [
+            {"subnet": one["Subnet"], "gateway": one["Gateway"]}
+            for one in network["IPAM"]["Config"]
+        ],
+        "ipv6_enabled": False,
+        "internal": network["Internal"],
+        "dns_enabled": bool(network.get("DNS")) and names_program() is not None,
+        "ipam_options": {"driver": "host-local"},
+    }
+
+
+def names_program() -> str | None:
+    """The aardvark-dns program."""
+    return next((found for one in NAMES if (found := shutil.which(one))), None)
+
+
+def _netavark(verb: str, namespace: str, data: Mapping[str, Any]) -> Mapping[str, Any]:
+    directory = run_directory() / "names"
+    directory.mkdir(parents=True, exist_ok=True)
+    command = [engine(), "--config", str(directory)]
+    if program := names_program():
+        command += ["--aardvark-binary", program]
+    done = subprocess.run(
+        [*command, verb, namespace],
+        input=json.dumps(data),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"},
+    )
+    if done.returncode != 0:
+        reason = done.stdout.strip() or done.stderr.strip()
+        with contextlib.suppress(ValueError, KeyError):
+            reason = json.loads(done.stdout)["error"]
+        raise UserError(f"network {verb} failed: {reason}", exit_code=125)
+    return dict(json.loads(done.stdout)) if done.stdout.strip() else {}
+
+
+def remove_interface(network: Network) -> None:
+    """The bridge itself goes with its network."""
+    interface = network.get("Interface")
+    if interface and os.path.exists(f"/sys/class/net/{interface}"):
+        subprocess.run(["ip", "link", "delete", interface], capture_output=True)
