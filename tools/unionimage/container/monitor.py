@@ -10,7 +10,6 @@ configuration, or know images.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -18,7 +17,6 @@ import selectors
 import signal
 import socket
 import struct
-import subprocess
 import termios
 import time
 from collections.abc import Callable
@@ -26,8 +24,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unionimage.container import health, limits, logs, wire
-from unionimage.container.runtime import Runtime, RuntimeFailure
-from unionimage.container.state import NEVER, Container, now
+from unionimage.container.runtime import Runtime
+from unionimage.container.state import Container, now
 from unionimage.errors import UserError
 
 CHUNK = 1 << 16
@@ -572,9 +570,7 @@ class Monitor:
         if killed_by_oom:
             self._hooks.event("oom")
         self._hooks.event("die", exitCode=str(self._exit_code))
-        self._write(
-            Pid=0, ExitCode=self._exit_code, FinishedAt=now(), OOMKilled=killed_by_oom
-        )
+        self._write(Pid=0, ExitCode=self._exit_code, FinishedAt=now(), OOMKilled=killed_by_oom)
         if self._should_restart():
             self._schedule_restart()
         else:

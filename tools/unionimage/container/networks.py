@@ -227,7 +227,9 @@ def _routes() -> list[ipaddress.IPv4Network]:
     for line in Path("/proc/net/route").read_text().splitlines()[1:]:
         fields = line.split()
         if fields[7] != "00000000":
-            number, mask = (int.from_bytes(bytes.fromhex(f), "little") for f in (fields[1], fields[7]))
+            number, mask = (
+                int.from_bytes(bytes.fromhex(f), "little") for f in (fields[1], fields[7])
+            )
             address = str(ipaddress.IPv4Address(number))
             found.append(ipaddress.IPv4Network(f"{address}/{mask.bit_count()}", strict=False))
     return found

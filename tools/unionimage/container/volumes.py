@@ -187,9 +187,7 @@ def parse_tmpfs(text: str) -> Point:
     return _point("tmpfs", None, destination, options.split(",") if options else [], text)
 
 
-def _point(
-    kind: str, source: str | None, destination: str, options: list[str], text: str
-) -> Point:
+def _point(kind: str, source: str | None, destination: str, options: list[str], text: str) -> Point:
     if not destination.startswith("/"):
         raise UserError(f"{text!r}: the path in the container must be absolute")
     destination = os.path.normpath(destination).replace("//", "/")
@@ -197,8 +195,14 @@ def _point(
         raise UserError(f"{text!r}: the destination cannot be '/'")
     if kind == "tmpfs":
         mode = ",".join(_tmpfs_options(options))
-        return {"Type": "tmpfs", "Source": "", "Destination": destination, "Mode": mode,
-                "RW": "ro" not in options, "Propagation": ""}
+        return {
+            "Type": "tmpfs",
+            "Source": "",
+            "Destination": destination,
+            "Mode": mode,
+            "RW": "ro" not in options,
+            "Propagation": "",
+        }
     propagation = "rprivate" if kind == "bind" else ""
     for option in options:
         if option in PROPAGATION and kind == "bind":
@@ -237,9 +241,7 @@ def mount_of(point: Mapping[str, Any]) -> Mount:
     """The OCI mount of a mount point whose Source is known."""
     if point["Type"] == "tmpfs":
         given = [option for option in point["Mode"].split(",") if option]
-        options = [
-            option for option in TMPFS_OPTIONS if option.removeprefix("no") not in given
-        ]
+        options = [option for option in TMPFS_OPTIONS if option.removeprefix("no") not in given]
         return Mount("tmpfs", "tmpfs", point["Destination"], [*dict.fromkeys(options + given)])
     access = "rw" if point["RW"] else "ro"
     propagation = point.get("Propagation") or "rprivate"
