@@ -140,11 +140,12 @@ def container(
             "resources": limits.resources(host_config) | {"devices": _device_rules(host_config)},
             "devices": _devices(host_config),
             "sysctl": _sysctls(host_config, here.namespaces),
-            "rootfsPropagation": "rslave",
         },
     }
     if here.namespaces.uts == "host":
         del spec["hostname"]
+    if propagation := _propagation(here.mounts):
+        spec["linux"]["rootfsPropagation"] = propagation
     if domain := config.get("Domainname"):
         spec["domainname"] = domain
     _protect(spec["linux"], host_config, granted, privileged)
@@ -268,6 +269,14 @@ def _system_mounts(
         mounts.append(Mount("tmpfs", "shm", "/dev/shm", (*quiet, "mode=1777", f"size={shm}")))
     taken = {mount.destination for mount in here.mounts}
     return [mount for mount in mounts if mount.destination not in taken]
+
+
+def _propagation(mounts: Sequence[Mount]) -> str:
+    """What the root's own mount has to be for the mounts in it to send or receive."""
+    options = {option for mount in mounts for option in mount.options}
+    if options & {"shared", "rshared"}:
+        return "shared"
+    return "rslave" if options & {"slave", "rslave"} else ""
 
 
 def _maps(mappings: Sequence[tuple[int, int, int]], number: int) -> bool:

@@ -163,7 +163,7 @@ class _Reader:
 
     def _rest_of(self, path: Path) -> Iterator[Line]:
         try:
-            file = open(path, "rb")
+            file = open(path, "rb")  # noqa: SIM115
         except FileNotFoundError:
             return
         with file:

@@ -2,9 +2,10 @@
 
 netavark and aardvark-dns (podman's engine, Debian packages) do the work in the kernel: bridge, veth
 pair, addresses, NAT, published ports, and names. This module keeps the definitions and hands out
-addresses; an address belongs to a container as long as its record says so.
+addresses; an address belongs to a container while it runs.
 
-    STORE/networks/NAME.json   docker's words where docker has them
+    STORE/networks/NAME.json   the definition, in docker's words where docker has them
+    RUN/KEY/ID/network.json    what a running container has got
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ class Networks:
     def take_address(
         self, network: Network, containers: Iterable[Container], wanted: str | None
     ) -> str:
-        """An address that no container has: hold `locked()` until it is in a record.
+        """An address that no running container has: hold `locked()` until it is in `live_file`.
 
         Raises UserError when `wanted` is taken or outside, or when there is none left.
         """
@@ -146,7 +147,7 @@ class Networks:
         gateway = network["IPAM"]["Config"][0]["Gateway"]
         taken = {gateway}
         for container in containers:
-            entry = (container.record.get("Networks") or {}).get(network["Name"]) or {}
+            entry = live(container)["Networks"].get(network["Name"]) or {}
             taken.add(entry.get("IPAddress") or "")
         if wanted:
             try:
@@ -202,6 +203,24 @@ class Networks:
         raise UserError(f"no free subnet left in {POOL}: choose one by --subnet")
 
 
+def live(container: Container) -> dict[str, Any]:
+    """What a running container has got: `Networks` with addresses, `PortMappings`."""
+    try:
+        value: dict[str, Any] = json.loads((container.run / "network.json").read_bytes())
+    except FileNotFoundError:
+        value = {"Networks": {}, "PortMappings": []}
+    return value
+
+
+def set_live(container: Container, value: Mapping[str, Any]) -> None:
+    replace_file(container.run / "network.json", json.dumps(value))
+
+
+def forget_live(container: Container) -> None:
+    """Give the addresses back."""
+    (container.run / "network.json").unlink(missing_ok=True)
+
+
 def users_of(name: str, containers: Iterable[Container]) -> list[str]:
     """The short ids of the containers that are on a network."""
     return [one.id[:12] for one in containers if name in (one.record.get("Networks") or {})]
@@ -227,12 +246,13 @@ def _routes() -> list[ipaddress.IPv4Network]:
     for line in Path("/proc/net/route").read_text().splitlines()[1:]:
         fields = line.split()
         if fields[7] != "00000000":
-            number, mask = (
-                int.from_bytes(bytes.fromhex(f), "little") for f in (fields[1], fields[7])
-            )
-            address = str(ipaddress.IPv4Address(number))
-            found.append(ipaddress.IPv4Network(f"{address}/{mask.bit_count()}", strict=False))
+            address, mask = (_little_endian(fields[at]) for at in (1, 7))
+            found.append(ipaddress.IPv4Network(f"{address}/{mask}", strict=False))
     return found
+
+
+def _little_endian(text: str) -> ipaddress.IPv4Address:
+    return ipaddress.IPv4Address(int.from_bytes(bytes.fromhex(text), "little"))
 
 
 # ---- the engine
@@ -262,7 +282,8 @@ def disconnect(container: Container, networks: Networks, namespace: str) -> None
 
 def engine_input(container: Container, networks: Networks) -> dict[str, Any]:
     """What netavark reads: the container's networks, addresses and ports."""
-    entries = container.record.get("Networks") or {}
+    now_has = live(container)
+    entries = now_has["Networks"]
     options: dict[str, Any] = {}
     information: dict[str, Any] = {}
     for number, (name, entry) in enumerate(entries.items()):
@@ -281,7 +302,7 @@ def engine_input(container: Container, networks: Networks) -> dict[str, Any]:
         "container_name": container.name,
         "networks": options,
         "network_info": information,
-        "port_mappings": container.record.get("PortMappings") or [],
+        "port_mappings": now_has["PortMappings"],
     }
 
 

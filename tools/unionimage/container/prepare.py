@@ -1,0 +1,342 @@
+"""What has to be there before a container's process: root file system, volumes, files, bundle.
+
+`prepare` makes it all or nothing; `undo` takes away what must not outlive the process. Both run in
+the command that starts a container; `undo` also in its monitor, at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unionimage.container import bundle, files, networks, volumes
+from unionimage.container.bundle import Mount, Namespaces, Surroundings
+from unionimage.container.state import Container, Containers
+from unionimage.errors import Conflict, UserError
+
+if TYPE_CHECKING:
+    from unionimage.store import Store
+
+INITS = ("docker-init", "tini-static", "catatonit", "tini")
+EPHEMERAL = range(32768, 61000)
+
+
+def prepare(
+    container: Container,
+    store: Store,
+    containers: Containers,
+    console_size: tuple[int, int] | None = None,
+) -> None:
+    """Make everything ready for the runtime. Raises UserError; then nothing is left."""
+    container.run.mkdir(mode=0o711, parents=True, exist_ok=True)
+    container.bundle.mkdir(exist_ok=True)
+    container.merged.mkdir(exist_ok=True)
+    known = networks.Networks(containers.root)
+    known_volumes = volumes.Volumes(containers.root)
+    for point in container.record["Mounts"]:
+        _check_source(point, known_volumes)
+    try:
+        if container.record["NetworkMode"] == "engine":
+            networks.engine()
+            reserve(container, known, containers)
+        mount_root(container, store)
+        for point in container.record["Mounts"]:
+            volumes.fill(point, container.merged)
+        _write_files(container, known, containers)
+        spec = bundle.container(
+            container.config, container.host_config, _surroundings(container, containers)
+        )
+        if console_size and container.config.get("Tty"):
+            rows, columns = console_size
+            spec["process"]["consoleSize"] = {"height": rows, "width": columns}
+        bundle.write(container.bundle, spec)
+    except BaseException:
+        undo(container)
+        raise
+
+
+def undo(container: Container) -> None:
+    """Unmount, and give addresses back. Does nothing where nothing was done."""
+    for path in (container.merged, container.run / "shm"):
+        unmount(path)
+    networks.forget_live(container)
+
+
+def unmount(path: Path) -> None:
+    """Unmount, at once or as soon as nobody uses it; nothing mounted there is fine."""
+    from unionfuse import syscalls
+
+    for flags in (0, syscalls.MNT_DETACH):
+        try:
+            syscalls.umount(os.fsencode(path), flags)
+            return
+        except OSError as error:
+            if error.errno != 16:  # EBUSY: try to detach
+                return
+
+
+def mount_root(container: Container, store: Store) -> None:
+    from unionimage import mounts
+
+    image = store.image(str(container.record["Image"]))
+    mounts.mount_chain(
+        store,
+        image.diff_ids,
+        container.merged,
+        upper=container.upper,
+        work=container.work,
+        driver=container.record.get("MountDriver"),
+        register=False,
+    )
+
+
+def _check_source(point: dict[str, Any], known: volumes.Volumes) -> None:
+    if point["Type"] == "bind" and not os.path.exists(point["Source"]):
+        raise UserError(f"bind source path does not exist: {point['Source']}")
+    if point["Type"] == "volume" and not os.path.isdir(point["Source"]):
+        known.create(point["Name"])  # its container was there, somebody removed the directory
+
+
+# ---- addresses and ports
+
+
+def reserve(container: Container, known: networks.Networks, containers: Containers) -> None:
+    """Addresses and host ports for this run, written where other commands see them."""
+    with known.locked():
+        others = [one for one in containers.all() if one.id != container.id]
+        entries = {}
+        for name, asked in container.record["Networks"].items():
+            network = known.find(name)
+            address = known.take_address(network, others, asked.get("WantedIP"))
+            entries[network["Name"]] = {
+                "IPAddress": address,
+                "Aliases": asked.get("Aliases") or [],
+                "MacAddress": asked.get("MacAddress"),
+                "Interface": f"eth{len(entries)}",
+                "Gateway": network["IPAM"]["Config"][0]["Gateway"],
+                "NetworkID": network["Id"],
+            }
+        mappings = _port_mappings(container, others)
+        networks.set_live(container, {"Networks": entries, "PortMappings": mappings})
+
+
+def _port_mappings(container: Container, others: Sequence[Container]) -> list[dict[str, Any]]:
+    wanted = dict(container.host_config.get("PortBindings") or {})
+    if container.host_config.get("PublishAllPorts"):
+        for port in container.config.get("ExposedPorts") or {}:
+            wanted.setdefault(port, [{"HostIp": "", "HostPort": ""}])
+    taken = {
+        (mapping["protocol"], mapping["host_port"])
+        for other in others
+        for mapping in networks.live(other)["PortMappings"]
+    }
+    mappings: list[dict[str, Any]] = []
+    for port, bindings in wanted.items():
+        number, _, protocol = port.partition("/")
+        for binding in bindings:
+            host_port = _host_port(binding, protocol, taken)
+            taken.add((protocol, host_port))
+            mappings.append(
+                {
+                    "container_port": int(number),
+                    "host_ip": binding["HostIp"],
+                    "host_port": host_port,
+                    "protocol": protocol,
+                    "range": 1,
+                }
+            )
+    return mappings
+
+
+def _host_port(binding: Mapping[str, str], protocol: str, taken: set[tuple[str, int]]) -> int:
+    """The port of a binding if it is free, any free one if it names none. Raises Conflict."""
+    address = binding["HostIp"]
+    if binding["HostPort"]:
+        port = int(binding["HostPort"])
+        reason = _why_taken(address, port, protocol)
+        if (protocol, port) in taken or reason:
+            shown = address or "0.0.0.0"
+            reason = reason or "port is already allocated"
+            raise Conflict(f"bind for {shown}:{port} failed: {reason}", exit_code=125)
+        return port
+    for port in EPHEMERAL:
+        if (protocol, port) not in taken and not _why_taken(address, port, protocol):
+            return port
+    raise UserError("no free port left on this host", exit_code=125)
+
+
+def _why_taken(address: str, port: int, protocol: str) -> str:
+    """Why the port cannot be bound on this host; empty when it can."""
+    kind = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}.get(protocol)
+    if kind is None:
+        return ""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, kind) as probe:
+        if kind == socket.SOCK_STREAM:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+            if kind == socket.SOCK_STREAM:
+                probe.listen(1)
+        except OSError as error:
+            taken = error.errno == 98  # EADDRINUSE
+            return "port is already allocated" if taken else str(error.strerror).lower()
+    return ""
+
+
+# ---- surroundings
+
+
+def _write_files(container: Container, known: networks.Networks, containers: Containers) -> None:
+    mode = str(container.record["NetworkMode"])
+    if mode.startswith("container:"):
+        other = running(containers, mode)
+        for name in files.NAMES:
+            shutil.copyfile(other.directory / name, container.directory / name)
+        return
+    entries = networks.live(container)["Networks"]
+    servers = []
+    for name, entry in entries.items():
+        if known.find(name).get("DNS") and networks.names_program():
+            servers.append(entry["Gateway"])
+    addresses = [entry["IPAddress"] for entry in entries.values()]
+    if mode == "none":
+        addresses = []
+    gateway = next((entry["Gateway"] for entry in entries.values()), None)
+    files.write(
+        container.directory,
+        container.config,
+        container.host_config,
+        addresses=addresses,
+        gateway=gateway,
+        servers=servers,
+        host_network=mode == "host",
+    )
+
+
+def running(containers: Containers, mode: str) -> Container:
+    """The container that `container:ID` means. Raises UserError unless it runs."""
+    other = containers.find(mode.partition(":")[2])
+    if other.state()["Status"] not in ("running", "paused") or not other.monitor_lives():
+        raise UserError(f"cannot join container {other.name}: it is not running")
+    return other
+
+
+def _surroundings(container: Container, containers: Containers) -> Surroundings:
+    host_config = container.host_config
+    mounts = [volumes.mount_of(point) for point in container.record["Mounts"]]
+    mounts.sort(key=lambda mount: mount.destination.count("/"))
+    taken = [mount.destination for mount in mounts]
+    mounts = [*_shared_memory(container, containers), *mounts]
+    mounts += files.mounts(container.directory, taken)
+    hostname = str(container.config["Hostname"])
+    if host_config.get("UTSMode") == "host" or container.record["NetworkMode"] == "host":
+        hostname = socket.gethostname() if host_config.get("UTSMode") == "host" else hostname
+    parent = str(container.record["CgroupParent"]).strip("/")
+    return Surroundings(
+        root=container.merged,
+        cgroup=f"/{parent}/{container.id}",
+        hostname=hostname,
+        namespaces=_namespaces(container, containers),
+        mounts=mounts,
+        id_mappings=[tuple(row) for row in container.record["IdMappings"]],
+        init=_init_program() if host_config.get("Init") else None,
+    )
+
+
+def _namespaces(container: Container, containers: Containers) -> Namespaces:
+    host_config = container.host_config
+
+    def joined(mode: str, kind: str) -> str:
+        if mode.startswith("container:"):
+            return f"/proc/{running(containers, mode).state()['Pid']}/ns/{kind}"
+        return "host" if mode == "host" else ""
+
+    return Namespaces(
+        pid=joined(str(host_config.get("PidMode") or ""), "pid"),
+        network=joined(str(container.record["NetworkMode"]), "net"),
+        ipc=joined(str(host_config.get("IpcMode") or ""), "ipc"),
+        uts="host" if host_config.get("UTSMode") == "host" else "",
+        cgroup="host" if host_config.get("CgroupnsMode") == "host" else "",
+        user="" if container.record["IdMappings"] else "host",
+    )
+
+
+def _shared_memory(container: Container, containers: Containers) -> list[Mount]:
+    """/dev/shm where it is not the container's own tmpfs."""
+    mode = str(container.host_config.get("IpcMode") or "")
+    options = ("rbind", "rprivate")
+    if mode == "host":
+        return [Mount("bind", "/dev/shm", "/dev/shm", options)]
+    if mode == "shareable":
+        from unionfuse import syscalls
+
+        place = container.run / "shm"
+        place.mkdir(exist_ok=True)
+        size = f"mode=1777,size={container.host_config['ShmSize']}".encode()
+        unmount(place)
+        nosuid_nodev_noexec = 2 | 4 | 8
+        syscalls.mount(b"shm", os.fsencode(place), b"tmpfs", nosuid_nodev_noexec, size)
+        return [Mount("bind", str(place), "/dev/shm", options)]
+    if mode.startswith("container:"):
+        other = running(containers, mode)
+        place = other.run / "shm"
+        if other.host_config.get("IpcMode") != "shareable":
+            raise UserError(f"container {other.name} was not run with --ipc shareable")
+        return [Mount("bind", str(place), "/dev/shm", options)]
+    return []
+
+
+def _init_program() -> str:
+    for name in INITS:
+        if found := shutil.which(name):
+            return found
+    raise UserError("--init needs tini (Debian: tini) or catatonit: install one of them")
+
+
+def kill_cgroup(container: Container) -> None:
+    """End every process that is still in the container's cgroup. For what a crash left."""
+    from unionimage.container import limits
+
+    found = limits.host()
+    parent = str(container.record["CgroupParent"]).strip("/")
+    for where in set(found.controllers.values()):
+        path = where / parent / container.id
+        for file in path.rglob("cgroup.procs"):
+            with contextlib.suppress(OSError):
+                for pid in file.read_text().split():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(int(pid), 9)
+
+
+def remove_cgroup(container: Container) -> None:
+    """Remove the container's empty cgroups, where the runtime did not."""
+    from unionimage.container import limits
+
+    parent = str(container.record["CgroupParent"]).strip("/")
+    for where in set(limits.host().controllers.values()):
+        top = where / parent / container.id
+        for path in sorted((*top.rglob("*"), top), reverse=True):
+            if path.is_dir():
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+
+
+def with_fresh_network_namespace(action: Any) -> None:
+    """Call `action(path)` with the path of a network namespace that is gone afterwards."""
+    keeper = subprocess.Popen(
+        ["unshare", "-n", "sh", "-c", "echo; exec sleep 60"], stdout=subprocess.PIPE
+    )
+    try:
+        assert keeper.stdout is not None
+        keeper.stdout.readline()
+        action(f"/proc/{keeper.pid}/ns/net")
+    finally:
+        keeper.kill()
+        keeper.communicate()
