@@ -67,9 +67,7 @@ def mounts(directory: Path, taken: Iterable[str]) -> list[Mount]:
     ]
 
 
-def _resolv_conf(
-    host_config: Mapping[str, Any], servers: Sequence[str], host_network: bool
-) -> str:
+def _resolv_conf(host_config: Mapping[str, Any], servers: Sequence[str], host_network: bool) -> str:
     host = _host_resolver()
     chosen = list(host_config.get("Dns") or []) or list(servers)
     if not chosen:

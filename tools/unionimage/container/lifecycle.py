@@ -314,13 +314,12 @@ class Engine:
                     f" {container.state()['Status']}; stop it before, or use -f"
                 )
             self.stop(container, timeout=0, number=signal.SIGKILL)
-        with contextlib.suppress(NotFound):
-            with container.locked():
-                if container.monitor_lives() and container.state()["Status"] in ALIVE:
-                    raise Conflict(f"container {container.name} was started meanwhile")
-                self._bury(container)
-                prepare.undo(container)
-                self._delete(container, anonymous_volumes=anonymous_volumes)
+        with contextlib.suppress(NotFound), container.locked():
+            if container.monitor_lives() and container.state()["Status"] in ALIVE:
+                raise Conflict(f"container {container.name} was started meanwhile")
+            self._bury(container)
+            prepare.undo(container)
+            self._delete(container, anonymous_volumes=anonymous_volumes)
 
     def _delete(self, container: Container, *, anonymous_volumes: bool) -> None:
         points = [point for point in container.record["Mounts"] if point["Type"] == "volume"]

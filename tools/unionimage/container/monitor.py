@@ -94,7 +94,7 @@ class Monitor:
         self._memory_cgroup: str | None = None
         self._health: health.Checker | None = None
         self._done = False
-        self._open_log()
+        self._log = self._open_log()
         if first is not None:
             first.setblocking(False)
             self._add_client(first)
@@ -681,14 +681,13 @@ class Monitor:
         with contextlib.suppress(FileNotFoundError):
             self._container.write_state(self._state)
 
-    def _open_log(self) -> None:
-        self._log: logs.Writer | None = None
+    def _open_log(self) -> logs.Writer | None:
         log = self._container.host_config.get("LogConfig") or {}
         if log.get("Type") == "none":
-            return
+            return None
         options = log.get("Config") or {}
         size = options.get("max-size")
-        self._log = logs.Writer(
+        return logs.Writer(
             self._container.log_path,
             limits.parse_size(size, "--log-opt max-size") if size else logs.DEFAULT_SIZE,
             int(options.get("max-file") or logs.DEFAULT_FILES),

@@ -21,13 +21,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from unionimage.container.runtime import run_directory
 from unionimage.container.state import (
     NAME,
     Container,
     new_id,
     now,
     replace_file,
-    run_directory,
 )
 from unionimage.errors import Conflict, NotFound, UserError
 

@@ -110,7 +110,7 @@ def reserve(container: Container, known: networks.Networks, containers: Containe
     """Addresses and host ports for this run, written where other commands see them."""
     with known.locked():
         others = [one for one in containers.all() if one.id != container.id]
-        entries = {}
+        entries: dict[str, dict[str, Any]] = {}
         for name, asked in container.record["Networks"].items():
             network = known.find(name)
             address = known.take_address(network, others, asked.get("WantedIP"))
