@@ -117,7 +117,7 @@ def _environment(args: argparse.Namespace, image: Sequence[str]) -> list[str]:
     """The image's variables, those of files, then those of -e; a later one replaces an earlier."""
     given: list[str] = []
     for path in args.env_file:
-        given += _lines_of(path, "--env-file")
+        given += lines_of(path, "--env-file")
     given += args.env
     table: dict[str, str | None] = {}
     for entry in (*image, *given):
@@ -128,7 +128,7 @@ def _environment(args: argparse.Namespace, image: Sequence[str]) -> list[str]:
     return [f"{name}={value}" for name, value in table.items() if value is not None]
 
 
-def _lines_of(path: str, option: str) -> list[str]:
+def lines_of(path: str, option: str) -> list[str]:
     try:
         text = Path(path).read_text()
     except OSError as error:
@@ -141,7 +141,7 @@ def _lines_of(path: str, option: str) -> list[str]:
 
 def labels_of(given: Iterable[str], files: Iterable[str] = ()) -> dict[str, str]:
     """`NAME=VALUE` words and files of them as a table."""
-    lines = [line for path in files for line in _lines_of(path, "--label-file")]
+    lines = [line for path in files for line in lines_of(path, "--label-file")]
     table = {}
     for entry in (*lines, *given):
         name, _, value = entry.partition("=")

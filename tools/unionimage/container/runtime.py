@@ -84,7 +84,7 @@ class Runtime:
                 self.delete(container, force=True)
                 process.wait()
                 raise
-            message = _last_error(log)
+            message = last_error(log)
         if code != 0 and message:
             self.delete(container, force=True)
             raise failure(message)
@@ -124,7 +124,7 @@ class Runtime:
                 stderr=stderr,
                 pass_fds=range(3, 3 + preserve_fds),
             )
-            message = _last_error(log)
+            message = last_error(log)
         if code != 0:
             self.delete(container, force=True)
             raise failure(message or f"{self.name} ended with exit code {code}")
@@ -335,7 +335,7 @@ def _log_file() -> Iterator[str]:
         os.unlink(path)
 
 
-def _last_error(log: str) -> str:
+def last_error(log: str) -> str:
     """The last error in a JSON-lines log of a runtime, empty when it holds none."""
     message = ""
     for line in Path(log).read_text(errors="replace").splitlines():

@@ -131,7 +131,7 @@ class Attachment:
 
     def run(self) -> int | None:
         frames = wire.Frames()
-        with self._signals() as awoken, _raw(self._has_tty and self._stdin):
+        with self._signals() as awoken, raw(self._has_tty and self._stdin):
             selector = selectors.DefaultSelector()
             selector.register(self._socket, selectors.EVENT_READ)
             selector.register(awoken, selectors.EVENT_READ)
@@ -163,7 +163,7 @@ class Attachment:
             self._result = 125 if self._result is None else self._result
         for kind, payload in frames.feed(data):
             if kind in (wire.STDOUT, wire.STDERR):
-                _write(1 if kind == wire.STDOUT else 2, payload)
+                write(1 if kind == wire.STDOUT else 2, payload)
             elif kind == wire.EXIT:
                 self._result, self._over = payload[0], True
 
@@ -245,7 +245,7 @@ class Attachment:
 
 
 @contextlib.contextmanager
-def _raw(wanted: bool) -> Iterator[None]:
+def raw(wanted: bool) -> Iterator[None]:
     """Every key goes to the container as it is typed."""
     if not wanted or not os.isatty(0):
         yield
@@ -258,7 +258,7 @@ def _raw(wanted: bool) -> Iterator[None]:
         termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 
-def _write(descriptor: int, data: bytes) -> None:
+def write(descriptor: int, data: bytes) -> None:
     sys.stdout.flush()
     view = memoryview(data)
     while view:

@@ -1,0 +1,123 @@
+"""`unionfuse ps`: the containers, and what became of them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from unionimage.cli.format import add_format_options
+
+if TYPE_CHECKING:
+    from unionimage.container.state import Container
+
+EXAMPLE = """unionfuse ps -a
+unionfuse ps -q --filter status=exited
+unionfuse ps --format '{{.Names}}: {{.Status}}'"""
+
+COLUMNS = {
+    "ID": "CONTAINER ID",
+    "Image": "IMAGE",
+    "Command": "COMMAND",
+    "CreatedAgo": "CREATED",
+    "Status": "STATUS",
+    "Ports": "PORTS",
+    "Names": "NAMES",
+}
+STATUSES = ("created", "restarting", "running", "removing", "paused", "exited", "dead")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-a", "--all", action="store_true", help="those that do not run too")
+    add("-q", "--quiet", action="store_true", help="ids only")
+    add("-f", "--filter", action="append", default=[], metavar="KEY=VALUE")
+    add("-n", "--last", type=int, metavar="N", help="the N youngest, running or not")
+    add("-l", "--latest", action="store_true", help="the youngest, running or not")
+    add("-s", "--size", action="store_true", help="the size of their own layer")
+    add("--no-trunc", action="store_true", help="ids and commands in full")
+    add_format_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from unionimage.cli.engine import open_engine
+    from unionimage.cli.format import filters, show
+    from unionimage.container import describe
+    from unionimage.errors import UserError
+
+    engine = open_engine(args)
+    wanted = filters(args.filter, describe.FILTERS)
+    for status in wanted.get("status", ()):
+        if status not in STATUSES:
+            raise UserError(f"invalid filter status={status}; there are: {', '.join(STATUSES)}")
+    found = describe.select(engine.all(), wanted, engine.containers)
+    limit = 1 if args.latest else args.last
+    if limit is not None:
+        found = found[:limit]
+    elif not args.all and "status" not in wanted and "exited" not in wanted:
+        found = [one for one in found if one.state()["Status"] in RUNNING]
+    if args.quiet and args.format is None:
+        for container in found:
+            print(container.id if args.no_trunc else container.id[:12])
+        return 0
+    rows = [row_of(container, args.no_trunc, args.size) for container in found]
+    columns = COLUMNS | ({"Size": "SIZE"} if args.size else {})
+    show(rows, columns, args.format)
+    return 0
+
+
+RUNNING = ("running", "paused", "restarting")
+
+
+def row_of(container: Container, full: bool, size: bool) -> dict[str, Any]:
+    """One line, with docker's field names."""
+    from unionimage.cli.common import human_duration, human_size
+    from unionimage.container import create, describe
+
+    command = create.command_line(container.record)
+    if not full and len(command) > 20:
+        command = command[:19] + "…"
+    image = str(container.config["Image"])
+    age = human_duration(describe.seconds_since(str(container.record["Created"])))
+    points = container.record["Mounts"]
+    row = {
+        "ID": container.id if full else container.id[:12],
+        "Image": image,
+        "Command": f'"{command}"',
+        "CreatedAt": container.record["Created"],
+        "CreatedAgo": f"{age} ago",
+        "RunningFor": f"{age} ago",
+        "Status": status_text(container),
+        "State": container.state()["Status"],
+        "Ports": describe.ports_text(container),
+        "Names": container.name,
+        "Labels": ",".join(
+            f"{name}={value}" for name, value in (container.config.get("Labels") or {}).items()
+        ),
+        "Mounts": ",".join(point.get("Name") or point["Source"] for point in points),
+        "Networks": ",".join(container.record["Networks"])
+        or str(container.record["NetworkMode"]),
+        "LocalVolumes": str(sum(point["Type"] == "volume" for point in points)),
+    }
+    if size:
+        row["Size"] = human_size(describe.writable_size(container))
+    return row
+
+
+def status_text(container: Container) -> str:
+    """`Up 3 minutes (healthy)`, `Exited (0) 2 hours ago`."""
+    from unionimage.cli.common import human_duration
+    from unionimage.container.describe import seconds_since
+
+    state = container.state()
+    status = str(state["Status"])
+    if status in ("running", "paused"):
+        text = f"Up {human_duration(seconds_since(state['StartedAt']))}"
+        if status == "paused":
+            return f"{text} (Paused)"
+        health = (state.get("Health") or {}).get("Status")
+        shown = "health: starting" if health == "starting" else health
+        return f"{text} ({shown})" if shown else text
+    if status in ("exited", "restarting"):
+        ago = human_duration(seconds_since(state["FinishedAt"]))
+        return f"{status.capitalize()} ({state['ExitCode']}) {ago} ago"
+    return {"created": "Created", "removing": "Removal In Progress"}.get(status, status)

@@ -1,0 +1,22 @@
+"""`unionfuse stop`: the stop signal, and SIGKILL for those that take too long."""
+
+from __future__ import annotations
+
+import argparse
+
+EXAMPLE = "unionfuse stop -t 30 web"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-t", "--time", "--timeout", type=int, metavar="SECONDS")
+    parser.add_argument("-s", "--signal", metavar="SIGNAL")
+    parser.add_argument("container", metavar="CONTAINER", nargs="+")
+
+
+def run(args: argparse.Namespace) -> int:
+    from unionimage.cli.engine import for_each, open_engine
+    from unionimage.container.monitor import signal_number
+
+    engine = open_engine(args)
+    number = signal_number(args.signal) if args.signal else None
+    return for_each(engine, args.container, lambda one: engine.stop(one, args.time, number))

@@ -1,0 +1,238 @@
+"""A container as people and scripts see it: docker's inspect object, `ps` rows, their filters."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from unionimage.container import networks
+from unionimage.container.state import NEVER, Container, Containers
+
+FILTERS = (
+    "ancestor",
+    "before",
+    "exited",
+    "health",
+    "id",
+    "label",
+    "name",
+    "network",
+    "publish",
+    "since",
+    "status",
+    "volume",
+)
+
+
+def inspect(container: Container, known: networks.Networks) -> dict[str, Any]:
+    """Docker's object of a container."""
+    record, state = container.record, container.state()
+    status = state["Status"]
+    config = record["Config"]
+    words = [*(config.get("Entrypoint") or []), *(config.get("Cmd") or [])]
+    shown: dict[str, Any] = {
+        "Status": status,
+        "Running": status in ("running", "paused", "restarting"),
+        "Paused": status == "paused",
+        "Restarting": status == "restarting",
+        "OOMKilled": bool(state.get("OOMKilled")),
+        "Dead": False,
+        "Pid": state.get("Pid", 0),
+        "ExitCode": state.get("ExitCode", 0),
+        "Error": state.get("Error", ""),
+        "StartedAt": state.get("StartedAt", NEVER),
+        "FinishedAt": state.get("FinishedAt", NEVER),
+    }
+    if state.get("Health"):
+        shown["Health"] = state["Health"]
+    directory = container.directory
+    return {
+        "Id": container.id,
+        "Created": record["Created"],
+        "Path": words[0] if words else "",
+        "Args": words[1:],
+        "State": shown,
+        "Image": record["Image"],
+        "ResolvConfPath": str(directory / "resolv.conf"),
+        "HostnamePath": str(directory / "hostname"),
+        "HostsPath": str(directory / "hosts"),
+        "LogPath": str(container.log_path),
+        "Name": f"/{container.name}",
+        "RestartCount": state.get("RestartCount", 0),
+        "Driver": record.get("MountDriver") or "",
+        "Platform": "linux",
+        "HostConfig": record["HostConfig"],
+        "GraphDriver": {
+            "Name": "unionfuse",
+            "Data": {
+                "MergedDir": str(container.merged) if shown["Running"] else "",
+                "UpperDir": str(container.upper),
+                "WorkDir": str(container.work),
+            },
+        },
+        "Mounts": record["Mounts"],
+        "Config": config,
+        "NetworkSettings": network_settings(container, known),
+    }
+
+
+def network_settings(container: Container, known: networks.Networks) -> dict[str, Any]:
+    """Docker's NetworkSettings: addresses while it runs, empty ones else."""
+    live = networks.live(container)
+    table: dict[str, Any] = {}
+    for name, asked in (container.record.get("Networks") or {}).items():
+        entry = live["Networks"].get(name) or {}
+        length = 0
+        if entry:
+            subnet = known.find(name)["IPAM"]["Config"][0]["Subnet"]
+            length = int(subnet.partition("/")[2])
+        table[name] = {
+            "Aliases": asked.get("Aliases") or [],
+            "NetworkID": entry.get("NetworkID", ""),
+            "Gateway": entry.get("Gateway", ""),
+            "IPAddress": entry.get("IPAddress", ""),
+            "IPPrefixLen": length,
+            "MacAddress": entry.get("MacAddress") or "",
+        }
+    mode = str(container.record["NetworkMode"])
+    if mode in ("none", "host"):
+        table[mode] = {"Aliases": [], "IPAddress": "", "Gateway": "", "IPPrefixLen": 0}
+    default = table.get(networks.DEFAULT) or {}
+    return {
+        "Ports": ports(container),
+        "Networks": table,
+        "IPAddress": default.get("IPAddress", ""),
+        "Gateway": default.get("Gateway", ""),
+        "IPPrefixLen": default.get("IPPrefixLen", 0),
+        "MacAddress": default.get("MacAddress", ""),
+    }
+
+
+def ports(container: Container) -> dict[str, list[dict[str, str]] | None]:
+    """Docker's table of ports: exposed ones, and where they are published now."""
+    exposed = sorted(container.config.get("ExposedPorts") or {})
+    table: dict[str, list[dict[str, str]] | None] = dict.fromkeys(exposed)
+    for mapping in networks.live(container)["PortMappings"]:
+        port = f"{mapping['container_port']}/{mapping['protocol']}"
+        entry = {
+            "HostIp": mapping["host_ip"] or "0.0.0.0",
+            "HostPort": str(mapping["host_port"]),
+        }
+        table[port] = [*(table.get(port) or []), entry]
+    return table
+
+
+def ports_text(container: Container) -> str:
+    """`0.0.0.0:8080->80/tcp, 443/tcp` as in `ps`."""
+    if container.state()["Status"] not in ("running", "paused"):
+        return ""
+    published, exposed = [], []
+    for port, places in ports(container).items():
+        for place in places or []:
+            published.append(f"{place['HostIp']}:{place['HostPort']}->{port}")
+        if not places:
+            exposed.append(port)
+    return ", ".join(published + exposed)
+
+
+def writable_size(container: Container) -> int:
+    """Bytes in the container's own layer."""
+    total = 0
+    for directory, _, names in os.walk(container.upper):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(directory, name)).st_size
+            except OSError:
+                continue
+    return total
+
+
+def select(
+    found: Iterable[Container], filters: Mapping[str, Sequence[str]], containers: Containers
+) -> list[Container]:
+    """The containers that pass; several values of one key are alternatives (labels: all)."""
+    result = list(found)
+    for key, newer in (("before", False), ("since", True)):
+        for text in filters.get(key, ()):
+            moment = containers.find(text).record["Created"]
+            result = [
+                one
+                for one in result
+                if (one.record["Created"] > moment if newer else one.record["Created"] < moment)
+            ]
+    return [one for one in result if _passes(one, filters)]
+
+
+def _passes(container: Container, filters: Mapping[str, Sequence[str]]) -> bool:
+    for key, values in filters.items():
+        if key in ("before", "since"):
+            continue
+        if key == "label":
+            if not all(has_label(container.config.get("Labels") or {}, text) for text in values):
+                return False
+        elif not any(_matches(container, key, value) for value in values):
+            return False
+    return True
+
+
+def has_label(labels: Mapping[str, str], text: str) -> bool:
+    """Whether `NAME` or `NAME=VALUE` is among the labels."""
+    name, equals, value = text.partition("=")
+    return name in labels and (not equals or labels[name] == value)
+
+
+def _matches(container: Container, key: str, value: str) -> bool:
+    state = container.state()
+    match key:
+        case "id":
+            return container.id.startswith(value)
+        case "name":
+            try:
+                return re.search(value, f"/{container.name}") is not None
+            except re.error:
+                return value in container.name
+        case "status":
+            return bool(state["Status"] == value)
+        case "exited":
+            return state["Status"] == "exited" and str(state["ExitCode"]) == value
+        case "health":
+            return ((state.get("Health") or {}).get("Status") or "none") == value
+        case "ancestor":
+            image = str(container.record["Image"])
+            name = str(container.config["Image"])
+            return (
+                value in (name, image, name.removesuffix(":latest"))
+                or f"{name}:latest" == value
+                or image.removeprefix("sha256:").startswith(value.removeprefix("sha256:"))
+            )
+        case "network":
+            entries = container.record.get("Networks") or {}
+            return value in entries or container.record["NetworkMode"] == value
+        case "volume":
+            return any(
+                value in (point.get("Name"), point["Destination"])
+                for point in container.record["Mounts"]
+            )
+        case "publish":
+            number, _, protocol = value.partition("/")
+            return any(
+                fnmatch.fnmatch(str(mapping["host_port"]), number)
+                and mapping["protocol"] == (protocol or "tcp")
+                for mapping in networks.live(container)["PortMappings"]
+            )
+    return False
+
+
+def seconds_since(text: str) -> float:
+    """Seconds from a time as docker writes it until now; 0 for never."""
+    import calendar
+    import time
+
+    if text == NEVER:
+        return 0.0
+    whole, _, fraction = text.rstrip("Z").partition(".")
+    moment = calendar.timegm(time.strptime(whole, "%Y-%m-%dT%H:%M:%S"))
+    return max(0.0, time.time() - moment - float(f"0.{fraction or 0}"))
