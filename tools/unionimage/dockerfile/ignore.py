@@ -86,12 +86,12 @@ def _rule(pattern: str) -> _Rule | None:
         return None
     pattern = _clean(pattern)
     try:
-        return _Rule(re.compile(_expression(pattern), re.DOTALL), keep)
+        return _Rule(re.compile(expression(pattern), re.DOTALL), keep)
     except re.error as error:
         raise DockerfileError(f"bad ignore pattern {pattern!r}: {error}") from None
 
 
-def _expression(pattern: str) -> str:
+def expression(pattern: str) -> str:
     """A regular expression for one clean pattern."""
     if pattern.startswith("**") and re.fullmatch(r"[^/*?\[\]\\][^*?\[\]\\]*", pattern[2:]):
         return ".*" + re.escape(
