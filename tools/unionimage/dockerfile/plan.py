@@ -88,6 +88,7 @@ class CopyAction(NamedTuple):
     `documents` are (name, text); `unpack` says whether local archives are extracted.
     """
 
+    is_add: bool
     source: Source
     sources: tuple[str, ...]
     documents: tuple[tuple[str, str], ...]
@@ -487,6 +488,7 @@ class _StageState:
                 f"{command.name} of several sources needs a destination that ends with a /"
             )
         action = CopyAction(
+            is_add=copy.is_add,
             source=source,
             sources=sources,
             documents=documents,

@@ -73,8 +73,8 @@ def find(
     """
     found: list[Found] = []
     for source in sources:
-        pivot, has_pivot, rest = source.partition("/./") if parents else ("", "", source)
-        base = _clean(pivot) if has_pivot else b""
+        pivot, _, rest = source.rpartition("/./") if parents else ("", "", source)
+        base = _clean(pivot)
         wanted = _join(base, _clean(rest))
         matches = list(_matches(tree, wanted))
         if not matches and not _has_wildcard(wanted):

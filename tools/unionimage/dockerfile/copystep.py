@@ -1,0 +1,291 @@
+"""COPY, ADD and WORKDIR: gather what is to be copied, tell its digest, put it into a layer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from unionimage.digest import Digest
+from unionimage.dockerfile import extract
+from unionimage.dockerfile.cache import key_of
+from unionimage.dockerfile.ignore import Patterns
+from unionimage.dockerfile.kitchen import Context
+from unionimage.dockerfile.parser import DockerfileError
+from unionimage.dockerfile.place import Owner, Style, Target, check_mode
+from unionimage.dockerfile.plan import CopyAction, Source, WorkdirAction
+from unionimage.dockerfile.select import Found, Tree, digest, find, open_file
+
+if TYPE_CHECKING:
+    from unionimage.dockerfile.execute import Build
+
+_URL = re.compile(r"https?://", re.IGNORECASE)
+
+
+class Download(NamedTuple):
+    """A file from a URL: its name, and where it lies once it is here."""
+
+    name: bytes
+    url: str
+    path: Path | None
+
+
+class Goods(NamedTuple):
+    """What a COPY or ADD copies. `found` is None where only the digest is known so far."""
+
+    digest: str
+    found: tuple[Found, ...] | None
+    downloads: tuple[Download, ...] = ()
+
+
+def gather(build: Build, action: CopyAction, *, may_mount: bool) -> Goods | None:
+    """Find out what is copied and its digest.
+
+    Returns:
+        None where that needs a mount and `may_mount` is False.
+
+    Raises:
+        DockerfileError: a source is not there.
+    """
+    if action.chmod:
+        check_mode(action.chmod)
+    locals_ = [source for source in action.sources if not _is_url(action, source)]
+    urls = [source for source in action.sources if _is_url(action, source)]
+    documents = key_of("documents", action.documents)
+    downloads, url_digest = _downloads(build, action, urls)
+    found: tuple[Found, ...] | None = None
+    if not locals_:
+        found, content = (), ""
+    elif action.source.is_context:
+        tree = build.kitchen.context.tree()
+        found = tuple(_find(build, tree, action, locals_))
+        content = digest(tree, found)
+    else:
+        known = _remembered(build, action, locals_, may_mount)
+        if known is None:
+            return None
+        content = known
+    return Goods(key_of(content, documents, url_digest), found, downloads)
+
+
+def _is_url(action: CopyAction, source: str) -> bool:
+    return action.is_add and _URL.match(source) is not None
+
+
+def _find(build: Build, tree: Tree, action: CopyAction, sources: Sequence[str]) -> list[Found]:
+    return find(
+        tree, sources, Patterns(action.exclude), action.parents, _name_of(build, action.source)
+    )
+
+
+def _name_of(build: Build, source: Source) -> str:
+    if source.image is not None:
+        return "the image"
+    if source.stage >= 0:
+        return f"stage {build.stages[source.stage].plan.name}"
+    return build.kitchen.context.name
+
+
+def _remembered(
+    build: Build, action: CopyAction, sources: Sequence[str], may_mount: bool
+) -> str | None:
+    """The digest of files in a stage or image; those never change, so it is remembered."""
+    stack = build.stack_of(action.source)
+    key = key_of("content", ",".join(stack), sources, action.exclude, action.parents)
+    known = build.cache.content(key)
+    if known is None and may_mount:
+        with build.kitchen.tree(stack) as tree:
+            known = digest(tree, _find(build, tree, action, sources))
+        build.cache.remember_content(key, known)
+    return known
+
+
+def context_digest(context: Context, path: str) -> str:
+    """The digest of a file or directory of the build context."""
+    tree = context.tree()
+    return digest(tree, find(tree, [path or "."], Patterns(()), False, context.name))
+
+
+# ---- downloads
+
+
+def _downloads(
+    build: Build, action: CopyAction, urls: Sequence[str]
+) -> tuple[tuple[Download, ...], str]:
+    """What URLs stand for, and a digest of it; with a checksum nothing is fetched yet."""
+    if action.checksum and (len(urls) != 1 or len(action.sources) != 1):
+        raise DockerfileError("--checksum is for one source, a URL")
+    if not urls:
+        return (), ""
+    downloads: list[Download] = []
+    facts: list[tuple[str, str]] = []
+    for url in urls:
+        name = _file_name(url, action.destination)
+        if action.checksum:
+            downloads.append(Download(os.fsencode(name), url, None))
+            facts.append((name, str(Digest(action.checksum))))
+        else:
+            path, found = _fetch(build, url)
+            downloads.append(Download(os.fsencode(name), url, path))
+            facts.append((name, str(found)))
+    return tuple(downloads), key_of(facts)
+
+
+def _file_name(url: str, destination: str) -> str:
+    from urllib.parse import unquote, urlsplit
+
+    name = unquote(urlsplit(url).path).rpartition("/")[2]
+    if name in ("", ".", "..") or "\0" in name:
+        if destination.endswith("/"):
+            raise DockerfileError(f"{url} names no file: give a destination without / at its end")
+        return "download"
+    return name
+
+
+def _fetch(build: Build, url: str) -> tuple[Path, Digest]:
+    """Download a URL into scratch space; its time is what the server says it is."""
+    import email.utils
+    import hashlib
+    import urllib.error
+    import urllib.request
+
+    path = build.kitchen.scratch() / "download"
+    total = hashlib.sha256()
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer, open(path, "wb") as file:
+            while data := answer.read(1 << 20):
+                total.update(data)
+                file.write(data)
+            modified = answer.headers.get("Last-Modified", "")
+    except (OSError, ValueError, urllib.error.URLError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise DockerfileError(f"cannot fetch {url}: {reason}") from None
+    parsed = email.utils.parsedate_tz(modified)
+    seconds = 0 if parsed is None else email.utils.mktime_tz(parsed)
+    os.utime(path, (seconds, seconds))
+    return path, Digest.from_hex(total.hexdigest())
+
+
+def _present(build: Build, action: CopyAction, download: Download) -> Path:
+    if download.path is not None:
+        return download.path
+    path, found = _fetch(build, download.url)
+    if found != action.checksum:
+        raise DockerfileError(
+            f"{download.url} has the checksum {found}, --checksum says {action.checksum}"
+        )
+    return path
+
+
+# ---- writing
+
+
+def carry_out(
+    build: Build, action: CopyAction, goods: Goods, below: Sequence[Digest], upper: Path
+) -> None:
+    """Copy into a mount of the stack so far, so that `upper` holds the changes."""
+    kitchen = build.kitchen
+    with contextlib.ExitStack() as stack:
+        root = stack.enter_context(_opened(stack.enter_context(kitchen.mounted(below, upper=upper))))
+        epoch = build.settings.epoch
+        time = None if epoch is None else epoch * 10**9
+        target = Target(root, Style(_owner(action.chown, root), action.chmod, time))
+        destination = os.fsencode(action.destination)
+        if goods.found is not None:
+            tree, found = kitchen.context.tree(), goods.found
+        else:
+            tree = stack.enter_context(kitchen.tree(build.stack_of(action.source)))
+            found = tuple(_find(build, tree, action, list(action.sources)))
+        for each in found:
+            if not (action.unpack and _unpack(target, tree, each, destination)):
+                target.copy(tree, each, destination)
+        for name, text in action.documents:
+            _document(target, destination, name, text)
+        for download in goods.downloads:
+            _place_download(target, download, _present(build, action, download), destination)
+        target.finish()
+
+
+def make_workdir(
+    build: Build, action: WorkdirAction, below: Sequence[Digest], upper: Path
+) -> None:
+    """Make the working directory where it is not there yet; it belongs to USER, as in BuildKit."""
+    kitchen = build.kitchen
+    with kitchen.mounted(below, upper=upper) as merged, _opened(merged) as root:
+        path = os.fsencode(action.path.strip("/"))
+        target = Target(root, Style())
+        if target.is_directory(path):
+            return
+        epoch = build.settings.epoch
+        time = None if epoch is None else epoch * 10**9
+        target = Target(root, Style(_user(action.user, root), "", time))
+        target.make_directories(path)
+        target.finish()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    root = os.open(path, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield root
+    finally:
+        os.close(root)
+
+
+def _unpack(target: Target, tree: Tree, found: Found, destination: bytes) -> bool:
+    """Extract a source that is an archive; False: it is none."""
+    if found.is_directory:
+        return False
+    with open_file(tree.root, found.entries[0]) as file:
+        with extract.open_archive(file) as archive:
+            if archive is None:
+                return False
+            target.make_directories(destination)
+            place = destination.strip(b"/")
+            root = extract.open_in(target.root, place, os.O_PATH | os.O_DIRECTORY)
+            try:
+                extract.extract(archive, root, target.style)
+            finally:
+                os.close(root)
+    return True
+
+
+def _document(target: Target, destination: bytes, name: str, text: str) -> None:
+    path = destination.strip(b"/")
+    if destination.endswith(b"/") or target.is_directory(path):
+        path = b"/".join(part for part in (path, os.fsencode(name)) if part)
+    target.make_directories(path.rpartition(b"/")[0])
+    target.write_document(path, text.encode("utf-8", "surrogateescape"))
+
+
+def _place_download(target: Target, download: Download, path: Path, destination: bytes) -> None:
+    """Put a downloaded file into its place: 0600 and root's, unless flags say otherwise."""
+    with _opened(path.parent) as root:
+        path.chmod(0o600)
+        (found,) = find(Tree(root), [path.name], Patterns(()), False, "the download")
+        target.copy(Tree(root), found._replace(name=download.name), destination)
+
+
+def _owner(text: str, root: int) -> Owner | None:
+    """`--chown=USER[:GROUP]` by name or number; the names are the image's."""
+    if not text:
+        return None
+    from unionimage.container import users
+
+    name, has_group, group = text.partition(":")
+    if name.isdecimal() and not has_group:
+        return Owner(int(name), int(name))
+    found = users.find(Path(f"/proc/self/fd/{root}"), f"{name}:{group}" if group else name)
+    return Owner(found.uid, found.gid)
+
+
+def _user(text: str, root: int) -> Owner | None:
+    if not text:
+        return None
+    from unionimage.container import users
+
+    found = users.find(Path(f"/proc/self/fd/{root}"), text)
+    return Owner(found.uid, found.gid)

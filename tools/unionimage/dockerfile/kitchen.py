@@ -1,0 +1,119 @@
+"""Where steps are carried out: scratch directories, mounts of the stack so far, source trees.
+
+All mounts are made in a mount namespace of the build's own: nobody else sees them, and the kernel takes
+them away with the last process of the build.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unionfuse import syscalls
+from unionimage.digest import Digest
+from unionimage.dockerfile.ignore import Patterns
+from unionimage.dockerfile.select import Tree
+from unionimage.errors import UserError
+
+if TYPE_CHECKING:
+    from unionimage.store import Lease, Store
+
+_CLONE_NEWNS = 0x20000
+_MS_REC, _MS_SLAVE = 0x4000, 0x80000
+
+
+class Context:
+    """The build context: an open directory, and the patterns of its `.dockerignore`."""
+
+    def __init__(self, path: Path, ignored: Patterns, name: str = "the build context") -> None:
+        self.path = path
+        self.ignored = ignored
+        self.name = name
+        self.root = os.open(path, os.O_PATH | os.O_DIRECTORY)
+
+    def tree(self) -> Tree:
+        return Tree(self.root, self.ignored)
+
+    def close(self) -> None:
+        os.close(self.root)
+
+
+class Kitchen:
+    """Hands out what steps need; used from several threads."""
+
+    def __init__(self, store: Store, lease: Lease, context: Context, driver: str | None) -> None:
+        """Args: `driver` is fuse, overlay, or None: overlay for COPY, fuse for RUN."""
+        self.store = store
+        self.lease = lease
+        self.context = context
+        self.driver = driver
+        self._lock = threading.Lock()
+        self._private = False
+
+    def enter_private_namespace(self) -> None:
+        """Leave the host's mount namespace; before the first mount and the first thread."""
+        if self._private or os.geteuid() != 0:
+            return
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.unshare(_CLONE_NEWNS) != 0:
+            raise UserError(f"cannot make a mount namespace: {os.strerror(ctypes.get_errno())}")
+        syscalls.mount(b"none", b"/", b"none", _MS_REC | _MS_SLAVE, b"")
+        self._private = True
+
+    def scratch(self, *names: str) -> Path:
+        """A fresh directory on the store's file system, with directories in it."""
+        path = self.lease.scratch()
+        for name in names:
+            (path / name).mkdir(mode=0o755)
+        return path
+
+    @contextlib.contextmanager
+    def mounted(
+        self, diff_ids: Sequence[Digest], *, upper: Path | None = None, driver: str | None = None
+    ) -> Iterator[Path]:
+        """The stack of these layers (base first) as a directory, writable where `upper` is given.
+
+        An empty stack is its upper directory, or an empty directory.
+        """
+        from unionimage.mounts import mount_chain, unmount
+
+        if not diff_ids:
+            yield upper or self.scratch()
+            return
+        place = self.scratch("merged", "work")
+        target = place / "merged"
+        work = place / "work" if upper is not None else None
+        mount_chain(
+            self.store,
+            diff_ids,
+            target,
+            upper=upper,
+            work=work,
+            driver=driver or self._quick_driver(),
+            register=False,
+        )
+        try:
+            yield target
+        finally:
+            unmount(self.store, target)
+
+    def _quick_driver(self) -> str:
+        """For a look or a few files: kernel overlayfs where it may be mounted, if not said."""
+        if self.driver is not None:
+            return self.driver
+        return "overlay" if os.geteuid() == 0 else "fuse"
+
+    @contextlib.contextmanager
+    def tree(self, diff_ids: Sequence[Digest]) -> Iterator[Tree]:
+        """The files of a stage or an image to copy from; owners are kept."""
+        with self.mounted(diff_ids) as path:
+            root = os.open(path, os.O_PATH | os.O_DIRECTORY)
+            try:
+                yield Tree(root, keeps_owners=True)
+            finally:
+                os.close(root)
