@@ -67,7 +67,7 @@ def extract(archive: tarfile.TarFile, directory: int, style: Style) -> None:
     Raises:
         DockerfileError: the archive is damaged, or a member cannot be put where it wants to be.
     """
-    target = _Extraction(directory, style)
+    target = Extraction(directory, style)
     try:
         for member in archive:
             target.add(archive, member)
@@ -76,7 +76,7 @@ def extract(archive: tarfile.TarFile, directory: int, style: Style) -> None:
     target.finish()
 
 
-class _Extraction(Target):
+class Extraction(Target):
     """Members of one archive on their way into a directory."""
 
     def add(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:

@@ -8,6 +8,7 @@ images. Only the stages that the target needs are planned. Executing is `execute
 from __future__ import annotations
 
 import posixpath
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -483,6 +484,13 @@ class _StageState:
             for name, text, replaced in copy.documents
         )
         sources = tuple(map(self.expand, copy.sources))
+        urls = [source for source in sources if re.match("(https?|git|ssh)://|git@", source)]
+        if urls and not copy.is_add:
+            raise DockerfileError(f"COPY takes no URL ({urls[0]}): use ADD")
+        if any(re.match(r"git|ssh|.*\.git(#|$)", url) for url in urls):
+            raise DockerfileError(f"ADD does not clone repositories ({urls[0]}): use RUN git clone")
+        if urls and copy.unpack:
+            raise DockerfileError("--unpack is for local archives, not for a URL")
         if len(sources) + len(documents) > 1 and not path.endswith("/"):
             raise DockerfileError(
                 f"{command.name} of several sources needs a destination that ends with a /"

@@ -1,0 +1,122 @@
+"""A whole build: context, Dockerfile, base images, plan, execution, and the image at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from unionimage.dockerfile.cache import BuildCache
+from unionimage.dockerfile.context import open_context
+from unionimage.dockerfile.execute import Build, Settings, StepFailed, View
+from unionimage.dockerfile.kitchen import Kitchen
+from unionimage.dockerfile.parser import parse
+from unionimage.dockerfile.plan import Options, Plan, make_plan
+from unionimage.errors import UserError
+from unionimage.reference import Reference
+from unionimage.spec import ImageConfig, Platform
+
+if TYPE_CHECKING:
+    from unionimage.dockerfile.runstep import Secret
+    from unionimage.store import Image, Lease, Store
+
+
+class Request(NamedTuple):
+    """What is to be built; the fields are the flags of the command line.
+
+    Attributes:
+        epoch: SOURCE_DATE_EPOCH in seconds; None: now.
+        driver: fuse or overlay; None: the best for each step.
+    """
+
+    context: str
+    file: str | None
+    names: tuple[Reference, ...]
+    build_args: Mapping[str, str]
+    labels: tuple[tuple[str, str], ...]
+    target: str
+    platform: Platform
+    no_cache: bool
+    pull: bool
+    squash: bool
+    secrets: Mapping[str, Secret]
+    epoch: int | None
+    driver: str | None
+    runtime: str | None
+
+
+def build(store: Store, request: Request, view: View, warn: Callable[[str], None]) -> Image:
+    """Build an image, store it and give it its names.
+
+    Raises:
+        StepFailed: a RUN step failed; the steps before it stay cached.
+        UserError: anything else that the user can mend.
+    """
+    with contextlib.ExitStack() as stack:
+        lease = stack.enter_context(store.lease(f"build {request.context}"))
+        context, text = open_context(request.context, request.file, lease)
+        stack.callback(context.close)
+        bases = _Bases(store, lease, request.pull)
+        options = Options(request.build_args, request.labels, request.target, request.platform)
+        plan = make_plan(parse(text), options, bases.resolve)
+        for warning in plan.warnings:
+            warn(warning)
+        kitchen = Kitchen(store, lease, context, request.driver)
+        cache = stack.enter_context(contextlib.closing(BuildCache(store.root)))
+        now = _time(request.epoch)
+        settings = Settings(request.no_cache, request.epoch, now, request.secrets, request.runtime)
+        try:
+            config = Build(plan, kitchen, cache, settings, view).run()
+        except StepFailed as error:
+            error.source = text
+            raise
+        if request.squash:
+            from unionimage.dockerfile.squash import squash
+
+            config = squash(kitchen, _base_config(plan), config, now)
+        return lease.add_image(config, names=request.names)
+
+
+def _base_config(plan: Plan) -> ImageConfig:
+    """What the target stands on in the end, below all stages."""
+    stages = {stage.number: stage for stage in plan.stages}
+    stage = plan.stages[-1]
+    while stage.base.stage >= 0:
+        stage = stages[stage.base.stage]
+    return stage.start
+
+
+def _time(epoch: int | None) -> str:
+    """RFC 3339, in UTC, with microseconds where it is the time now."""
+    if epoch is None:
+        moment = datetime.datetime.now(datetime.timezone.utc)
+        return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return datetime.datetime.fromtimestamp(epoch, datetime.timezone.utc).strftime(
+        "%Y-%m-%dT%H:%M:%SZ"
+    )
+
+
+class _Bases:
+    """Finds base images in the store, or pulls them; each name once a build."""
+
+    def __init__(self, store: Store, lease: Lease, pull: bool) -> None:
+        self._store = store
+        self._lease = lease
+        self._pull = pull
+        self._known: dict[tuple[str, str], Image] = {}
+
+    def resolve(self, name: str, platform: Platform) -> Image:
+        """The image of a FROM or `--from=`. Raises UserError where there is none."""
+        key = (name, str(platform))
+        if key not in self._known:
+            self._known[key] = self._find(name, platform)
+            for diff_id in self._known[key].config.diff_ids:
+                self._lease.use_layer(diff_id)
+        return self._known[key]
+
+    def _find(self, name: str, platform: Platform) -> Image:
+        image = None if self._pull else self._store.find(name)
+        if image is not None and image.config.platform.satisfies(platform):
+            return image
+        raise UserError(f"no image {name}")
