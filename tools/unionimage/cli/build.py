@@ -1,11 +1,13 @@
-"""`unionfuse build`: an image from a Dockerfile. Progress goes to stderr, with -q the id to stdout."""
+"""`unionfuse build`: an image from a Dockerfile.
+
+Progress goes to stderr, with -q the id to stdout.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from unionimage.dockerfile.runstep import Secret
 
 EXAMPLE = """unionfuse build -t app:1 .
-unionfuse build -f deploy/Dockerfile --target test --build-arg VERSION=2 --secret id=key,src=key.pem .
+unionfuse build -f test.Dockerfile --target test --build-arg V=2 --secret id=key,src=key.pem .
 printf 'FROM scratch\\nCOPY <<x /x\\nhello\\nx\\n' | unionfuse build -q -"""
 
 
@@ -183,6 +185,3 @@ def _warn(text: str) -> None:
 
 def _ignore(text: str) -> None:
     pass
-
-
-__all__ = ["EXAMPLE", "configure", "run", "time"]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from unionimage.dockerfile.cache import BuildCache
 from unionimage.dockerfile.context import open_context
-from unionimage.dockerfile.execute import Build, Settings, StepFailed, View
+from unionimage.dockerfile.execute import Build, Settings, StepFailed, View, timestamp
 from unionimage.dockerfile.kitchen import Kitchen
 from unionimage.dockerfile.parser import parse
 from unionimage.dockerfile.plan import Options, Plan, make_plan
@@ -64,8 +63,7 @@ def build(store: Store, request: Request, view: View, warn: Callable[[str], None
             warn(warning)
         kitchen = Kitchen(store, lease, context, request.driver)
         cache = stack.enter_context(contextlib.closing(BuildCache(store.root)))
-        now = _time(request.epoch)
-        settings = Settings(request.no_cache, request.epoch, now, request.secrets, request.runtime)
+        settings = Settings(request.no_cache, request.epoch, request.secrets, request.runtime)
         try:
             config = Build(plan, kitchen, cache, settings, view).run()
         except StepFailed as error:
@@ -74,7 +72,7 @@ def build(store: Store, request: Request, view: View, warn: Callable[[str], None
         if request.squash:
             from unionimage.dockerfile.squash import squash
 
-            config = squash(kitchen, _base_config(plan), config, now)
+            config = squash(kitchen, _base_config(plan), config, timestamp(request.epoch))
         return lease.add_image(config, names=request.names)
 
 
@@ -85,16 +83,6 @@ def _base_config(plan: Plan) -> ImageConfig:
     while stage.base.stage >= 0:
         stage = stages[stage.base.stage]
     return stage.start
-
-
-def _time(epoch: int | None) -> str:
-    """RFC 3339, in UTC, with microseconds where it is the time now."""
-    if epoch is None:
-        moment = datetime.datetime.now(datetime.timezone.utc)
-        return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-    return datetime.datetime.fromtimestamp(epoch, datetime.timezone.utc).strftime(
-        "%Y-%m-%dT%H:%M:%SZ"
-    )
 
 
 class _Bases:

@@ -1,8 +1,9 @@
 """The build cache: what a step made, by what went into it.
 
-A key is a digest over the parent's chain, the instruction as it is carried out and the content of what
-it copies: no times, no names of images, no secrets. Values are a layer's diffID, or nothing for a step
-that made none. A layer that was collected since is no hit. One SQLite file beside the store.
+A key is a digest over the parent's chain, the instruction as it is carried out and the content of
+what it copies: no times, no names of images, no secrets. Values are a layer's diffID, or nothing
+for a step that made none. A layer that was collected since is no hit. One SQLite file beside the
+store.
 """
 
 from __future__ import annotations

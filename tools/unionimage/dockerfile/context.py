@@ -1,7 +1,7 @@
 """Where a build context comes from: a directory, a tar, standard input or a git repository.
 
-Whatever it is, it ends as a directory: the user's own, or one in scratch space. `.dockerignore` is read
-from it, or the file that lies beside the Dockerfile under its name.
+Whatever it is, it ends as a directory: the user's own, or one in scratch space. `.dockerignore` is
+read from it, or the file that lies beside the Dockerfile under its name.
 """
 
 from __future__ import annotations

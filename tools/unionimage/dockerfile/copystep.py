@@ -17,7 +17,7 @@ from unionimage.dockerfile.kitchen import Context
 from unionimage.dockerfile.parser import DockerfileError
 from unionimage.dockerfile.place import Owner, Style, Target, check_mode
 from unionimage.dockerfile.plan import CopyAction, Source, WorkdirAction
-from unionimage.dockerfile.select import Found, Tree, digest, find, open_file
+from unionimage.dockerfile.select import Found, Tree, digest, find, open_file, open_in
 
 if TYPE_CHECKING:
     from unionimage.dockerfile.execute import Build
@@ -189,7 +189,9 @@ def carry_out(
     """Copy into a mount of the stack so far, so that `upper` holds the changes."""
     kitchen = build.kitchen
     with contextlib.ExitStack() as stack:
-        root = stack.enter_context(_opened(stack.enter_context(kitchen.mounted(below, upper=upper))))
+        root = stack.enter_context(
+            _opened(stack.enter_context(kitchen.mounted(below, upper=upper)))
+        )
         epoch = build.settings.epoch
         time = None if epoch is None else epoch * 10**9
         target = Target(root, Style(_owner(action.chown, root), action.chmod, time))
@@ -209,9 +211,7 @@ def carry_out(
         target.finish()
 
 
-def make_workdir(
-    build: Build, action: WorkdirAction, below: Sequence[Digest], upper: Path
-) -> None:
+def make_workdir(build: Build, action: WorkdirAction, below: Sequence[Digest], upper: Path) -> None:
     """Make the working directory where it is not there yet; it belongs to USER, as in BuildKit."""
     kitchen = build.kitchen
     with kitchen.mounted(below, upper=upper) as merged, _opened(merged) as root:
@@ -239,17 +239,16 @@ def _unpack(target: Target, tree: Tree, found: Found, destination: bytes) -> boo
     """Extract a source that is an archive; False: it is none."""
     if found.is_directory:
         return False
-    with open_file(tree.root, found.entries[0]) as file:
-        with extract.open_archive(file) as archive:
-            if archive is None:
-                return False
-            target.make_directories(destination)
-            place = destination.strip(b"/")
-            root = extract.open_in(target.root, place, os.O_PATH | os.O_DIRECTORY)
-            try:
-                extract.extract(archive, root, target.style)
-            finally:
-                os.close(root)
+    with open_file(tree.root, found.entries[0]) as file, extract.open_archive(file) as archive:
+        if archive is None:
+            return False
+        target.make_directories(destination)
+        place = destination.strip(b"/")
+        root = open_in(target.root, place, os.O_PATH | os.O_DIRECTORY)
+        try:
+            extract.extract(archive, root, target.style)
+        finally:
+            os.close(root)
     return True
 
 

@@ -1,8 +1,8 @@
 """A plan is carried out: cached steps are taken from the cache, the others make layers.
 
-First every stage goes as far as the cache takes it, which needs no mount and no thread. What remains
-runs with a thread for each stage that waits only for the stages it needs. A step that fails stops the
-others; what was finished stays cached.
+First every stage goes as far as the cache takes it, which needs no mount and no thread. What
+remains runs with a thread for each stage that waits only for the stages it needs. A step that fails
+stops the others; what was finished stays cached.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class StepView(Protocol):
 class View(Protocol):
     """How a build shows itself; used from several threads."""
 
+    def close(self) -> None: ...
+
     def cached(self, label: str) -> None: ...
 
     def begin(self, label: str) -> StepView: ...
@@ -63,16 +65,25 @@ class StepFailed(UserError):
         step, label: which one.
         code: the exit code.
         tail: the last lines it wrote.
+        source: the text of the Dockerfile, where it is known.
     """
 
     def __init__(self, step: Step, label: str, code: int, tail: bytes) -> None:
-        super().__init__(
-            f"Dockerfile, line {step.command.line}: {step.text}: exit code {code}"
-        )
+        super().__init__(f"Dockerfile, line {step.command.line}: {step.text}: exit code {code}")
         self.step = step
         self.label = label
         self.code = code
         self.tail = tail
+        self.source = ""
+
+
+def timestamp(epoch: int | None) -> str:
+    """SOURCE_DATE_EPOCH, or else the time now, as history entries have it: RFC 3339 in UTC."""
+    import datetime
+
+    if epoch is None:
+        return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return datetime.datetime.fromtimestamp(epoch, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Settings(NamedTuple):
@@ -80,13 +91,11 @@ class Settings(NamedTuple):
 
     Attributes:
         epoch: SOURCE_DATE_EPOCH in seconds, or None.
-        now: the time written into history, RFC 3339.
         secrets: by id.
     """
 
     no_cache: bool
     epoch: int | None
-    now: str
     secrets: Mapping[str, Secret]
     runtime: str | None = None
 
@@ -130,9 +139,7 @@ class Build:
                 raise
             return
         errors: list[BaseException] = []
-        threads = [
-            threading.Thread(target=self._guarded, args=(stage, errors)) for stage in stages
-        ]
+        threads = [threading.Thread(target=self._guarded, args=(stage, errors)) for stage in stages]
         for thread in threads:
             thread.start()
         try:
@@ -231,9 +238,7 @@ class StageBuild:
         else:
             identity = "scratch" if base.image is None else base.image.id
             self._trail = key_of("base", identity, str(self.plan.platform))
-            self.config = replace(
-                self.plan.start, run=replace(self.plan.start.run, on_build=())
-            )
+            self.config = replace(self.plan.start, run=replace(self.plan.start.run, on_build=()))
 
     def _one(self, step: Step) -> None:
         recipe = self._recipe(step, may_mount=True)
@@ -245,7 +250,7 @@ class StageBuild:
             self._take(step, recipe.key, cached)
             return
         if step.action is None:
-            made = Cached(None, self.build.settings.now)
+            made = Cached(None, timestamp(self.build.settings.epoch))
         else:
             view = self.build.view.begin(label)
             try:
@@ -257,7 +262,7 @@ class StageBuild:
                 view.failed()
                 raise
             view.done()
-            made = Cached(diff_id, self.build.settings.now)
+            made = Cached(diff_id, timestamp(self.build.settings.epoch))
         self.build.cache.remember(recipe.key, made)
         self._take(step, recipe.key, made)
 
@@ -316,7 +321,7 @@ class StageBuild:
         return Recipe(key_of("run", self._chain, facts, mounts, action.script, epoch))
 
     def _identity(self, kind: str, path: str, source: Source) -> str:
-        """What the content of a mount's source is told by: a digest, or a chain that never changes."""
+        """What tells the content of a mount's source: a digest, or layers, which never change."""
         if kind in ("tmpfs", "secret"):
             return ""
         if not source.is_context:

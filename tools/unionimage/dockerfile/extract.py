@@ -1,8 +1,9 @@
 """ADD of a local archive: its members are put below the destination as if that were `/`.
 
-Every member's parent and every hard link's target is resolved by openat2 with RESOLVE_IN_ROOT on the
-open destination, so `..`, absolute names and links in the archive stay inside. Whiteout names mean
-nothing here. Source: Dockerfile reference, "ADD" (identity, gzip, bzip2, xz and zstd archives).
+Every member's parent and every hard link's target is resolved by openat2 with RESOLVE_IN_ROOT on
+the open destination, so `..`, absolute names and links in the archive stay inside. Whiteout names
+mean nothing here. Source: Dockerfile reference, "ADD" (identity, gzip, bzip2, xz and zstd
+archives).
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import os
 import stat
 import tarfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import IO, Any
 
 from unionfuse import syscalls
 from unionimage.dockerfile.parser import DockerfileError
 from unionimage.dockerfile.place import Style, Target, changed_mode
-from unionimage.dockerfile.select import CONFINED, open_in
+from unionimage.dockerfile.select import CONFINED
 
 _MAGIC = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zst"}
 _CHUNK = 1 << 20
@@ -29,23 +30,20 @@ def compression(head: bytes) -> str:
 
 
 @contextlib.contextmanager
-def open_archive(file: BinaryIO) -> Iterator[tarfile.TarFile | None]:
+def open_archive(file: IO[bytes]) -> Iterator[tarfile.TarFile | None]:
     """The file as a tar, read as a stream; None where it is none. The file must be seekable."""
-    head = file.read(512)
+    kind = compression(file.read(512))
     file.seek(0)
-    kind = compression(head)
     with contextlib.ExitStack() as stack:
-        try:
-            if kind == "zst":
-                import zstandard
+        stream: Any = file
+        mode: Any = f"r|{kind}"
+        if kind == "zst":
+            import zstandard
 
-                reader = stack.enter_context(zstandard.ZstdDecompressor().stream_reader(file))
-                archive = tarfile.open(fileobj=reader, mode="r|")
-            elif kind:
-                archive = tarfile.open(fileobj=file, mode=f"r|{kind}")  # type: ignore[call-overload]
-            else:
-                archive = tarfile.open(fileobj=file, mode="r|")
-            stack.enter_context(archive)
+            stream = stack.enter_context(zstandard.ZstdDecompressor().stream_reader(file))
+            mode = "r|"
+        try:
+            archive = stack.enter_context(tarfile.open(fileobj=stream, mode=mode))
         except (tarfile.TarError, EOFError, OSError, ValueError):
             file.seek(0)
             yield None
@@ -53,7 +51,7 @@ def open_archive(file: BinaryIO) -> Iterator[tarfile.TarFile | None]:
         yield archive
 
 
-def is_archive(file: BinaryIO) -> bool:
+def is_archive(file: IO[bytes]) -> bool:
     """Whether ADD extracts this file; leaves it at its beginning."""
     with open_archive(file) as archive:
         found = archive is not None
@@ -179,13 +177,10 @@ def _clean(name: str) -> bytes:
     return b"/".join(parts)
 
 
-def extract_context(file: BinaryIO, directory: int) -> bool:
+def extract_context(file: IO[bytes], directory: int) -> bool:
     """Extract a build context that came as a tar into an open, empty directory; False: no tar."""
     with open_archive(file) as archive:
         if archive is None:
             return False
         extract(archive, directory, Style())
     return True
-
-
-__all__ = ["extract", "extract_context", "is_archive", "open_archive", "open_in"]

@@ -1,7 +1,7 @@
 """Where steps are carried out: scratch directories, mounts of the stack so far, source trees.
 
-All mounts are made in a mount namespace of the build's own: nobody else sees them, and the kernel takes
-them away with the last process of the build.
+All mounts are made in a mount namespace of the build's own: nobody else sees them, and the kernel
+takes them away with the last process of the build.
 """
 
 from __future__ import annotations

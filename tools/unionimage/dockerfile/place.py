@@ -1,8 +1,8 @@
 """Writing files into a root file system that may be hostile.
 
-Every path is resolved by openat2 with RESOLVE_IN_ROOT on the open root, one component after the other
-where directories are made; the last component is never followed. A `Target` is any directory: a mount
-of the stack so far, or a plain directory that becomes a layer (`--link`).
+Every path is resolved by openat2 with RESOLVE_IN_ROOT on the open root, one component after the
+other where directories are made; the last component is never followed. A `Target` is any directory:
+a mount of the stack so far, or a plain directory that becomes a layer (`--link`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Style(NamedTuple):
     """How copied files look.
 
     Attributes:
-        owner: of everything (`--chown`); None: as in the source where the tree keeps owners, else root.
+        owner: of everything (`--chown`); None: root, or as in the source if that keeps owners.
         mode: `--chmod` as it was written; empty: as in the source.
         time: modification time in ns of everything written; None: as in the source.
     """
@@ -191,9 +191,7 @@ class Target:
         with self._opened(at) as directory:
             self._dress(tree, entry, directory, b"", at)
 
-    def _copy_file(
-        self, tree: Tree, entry: Entry, directory: int, name: bytes, at: bytes
-    ) -> None:
+    def _copy_file(self, tree: Tree, entry: Entry, directory: int, name: bytes, at: bytes) -> None:
         status = entry.status
         if status.st_nlink > 1:
             first = self._links.setdefault((status.st_dev, status.st_ino), at)

@@ -1,7 +1,8 @@
 """RUN: one process under an OCI runtime on a writable mount of the stack so far.
 
-What the step needs but does not make (mount points, resolv.conf, secrets) is taken away again before
-the upper directory becomes a layer. Secrets and the bundle lie on a tmpfs of the build's own.
+What the step needs but does not make (mount points, resolv.conf, secrets) is taken away again
+before the upper directory becomes a layer. Secrets and the bundle lie on a tmpfs of the build's
+own.
 """
 
 from __future__ import annotations
@@ -230,9 +231,7 @@ class _Step:
                 found.append(made)
         return found
 
-    def _file(
-        self, target: str, content: bytes, mode: int, *, read_only: bool = False
-    ) -> Mount:
+    def _file(self, target: str, content: bytes, mode: int, *, read_only: bool = False) -> Mount:
         """A file that the step sees at a path and that never becomes part of the image."""
         path = self.private / secrets.token_hex(8)
         path.write_bytes(content)
@@ -278,7 +277,9 @@ class _Step:
         secret = self.shared.secrets.get(mount.id)
         if secret is None:
             if mount.required:
-                raise DockerfileError(f"secret {mount.id!r} is required: give --secret id={mount.id}")
+                raise DockerfileError(
+                    f"secret {mount.id!r} is required: give --secret id={mount.id}"
+                )
             return None
         value = secret.value()
         if mount.env:
@@ -470,5 +471,3 @@ def _remove_empty(root: int, path: bytes, as_before: tuple[int, int, int] | None
 def _is_opaque(directory: int, name: bytes) -> bool:
     names = syscalls.listxattr(directory, name)
     return any(each.endswith(b"overlay.opaque") for each in names)
-
-

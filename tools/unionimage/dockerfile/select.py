@@ -1,8 +1,8 @@
 """Which files COPY and ADD mean, and a digest of them that forgets their times.
 
-A source tree is entered by its descriptor alone: openat2 with RESOLVE_IN_ROOT for what the Dockerfile
-names, O_NOFOLLOW below that, so neither `..` nor a symbolic link leads out of it. Source: Dockerfile
-reference, "COPY"; Go's filepath.Match for wildcards.
+A source tree is entered by its descriptor alone: openat2 with RESOLVE_IN_ROOT for what the
+Dockerfile names, O_NOFOLLOW below that, so neither `..` nor a symbolic link leads out of it.
+Source: Dockerfile reference, "COPY"; Go's filepath.Match for wildcards.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import posixpath
 import re
 import stat
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO, NamedTuple
+from io import FileIO
+from typing import NamedTuple
 
 from unionfuse import syscalls
 from unionimage.dockerfile.ignore import Patterns
@@ -283,7 +284,7 @@ def _describe(tree: Tree, entry: Entry, links: dict[tuple[int, int], int]) -> by
     return b"".join(b"%d:%b," % (len(part), part) for part in parts)
 
 
-def open_file(root: int, entry: Entry) -> BinaryIO:
+def open_file(root: int, entry: Entry) -> FileIO:
     """Open a regular file of a tree, the one that was found; its place may not change kind."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     if entry.place == b"":
@@ -292,7 +293,7 @@ def open_file(root: int, entry: Entry) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise DockerfileError(f"{os.fsdecode(entry.path)}: it changed while it was read")
-    return os.fdopen(descriptor, "rb", buffering=0)
+    return FileIO(descriptor)
 
 
 def read_link(root: int, path: bytes) -> bytes:

@@ -1,7 +1,7 @@
 """`--squash`: the layers that a build added become one.
 
-Their changesets are replayed, in order, onto a writable mount of the stack below: the union itself then
-writes the whiteouts that the one layer needs. Whiteouts: OCI image-spec v1.1, layer.md.
+Their changesets are replayed, in order, onto a writable mount of the stack below: the union itself
+then writes the whiteouts that the one layer needs. Whiteouts: OCI image-spec v1.1, layer.md.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def squash(kitchen: Kitchen, base: ImageConfig, built: ImageConfig, now: str) ->
         for number, step in enumerate(built.history)
     )
     merged_config = replace(built, diff_ids=base.diff_ids, history=history)
-    note = History(created=now, comment=f"merge {len(added)} layers onto {base.chain_id or 'scratch'}")
+    note = History(
+        created=now, comment=f"merge {len(added)} layers onto {base.chain_id or 'scratch'}"
+    )
     return merged_config.with_step(note, None if layer is None else layer.diff_id)
 
 

@@ -128,7 +128,10 @@ class Live:
         self._lock = threading.RLock()
         self._steps: list[_LiveStep] = []
         self._live = RichLive(
-            get_renderable=self._picture, console=self._console, transient=True, refresh_per_second=8
+            get_renderable=self._picture,
+            console=self._console,
+            transient=True,
+            refresh_per_second=8,
         )
         self._live.start()
 
@@ -202,7 +205,7 @@ class _LiveStep:
 
 
 def readable(line: bytes) -> str:
-    """A line of a process as text that cannot steer the terminal; after a carriage return counts."""
+    """A line of a process as text that cannot steer the terminal."""
     text = line.decode("utf-8", "replace").rstrip("\r").rpartition("\r")[2]
     return "".join(char if char.isprintable() or char == "\t" else "" for char in _plain(text))
 
