@@ -16,8 +16,11 @@ from unionimage.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from unionimage.dockerfile.build import Request
+    from unionimage.dockerfile.build import Fetch, Request
     from unionimage.dockerfile.runstep import Secret
+    from unionimage.reference import Reference
+    from unionimage.spec import Platform
+    from unionimage.store import Image, Store
 
 EXAMPLE = """unionfuse build -t app:1 .
 unionfuse build -f test.Dockerfile --target test --build-arg V=2 --secret id=key,src=key.pem .
@@ -68,8 +71,9 @@ def run(args: argparse.Namespace) -> int:
     stream = standard_error()
     with open_store(args) as store:
         shown = view(progress, stream)
+        warn = _ignore if progress == "quiet" else _warn
         try:
-            image = build(store, request, shown, _warn if progress != "quiet" else _ignore)
+            image = build(store, request, shown, _fetcher(store, progress), warn)
         except StepFailed as error:
             shown.close()
             _show_failure(error)
@@ -177,6 +181,23 @@ def _show_failure(error: object) -> None:
     command = error.step.command
     if error.source and command.line:
         print(excerpt(error.source, command.line, command.end_line), file=sys.stderr)
+
+
+def _fetcher(store: Store, progress: str) -> Fetch:
+    """Pulls base images, and shows that as `pull` does."""
+
+    def fetch(reference: Reference, platform: Platform) -> Image:
+        from unionimage.cli.progress import reporter
+        from unionimage.registry.pull import pull
+        from unionimage.registry.session import Session
+
+        with (
+            Session(store.config) as session,
+            reporter(quiet=progress == "quiet", stream=sys.stderr) as report,
+        ):
+            return pull(store, session, reference, report, platform).image
+
+    return fetch
 
 
 def _warn(text: str) -> None:

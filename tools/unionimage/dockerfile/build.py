@@ -45,8 +45,18 @@ class Request(NamedTuple):
     runtime: str | None
 
 
-def build(store: Store, request: Request, view: View, warn: Callable[[str], None]) -> Image:
+Fetch = Callable[[Reference, Platform], "Image"]
+"""Pulls an image into the store."""
+
+
+def build(
+    store: Store, request: Request, view: View, fetch: Fetch, warn: Callable[[str], None]
+) -> Image:
     """Build an image, store it and give it its names.
+
+    Args:
+        fetch: is asked for base images that are not in the store, or always with `--pull`.
+        warn: is told of what is odd but no error.
 
     Raises:
         StepFailed: a RUN step failed; the steps before it stay cached.
@@ -56,7 +66,7 @@ def build(store: Store, request: Request, view: View, warn: Callable[[str], None
         lease = stack.enter_context(store.lease(f"build {request.context}"))
         context, text = open_context(request.context, request.file, lease)
         stack.callback(context.close)
-        bases = _Bases(store, lease, request.pull)
+        bases = _Bases(store, lease, fetch, request.pull)
         options = Options(request.build_args, request.labels, request.target, request.platform)
         plan = make_plan(parse(text), options, bases.resolve)
         for warning in plan.warnings:
@@ -86,25 +96,31 @@ def _base_config(plan: Plan) -> ImageConfig:
 
 
 class _Bases:
-    """Finds base images in the store, or pulls them; each name once a build."""
+    """Finds base images in the store, or fetches them; each name once a build."""
 
-    def __init__(self, store: Store, lease: Lease, pull: bool) -> None:
+    def __init__(self, store: Store, lease: Lease, fetch: Fetch, always: bool) -> None:
         self._store = store
         self._lease = lease
-        self._pull = pull
+        self._fetch = fetch
+        self._always = always
         self._known: dict[tuple[str, str], Image] = {}
 
     def resolve(self, name: str, platform: Platform) -> Image:
         """The image of a FROM or `--from=`. Raises UserError where there is none."""
         key = (name, str(platform))
         if key not in self._known:
-            self._known[key] = self._find(name, platform)
-            for diff_id in self._known[key].config.diff_ids:
+            image = self._find(name, platform)
+            for diff_id in image.config.diff_ids:
                 self._lease.use_layer(diff_id)
+            self._known[key] = image
         return self._known[key]
 
     def _find(self, name: str, platform: Platform) -> Image:
-        image = None if self._pull else self._store.find(name)
+        image = None if self._always else self._store.find(name)
         if image is not None and image.config.platform.satisfies(platform):
             return image
-        raise UserError(f"no image {name}")
+        try:
+            return self._fetch(self._store.reference(name).with_default_tag(), platform)
+        except UserError as error:
+            here = f"here it is for {image.config.platform}; " if image is not None else ""
+            raise UserError(f"base image {name} for {platform}: {here}{error.message}") from None

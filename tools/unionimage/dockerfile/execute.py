@@ -7,9 +7,10 @@ stops the others; what was finished stays cached.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -33,6 +34,9 @@ from unionimage.spec import History, ImageConfig
 
 if TYPE_CHECKING:
     from unionimage.dockerfile.runstep import Environment, Secret
+
+HOLD = "build-cache"
+"""Holds the layers of cached steps in the store."""
 
 COMMENT = "unionfuse.dockerfile.v0"
 """The comment of history entries, as BuildKit writes its own."""
@@ -178,6 +182,12 @@ class Build:
             )
         return self._environment
 
+    def remember(self, key: str, made: Cached) -> None:
+        """Cache what a step made; its layer is kept until `prune` drops the build cache."""
+        if made.diff_id is not None:
+            self.kitchen.store.hold_layers(HOLD, [made.diff_id])
+        self.cache.remember(key, made)
+
     def stack_of(self, source: Source) -> Sequence[Digest]:
         """The layers of a stage that is finished, or of an image."""
         if source.image is not None:
@@ -208,7 +218,8 @@ class StageBuild:
         self._begin()
         while self.done < len(self.plan.steps):
             step = self.plan.steps[self.done]
-            recipe = self._recipe(step, may_mount=False)
+            with _at(step):
+                recipe = self._recipe(step, may_mount=False)
             cached = None if recipe is None else self._cached(recipe.key)
             if recipe is None or cached is None:
                 return
@@ -241,7 +252,8 @@ class StageBuild:
             self.config = replace(self.plan.start, run=replace(self.plan.start.run, on_build=()))
 
     def _one(self, step: Step) -> None:
-        recipe = self._recipe(step, may_mount=True)
+        with _at(step):
+            recipe = self._recipe(step, may_mount=True)
         assert recipe is not None
         label = self._label(step)
         cached = self._cached(recipe.key)
@@ -249,21 +261,18 @@ class StageBuild:
             self.build.view.cached(label)
             self._take(step, recipe.key, cached)
             return
-        if step.action is None:
-            made = Cached(None, timestamp(self.build.settings.epoch))
-        else:
+        diff_id = None
+        if step.action is not None:
             view = self.build.view.begin(label)
             try:
-                diff_id = self._make_layer(step, recipe, view)
-            except DockerfileError as error:
-                view.failed()
-                raise DockerfileError(error.reason, error.line or step.command.line) from None
+                with _at(step):
+                    diff_id = self._make_layer(step, recipe, view)
             except BaseException:
                 view.failed()
                 raise
             view.done()
-            made = Cached(diff_id, timestamp(self.build.settings.epoch))
-        self.build.cache.remember(recipe.key, made)
+        made = Cached(diff_id, timestamp(self.build.settings.epoch))
+        self.build.remember(recipe.key, made)
         self._take(step, recipe.key, made)
 
     def _take(self, step: Step, key: str, made: Cached) -> None:
@@ -372,6 +381,19 @@ class StageBuild:
         code = runstep.run(self.build.environment(), action, below, upper, output)
         if code != 0:
             raise StepFailed(step, self._label(step), code, bytes(tail))
+
+
+@contextlib.contextmanager
+def _at(step: Step) -> Iterator[None]:
+    """Whatever a user can mend in a step is told with its line of the Dockerfile."""
+    try:
+        yield
+    except StepFailed:
+        raise
+    except DockerfileError as error:
+        raise DockerfileError(error.reason, error.line or step.command.line) from None
+    except UserError as error:
+        raise DockerfileError(f"{step.text}: {error.message}", step.command.line) from None
 
 
 class Recipe(NamedTuple):

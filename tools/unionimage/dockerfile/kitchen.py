@@ -87,20 +87,24 @@ class Kitchen:
             return
         place = self.scratch("merged", "work")
         target = place / "merged"
-        work = place / "work" if upper is not None else None
+        driver = driver or self._quick_driver()
         mount_chain(
             self.store,
             diff_ids,
             target,
             upper=upper,
-            work=work,
-            driver=driver or self._quick_driver(),
+            work=place / "work",
+            driver=driver,
+            options=("volatile",) if upper is not None else (),
             register=False,
         )
         try:
             yield target
         finally:
-            unmount(self.store, target)
+            if driver == "overlay":
+                syscalls.umount(os.fsencode(target))
+            else:
+                unmount(self.store, target)
 
     def _quick_driver(self) -> str:
         """For a look or a few files: kernel overlayfs where it may be mounted, if not said."""
