@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
+from pathlib import Path
 
-from unionfuse import mounting
-from unionimage.errors import UserError
+from unionimage.cli.common import open_store
+from unionimage.mounts import unmount
 
 EXAMPLE = """
 unionfuse umount /mnt/debian
 unionfuse umount --lazy /mnt/busy
 """
-
-_PATIENCE = 30.0  # seconds; a daemon that still writes back a large mapped file takes a few
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,24 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     With --lazy, and where /proc does not name the daemon (before Linux 6.17), it does not wait.
     """
-    for mountpoint in args.mountpoint:
-        try:
-            _unmount(os.fsencode(mountpoint), args.lazy)
-        except mounting.MountError as error:
-            raise UserError(str(error)) from None
+    with open_store(args) as store:
+        for mountpoint in args.mountpoint:
+            unmount(store, Path(mountpoint), lazy=args.lazy)
     return 0
-
-
-def _unmount(path: bytes, lazy: bool) -> None:
-    where = os.path.realpath(path)
-    mount = mounting.mount_at(where)
-    if mount is None or mount.kind != mounting.FILE_SYSTEM_TYPE:
-        remedy = "see findmnt -t fuse.unionfuse"
-        raise mounting.MountError(path, "no union is mounted there", remedy)
-    daemon = mounting.daemon_of(mount)
-    mounting.detach(where, lazy)
-    if daemon is None or lazy:
-        return
-    if not mounting.wait_for_end(daemon, _PATIENCE):
-        remedy = "its upper directory must not be used before it has ended"
-        raise mounting.MountError(path, "unmounted, but the daemon is still at work", remedy)
