@@ -9,7 +9,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -89,9 +89,13 @@ class Hostile:
         self.manifests[digest] = self.manifests[tag] = (media_type, data)
         return digest
 
-    def add_image(self, tag: str, *layers: bytes) -> str:
-        """An image of these uncompressed layer tars; returns the manifest's digest."""
-        diff_ids = [self.add_blob(layer) for layer in layers]
+    def add_image(self, tag: str, *layers: bytes, packed: Sequence[bytes] = ()) -> str:
+        """An image of these layer tars; returns the manifest's digest.
+
+        Args:
+            packed: the same layers compressed by gzip, if they shall be.
+        """
+        diff_ids = ["sha256:" + hashlib.sha256(layer).hexdigest() for layer in layers]
         config = {
             "architecture": "amd64",
             "os": "linux",
@@ -104,8 +108,12 @@ class Hostile:
             "mediaType": OCI_MANIFEST,
             "config": {"mediaType": OCI_CONFIG, "digest": self.add_blob(data), "size": len(data)},
             "layers": [
-                {"mediaType": OCI_LAYER, "digest": diff_id, "size": len(layer)}
-                for diff_id, layer in zip(diff_ids, layers, strict=True)
+                {
+                    "mediaType": OCI_LAYER + ("+gzip" if packed else ""),
+                    "digest": self.add_blob(blob),
+                    "size": len(blob),
+                }
+                for blob in packed or layers
             ],
         }
         return self.add_manifest(tag, table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from unionimage.cli.common import open_store
@@ -42,7 +43,6 @@ def run(args: argparse.Namespace) -> int:
     from unionimage.spec import Platform
 
     platform = Platform.parse(args.platform) if args.platform else None
-    results: list[Pulled]
     with (
         open_store(args) as store,
         Session(store.config, insecure=args.insecure) as session,
@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         reference = store.reference(args.name)
         if args.all_tags and (reference.tag or reference.digest):
             raise UserError("tag can't be used with --all-tags/-a")
+        results: Iterable[Pulled]
         if args.all_tags:
             results = pull_all(store, session, reference, report, platform)
         else:
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         for result in results:
             report.line(f"Digest: {result.digest}")
             report.line(f"Status: {_status(result)}")
-    print(results[0].reference.repository if args.all_tags else results[0].reference)
+    print(reference.repository if args.all_tags else reference.with_default_tag())
     return 0
 
 

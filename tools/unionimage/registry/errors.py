@@ -6,6 +6,7 @@ import json
 
 from unionimage.errors import UserError
 
+REASONS = {401: "unauthorized", 403: "denied", 404: "not found", 429: "too many requests"}
 REMEDIES = {
     401: "use unionfuse login",
     403: "use unionfuse login with a name that may do this",
@@ -43,10 +44,8 @@ class RegistryStatusError(RegistryError):
     ) -> RegistryStatusError:
         """Read the specification's `{"errors": [...]}`, or say what the status means."""
         codes, messages = _read_errors(body)
-        reason = "; ".join(messages) or f"answers {status}"
-        if status == 429 and not messages:
-            reason = "too many requests"
-        elif status >= 500:
+        reason = "; ".join(messages) or REASONS.get(status, f"answers {status}")
+        if status >= 500:
             reason = f"is in trouble ({status}{': ' if messages else ''}{'; '.join(messages)})"
         remedy = REMEDIES.get(status, "try again later" if status >= 500 else "")
         if wait is not None and wait > 1:

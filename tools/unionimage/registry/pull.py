@@ -6,7 +6,7 @@ come; what is there is not fetched, and what a broken pull left is continued.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from unionimage.digest import Digest
@@ -78,13 +78,9 @@ def pull(
     with store.lease(f"pull {reference.familiar}") as lease:
         before = store.find(str(reference)) if reference.tag else None
         is_new = before is None or before.id != found.manifest.config.digest
-        tasks = [
-            (layer, diff_id, report.task(layer.digest.short, "Pulling fs layer", layer.size))
-            for layer, diff_id in found.layers()
-        ]
-        session.side_by_side(
-            lambda job: _fetch_layer(session, found.repository, lease, *job), tasks
-        )
+        missing = [pair for pair in found.layers() if lease.use_layer(pair[1]) is None]
+        if missing:
+            _fetch_layers(session, found, missing, lease, report)
         by_digest = Reference(reference.registry, reference.path, None, found.top_digest)
         image = lease.add_image(
             found.config_bytes,
@@ -101,15 +97,13 @@ def pull_all(
     reference: Reference,
     report: Reporter,
     platform: Platform | None = None,
-) -> list[Pulled]:
-    """Pull every tag of a repository, one after the other."""
+) -> Iterator[Pulled]:
+    """Pull every tag of a repository, one after the other, as the results are asked for."""
     tags = list(session.repository(reference).tags())
     if not tags:
         raise RegistryError(reference.familiar_repository, "has no tags", "check the name")
-    return [
-        pull(store, session, replace(reference, tag=tag, digest=None), report, platform)
-        for tag in tags
-    ]
+    for tag in tags:
+        yield pull(store, session, replace(reference, tag=tag, digest=None), report, platform)
 
 
 def _find(
@@ -158,6 +152,24 @@ def _find_in(
     return _Found(repository, top.digest, raw, parsed, config_bytes, config)
 
 
+def _fetch_layers(
+    session: Session,
+    found: _Found,
+    missing: Sequence[tuple[Descriptor, Digest]],
+    lease: Lease,
+    report: Reporter,
+) -> None:
+    """Fetch the missing layers side by side; the others are shown too, as docker does."""
+    jobs = []
+    for layer, diff_id in found.layers():
+        if (layer, diff_id) in missing:
+            task = report.task(layer.digest.short, "Pulling fs layer", layer.size)
+            jobs.append((layer, diff_id, task))
+        else:
+            report.task(layer.digest.short, "Already exists").done("Already exists")
+    session.side_by_side(lambda job: _fetch_layer(session, found.repository, lease, *job), jobs)
+
+
 def _fetch_layer(
     session: Session,
     repository: Repository,
@@ -166,9 +178,6 @@ def _fetch_layer(
     diff_id: Digest,
     task: Task,
 ) -> None:
-    if lease.use_layer(diff_id) is not None:
-        task.done("Already exists")
-        return
     offset = lease.resume_offset(layer.digest)
     try:
         _stream_layer(session, repository, lease, layer, diff_id, task, offset)

@@ -63,7 +63,7 @@ def push(
         assert reference.tag is not None
         digest = repository.put_manifest(reference.tag, manifest_type, data)
         by_digest = Reference(reference.registry, reference.path, None, digest)
-        lease.add_image(image.config_bytes, manifest=data, digests=[by_digest])
+        store.note_digest(image, by_digest, lease.add_bytes(data))
     return Pushed(reference, digest, len(data))
 
 

@@ -1,0 +1,530 @@
+"""Pull, push, login and tags against a real docker-registry, with skopeo as the peer."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from harness.hostile import Hostile, cut_after, stall_after, status
+from harness.registry import OciLayout, Registry, compress, layer_tar, sha256, skopeo
+from unionimage.digest import Digest
+from unionimage.reference import Reference
+from unionimage.store import Store
+
+MAIN = "import sys; from unionimage.cli import main; sys.exit(main())"
+BASE = layer_tar({"etc": None, "etc/hosts": b"127.0.0.1 localhost\n", "etc/old": b"x" * 5000})
+UPPER = layer_tar({"etc": None, "etc/.wh.old": b"", "etc/new": b"new\n"})
+BIG = layer_tar({"random": os.urandom(6_000_000)})
+
+
+@dataclass
+class Command:
+    """The command `unionfuse` with a store and docker configuration of its own."""
+
+    root: Path
+    environment: dict[str, str]
+
+    def __call__(self, *words: str, stdin: str = "", code: int = 0) -> str:
+        done = self.run(*words, stdin=stdin)
+        assert done.returncode == code, f"{words}: {done.stdout}{done.stderr}"
+        return done.stdout if code == 0 else done.stderr
+
+    def run(self, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.line(*words),
+            input=stdin,
+            capture_output=True,
+            text=True,
+            env=self.environment,
+            timeout=60,
+        )
+
+    def line(self, *words: str) -> list[str]:
+        return [sys.executable, "-c", MAIN, "--root", str(self.root), *words]
+
+    def store(self) -> Store:
+        return Store.open(self.root)
+
+    def tag(self, name: str, *names: str) -> None:
+        with self.store() as store:
+            for one in names:
+                store.tag(store.image(name), Reference.parse(one))
+
+    def image_id(self, name: str) -> str:
+        with self.store() as store:
+            return store.image(name).id
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    return make_command(tmp_path, "store")
+
+
+def make_command(tmp_path: Path, name: str, **extra: str) -> Command:
+    config = tmp_path / "config.toml"
+    if not config.exists():
+        config.write_text("")
+    environment = {
+        **os.environ,
+        "DOCKER_CONFIG": str(tmp_path / "docker"),
+        "UNIONFUSE_CONFIG": str(config),
+        "UNIONFUSE_REGISTRY_TIMEOUT": "2",
+        **extra,
+    }
+    return Command(tmp_path / name, environment)
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    with Registry(tmp_path_factory.mktemp("registry")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    with Registry(tmp_path_factory.mktemp("guarded"), password="s3cret") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> OciLayout:
+    made = OciLayout(tmp_path_factory.mktemp("layout") / "oci")
+    made.image("one", [BASE, UPPER])
+    return made
+
+
+def raw_digest(target: str) -> str:
+    return sha256(skopeo("inspect", "--raw", "--tls-verify=false", f"docker://{target}").encode())
+
+
+# -- pull ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["oci", "docker"])
+@pytest.mark.parametrize("compression", ["gzip", "zstd", "none"])
+def test_an_image_goes_round_and_stays_the_same(
+    registry: Registry, command: Command, tmp_path: Path, kind: str, compression: str
+) -> None:
+    if (kind, compression) == ("docker", "zstd"):
+        pytest.skip("skopeo knows no such layers")
+    layout = OciLayout(tmp_path / "oci")
+    entry = layout.image("x", [BASE, UPPER], compression, kind)
+    name = f"{registry.host}/round/{kind}-{compression}"
+    layout.push("x", name + ":1")
+    digest = raw_digest(name + ":1")
+    assert digest == entry["digest"]
+    out = command("pull", name + ":1")
+    assert f"Digest: {digest}" in out
+    assert f"Status: Downloaded newer image for {name}:1" in out
+    with command.store() as store:
+        image = store.image(name + ":1")
+        assert [layer.diff_id for layer in image.layers] == [sha256(BASE), sha256(UPPER)]
+        assert (image.layers[0].directory / "etc/hosts").read_bytes() == b"127.0.0.1 localhost\n"
+        assert store.image(f"{name}@{digest}").id == image.id
+    command.tag(name + ":1", f"{registry.host}/again/{kind}-{compression}:2")
+    out = command("push", f"{registry.host}/again/{kind}-{compression}:2")
+    assert f"2: digest: {digest} size:" in out
+    assert raw_digest(f"{registry.host}/again/{kind}-{compression}:2") == digest
+
+
+def test_a_second_pull_fetches_nothing(
+    registry: Registry, layout: OciLayout, command: Command
+) -> None:
+    name = f"{registry.host}/second:1"
+    layout.push("one", name)
+    command("pull", name)
+    out = command("pull", name)
+    assert "Pulling fs layer" not in out
+    assert f"Status: Image is up to date for {name}" in out
+    assert command("pull", "-q", name) == name + "\n"
+
+
+def test_a_shared_layer_is_not_fetched_again(
+    registry: Registry, command: Command, tmp_path: Path
+) -> None:
+    layout = OciLayout(tmp_path / "oci")
+    layout.image("a", [BASE])
+    layout.image("b", [BASE, UPPER])
+    layout.push("a", f"{registry.host}/shared:a")
+    layout.push("b", f"{registry.host}/shared:b")
+    command("pull", f"{registry.host}/shared:a")
+    out = command("pull", f"{registry.host}/shared:b")
+    assert out.count("Already exists") == 1 and out.count("Pull complete") == 1
+
+
+def test_a_platform_is_chosen_from_an_index(
+    registry: Registry, command: Command, tmp_path: Path
+) -> None:
+    layout = OciLayout(tmp_path / "oci")
+    images = [
+        layout.image(arch, [BASE, layer_tar({arch: b""})], architecture=arch)
+        for arch in ("amd64", "arm64")
+    ]
+    entry = layout.many("both", images)
+    name = f"{registry.host}/multi:1"
+    layout.push("both", name)
+    out = command("pull", "--platform", "linux/arm64", name)
+    assert f"Digest: {entry['digest']}" in out
+    with command.store() as store:
+        image = store.image(name)
+        assert image.config.platform.architecture == "arm64"
+        assert image.manifest_digest == images[1]["digest"]
+    command("pull", f"{registry.host}/multi@{images[0]['digest']}")
+    error = command("pull", "--platform", "linux/s390x", name, code=1)
+    assert "no image for platform linux/s390x; there are: linux/amd64, linux/arm64" in error
+    layout.push("arm64", f"{registry.host}/multi:arm")
+    error = command("pull", "--platform", "amd64", f"{registry.host}/multi:arm", code=1)
+    assert "does not match the specified platform: wanted linux/amd64, actual linux/arm64" in error
+
+
+def test_all_tags_are_pulled_pushed_and_listed(
+    registry: Registry, layout: OciLayout, command: Command
+) -> None:
+    tags = [f"1.{n}" for n in range(5)] + ["latest"]
+    for tag in tags:
+        layout.push("one", f"{registry.host}/many:{tag}")
+    out = command("pull", "-a", f"{registry.host}/many")
+    assert out.count("Status: ") == 6 and out.endswith(f"\n{registry.host}/many\n")
+    assert sorted(command("tags", f"{registry.host}/many").split()) == sorted(tags)
+    assert len(command("tags", "--filter", "1.*", "-n", "3", f"{registry.host}/many").split()) == 3
+    listed = json.loads(command("tags", "--json", "--digests", f"{registry.host}/many"))
+    assert {row["digest"] for row in listed["tags"]} == {raw_digest(f"{registry.host}/many:1.0")}
+    for tag in tags:
+        command.tag(f"{registry.host}/many:{tag}", f"{registry.host}/many2:{tag}")
+    out = command("push", "-a", f"{registry.host}/many2")
+    assert out.count(": digest: ") == 6
+    assert sorted(command("tags", f"{registry.host}/many2").split()) == sorted(tags)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pull", "{host}/no/such:1"], "manifest for {host}/no/such:1: not found"),
+        (["pull", "{host}/Upper"], "must be lower case"),
+        (["pull", "-a", "{host}/x:1"], "tag can't be used with --all-tags/-a"),
+        (["pull", "127.0.0.1:1/x"], "127.0.0.1:1: cannot connect: Connection refused"),
+        (["pull", "registry.invalid/x"], "registry.invalid: the name cannot be looked up"),
+        (["pull", "{host}/x@sha256:12"], "is not a sha256 digest"),
+        (["push", "{host}/x:1"], "An image does not exist locally with the tag: {host}/x:1"),
+        (["tags", "{host}/no/such"], "repository name not known to registry"),
+        (["tags", "{host}/x:1"], "give the name without a tag"),
+        (["login", "-u", "jo", "-p", "x", "{host}"], "--password is refused"),
+        (["login", "--password-stdin", "{host}"], "--password-stdin needs --username"),
+        (["login", "{host}"], "cannot ask for a name: no terminal"),
+    ],
+)
+def test_mistakes_get_one_line(
+    registry: Registry, command: Command, words: list[str], message: str
+) -> None:
+    error = command(*(word.format(host=registry.host) for word in words), code=1)
+    assert error.startswith(f"unionfuse {words[0]}: ") and error.count("\n") == 1
+    assert message.format(host=registry.host) in error
+
+
+# -- push ----------------------------------------------------------------------------------------
+
+
+def test_blobs_are_skipped_mounted_and_sent(
+    registry: Registry, command: Command, tmp_path: Path
+) -> None:
+    layout = OciLayout(tmp_path / "oci")
+    layout.image("x", [BIG])
+    layout.push("x", f"{registry.host}/from:1")
+    command("pull", f"{registry.host}/from:1")
+    command.tag(f"{registry.host}/from:1", f"{registry.host}/to:1")
+    assert "Mounted from from" in command("push", f"{registry.host}/to:1")
+    assert "Layer already exists" in command("push", f"{registry.host}/to:1")
+    with Registry(tmp_path / "other") as other:
+        command.tag(f"{registry.host}/from:1", f"{other.host}/new:1")
+        assert "Pushed" in command("push", f"{other.host}/new:1")
+        assert raw_digest(f"{other.host}/new:1") == raw_digest(f"{registry.host}/from:1")
+
+
+@pytest.mark.parametrize("form", ["oci", "docker"])
+@pytest.mark.parametrize("compression", ["gzip", "none"])
+def test_what_was_made_here_is_pulled_by_a_peer(
+    registry: Registry, command: Command, tmp_path: Path, form: str, compression: str
+) -> None:
+    make_image(command, "made:1", [BASE, UPPER])
+    name = f"{registry.host}/made/{form}-{compression}:1"
+    command.tag("made:1", name)
+    command("push", "--format", form, "--compression", compression, name)
+    target = tmp_path / "there"
+    skopeo("copy", "--src-tls-verify=false", f"docker://{name}", f"dir:{target}")
+    manifest = json.loads((target / "manifest.json").read_text())
+    assert manifest["mediaType"].startswith(
+        "application/vnd.oci" if form == "oci" else "application/vnd.docker"
+    )
+    inspected = json.loads(skopeo("inspect", "--config", f"dir:{target}"))
+    assert inspected["rootfs"]["diff_ids"] == [sha256(BASE), sha256(UPPER)]
+    other = make_command(tmp_path, "other")
+    other("pull", name)
+    assert other.image_id(name) == command.image_id("made:1")
+
+
+def test_a_layer_is_compressed_once(registry: Registry, command: Command) -> None:
+    make_image(command, "once:1", [BIG])
+    command.tag("once:1", f"{registry.host}/once:1", f"{registry.host}/once:2")
+    first = command("push", f"{registry.host}/once:1")
+    second = command("push", f"{registry.host}/once:2")
+    assert "Pushed" in first and "Layer already exists" in second
+    assert first.rpartition("digest: ")[2] == second.rpartition("digest: ")[2]
+
+
+def test_a_large_blob_is_sent_in_chunks(
+    registry: Registry, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unionimage import config
+    from unionimage.progress import Silent
+    from unionimage.registry import client
+    from unionimage.registry.push import push
+    from unionimage.registry.session import Session
+
+    monkeypatch.setattr(client, "UPLOAD_CHUNK", 1_000_000)
+    make_image(command, f"{registry.host}/chunks:1", [BIG])
+    with command.store() as store, Session(config.Config()) as session:
+        image = store.image(f"{registry.host}/chunks:1")
+        push(store, session, image, image.names[0], Silent())
+    other = Command(command.root.parent / "other", command.environment)
+    other("pull", f"{registry.host}/chunks:1")
+    assert other.image_id(f"{registry.host}/chunks:1") == image.id
+
+
+def make_image(command: Command, name: str, layers: list[bytes]) -> None:
+    """An image without a manifest and without blobs, as build and commit make them."""
+    import io
+
+    from unionimage.spec import ImageConfig, Platform
+
+    with command.store() as store, store.lease("test") as lease:
+        diff_ids = tuple(lease.add_layer(io.BytesIO(layer)).diff_id for layer in layers)
+        config = ImageConfig(Platform.host(), diff_ids)
+        lease.add_image(config, names=[Reference.parse(name)])
+
+
+# -- login ---------------------------------------------------------------------------------------
+
+
+def test_login_opens_and_logout_closes(
+    guarded: Registry, layout: OciLayout, command: Command, tmp_path: Path
+) -> None:
+    layout.push("one", f"{guarded.host}/secret:1", "--dest-creds=jo:s3cret")
+    denied = command("pull", f"{guarded.host}/secret:1", code=1)
+    assert "pull access denied" in denied and "unionfuse login" in denied
+    wrong = command("login", "-u", "jo", "--password-stdin", guarded.host, stdin="bad\n", code=1)
+    assert "incorrect username or password" in wrong
+    assert not (tmp_path / "docker/config.json").exists()
+    done = command.run("login", "-u", "jo", "--password-stdin", guarded.host, stdin="s3cret\n")
+    assert done.stdout == "Login Succeeded\n" and "unencrypted" in done.stderr
+    path = tmp_path / "docker/config.json"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    command("pull", f"{guarded.host}/secret:1")
+    command.tag(f"{guarded.host}/secret:1", f"{guarded.host}/secret:2")
+    command("push", f"{guarded.host}/secret:2")
+    # the file is docker's: skopeo reads it, and what skopeo wrote is read here
+    skopeo(
+        "inspect", "--tls-verify=false", f"--authfile={path}", f"docker://{guarded.host}/secret:2"
+    )
+    assert "Removing login credentials" in command("logout", guarded.host)
+    assert "Not logged in" in command("logout", guarded.host)
+    command("pull", f"{guarded.host}/secret:1", code=1)
+    skopeo("login", "--tls-verify=false", f"--authfile={path}", "-u=jo", "-p=s3cret", guarded.host)
+    command("pull", f"{guarded.host}/secret:1")
+
+
+def test_a_credential_helper_keeps_the_password(
+    guarded: Registry, command: Command, tmp_path: Path
+) -> None:
+    helper = tmp_path / "bin/docker-credential-box"
+    helper.parent.mkdir()
+    helper.write_text(
+        f"#!/bin/sh\nbox={tmp_path}/box\n"
+        "case $1 in store) cat > $box;; erase) rm -f $box;;\n"
+        "get) if [ -f $box ]; then cat $box; else echo 'credentials not found in native keychain';"
+        " exit 1; fi;; esac\n"
+    )
+    helper.chmod(0o755)
+    folder = tmp_path / "docker"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"credsStore": "box", "psFormat": "kept"}')
+    command.environment["PATH"] = f"{helper.parent}:{os.environ['PATH']}"
+    done = command.run("login", "-u", "jo", "--password-stdin", guarded.host, stdin="s3cret")
+    assert done.returncode == 0 and "unencrypted" not in done.stderr
+    config = json.loads((folder / "config.json").read_text())
+    assert config == {"credsStore": "box", "psFormat": "kept", "auths": {guarded.host: {}}}
+    assert json.loads((tmp_path / "box").read_text())["Secret"] == "s3cret"
+    assert "manifest for" in command("pull", f"{guarded.host}/nothing:1", code=1)  # authorized
+    command("logout", guarded.host)
+    assert not (tmp_path / "box").exists()
+    (folder / "config.json").write_text(json.dumps({"credHelpers": {guarded.host: "lost"}}))
+    error = command("pull", f"{guarded.host}/nothing:1", code=1)
+    assert "docker-credential-lost" in error and "not installed" in error
+
+
+def test_a_password_is_in_no_process_list_and_no_message(
+    guarded: Registry, command: Command
+) -> None:
+    command("login", "-u", "jo", "--password-stdin", guarded.host, stdin="s3cret")
+    command.environment["UNIONFUSE_DEBUG"] = "1"
+    done = command.run("pull", f"{guarded.host}/nothing:1")
+    assert done.returncode == 1
+    assert "s3cret" not in done.stdout + done.stderr
+    assert "am86czNjcmV0" not in done.stdout + done.stderr
+
+
+# -- TLS and mirrors -----------------------------------------------------------------------------
+
+
+def test_a_certificate_nobody_knows(layout: OciLayout, command: Command, tmp_path: Path) -> None:
+    with Registry(tmp_path / "tls", tls=True) as registry:
+        layout.push("one", f"{registry.host}/x:1")
+        # loopback is trusted, as docker does; under a name that is not loopback it is not
+        command("pull", f"{registry.host}/x:1")
+
+
+def test_a_mirror_is_asked_first_and_may_fail(
+    registry: Registry, layout: OciLayout, command: Command, tmp_path: Path
+) -> None:
+    layout.push("one", f"{registry.host}/cache/library/thing:1")
+    layout.push("one", f"{registry.host}/cache/other:1")
+    (tmp_path / "config.toml").write_text(
+        "[registries.mirrors]\n"
+        f'"docker.io" = ["127.0.0.1:1", "{registry.host}/cache"]\n'
+        "[registries.short-names]\n"
+        f'mine = "{registry.host}/cache/other"\n'
+    )
+    out = command("pull", "thing:1")
+    assert "1: Pulling from library/thing" in out and out.endswith("docker.io/library/thing:1\n")
+    assert command("pull", "-q", "mine:1") == f"{registry.host}/cache/other:1\n"
+
+
+# -- misfortune ----------------------------------------------------------------------------------
+
+
+def test_a_killed_pull_is_gone_on_with(command: Command) -> None:
+    with Hostile() as hostile:
+        packed = compress(BIG, "gzip")
+        hostile.add_image("1", BIG, packed=[packed])
+        asked_for = f"GET .*{sha256(packed)}"
+        hostile.trap(asked_for, stall_after(packed, 4_000_000))
+        command.environment["UNIONFUSE_REGISTRY_TIMEOUT"] = "30"
+        partial = command.root / "partial" / sha256(packed)[7:]
+        with subprocess.Popen(
+            command.line("pull", f"{hostile.host}/x:1"),
+            env=command.environment,
+            stdout=subprocess.DEVNULL,
+        ) as process:
+            deadline = time.monotonic() + 20
+            while not (partial.exists() and partial.stat().st_size > 2_000_000):
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.05)
+            process.kill()
+        out = command("pull", f"{hostile.host}/x:1")
+        assert "Resuming" in out and "Pull complete" in out
+        range_ = hostile.asked_for(asked_for)[-1].headers["Range"]
+        assert int(range_.removeprefix("bytes=").removesuffix("-")) > 2_000_000
+
+
+def test_what_a_broken_pull_left_may_be_wrong(command: Command) -> None:
+    with Hostile() as hostile:
+        packed = compress(BIG, "gzip")
+        hostile.add_image("1", BIG, packed=[packed])
+        with command.store() as store:
+            partial = store.partial_path(Digest(sha256(packed)))
+        partial.parent.mkdir(exist_ok=True)
+        partial.write_bytes(packed[:500_000] + b"?" + packed[500_001:1_000_000])
+        assert "Pull complete" in command("pull", f"{hostile.host}/x:1")
+        first, second = hostile.asked_for(f"GET .*{sha256(packed)}")
+        assert first.headers["Range"] == "bytes=1000000-" and "Range" not in second.headers
+
+
+def test_an_interrupted_pull_ends_at_once(command: Command) -> None:
+    with Hostile() as hostile:
+        hostile.add_image("1", BIG, BASE)
+        hostile.trap(f"GET .*{sha256(BIG)}", stall_after(BIG, 100_000))
+        command.environment["UNIONFUSE_REGISTRY_TIMEOUT"] = "30"
+        with subprocess.Popen(
+            command.line("pull", f"{hostile.host}/x:1"),
+            env=command.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as process:
+            assert process.stdout is not None
+            while b"Pull complete" not in process.stdout.readline():
+                assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            begun = time.monotonic()
+            _, errors = process.communicate(timeout=20)
+        assert time.monotonic() - begun < 5
+        assert process.returncode == 130 and b"Traceback" not in errors
+
+
+def test_a_cut_and_trouble_do_not_stop_a_pull(command: Command) -> None:
+    with Hostile() as hostile:
+        digest = hostile.add_image("1", BIG)
+        hostile.trap("GET .*/manifests/", status(503))
+        hostile.trap(f"GET .*{sha256(BIG)}", cut_after(BIG, 1_000_000))
+        hostile.trap(f"GET .*{sha256(BIG)}", status(429, Retry_After="0"))
+        assert f"Digest: {digest}" in command("pull", f"{hostile.host}/x:1")
+
+
+def test_a_layer_that_lies_leaves_nothing(command: Command) -> None:
+    with Hostile() as hostile:
+        hostile.add_image("1", BIG, BASE)
+        hostile.blobs[sha256(BIG)] = BIG[:-4096] + bytes(4096)[:-1] + b"!"
+        error = command("pull", f"{hostile.host}/x:1", code=1)
+        assert "digest" in error and error.count("\n") == 1
+        with command.store() as store:
+            assert store.images(all=True) == []
+            assert not store.has_layer(Digest(sha256(BIG)))
+            store.collect()
+        assert not [*(command.root / "diff").iterdir()]
+        hostile.blobs[sha256(BIG)] = BIG
+        command("pull", f"{hostile.host}/x:1")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": []}, "the manifest has 0 layers, its config 1"),
+        ({"schemaVersion": 1}, "schema version 2"),
+        ({"config": None}, "config"),
+        ({"layers": "x"}, "layers"),
+        ({"mediaType": "application/x-unknown"}, "application/x-unknown"),
+    ],
+)
+def test_a_manifest_that_disagrees_is_refused(
+    command: Command, change: dict[str, object], message: str
+) -> None:
+    with Hostile() as hostile:
+        digest = hostile.add_image("1", BASE)
+        table = json.loads(hostile.manifests[digest][1])
+        hostile.add_manifest("1", {**table, **change}, "application/octet-stream")
+        error = command("pull", f"{hostile.host}/x:1", code=1)
+        assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "media_type",
+    [
+        "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
+        "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
+        "application/vnd.oci.image.layer.v1.tar+lz4",
+        "text/html",
+    ],
+)
+def test_a_foreign_or_unknown_layer_gets_a_clear_error(command: Command, media_type: str) -> None:
+    with Hostile() as hostile:
+        digest = hostile.add_image("1", BASE)
+        table = json.loads(hostile.manifests[digest][1])
+        table["layers"][0]["mediaType"] = media_type
+        hostile.add_manifest("1", table)
+        error = command("pull", f"{hostile.host}/x:1", code=1)
+        assert media_type in error and error.count("\n") == 1
