@@ -104,10 +104,8 @@ class _Gzip:
             self._begun = True
             try:
                 output: bytes = self._member.decompress(self._input, limit)
-            except Exception as error:
-                if type(error).__module__.startswith(("zlib", "isal")):
-                    raise BadContent(f"{self._what} is corrupt (gzip): {error}") from None
-                raise
+            except self._zlib.error as error:
+                raise BadContent(f"{self._what} is corrupt (gzip): {error}") from None
             self._input = self._member.unconsumed_tail
             if output:
                 return output
