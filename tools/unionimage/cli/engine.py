@@ -32,9 +32,7 @@ def open_engine(args: argparse.Namespace) -> Engine:
     return Engine(root, open_store)
 
 
-def for_each(
-    engine: Engine, names: Iterable[str], action: Callable[[Container], object]
-) -> int:
+def for_each(engine: Engine, names: Iterable[str], action: Callable[[Container], object]) -> int:
     """Do it to each, print its name as it was given; errors are said and the others go on."""
     code = 0
     for name in names:
@@ -46,3 +44,12 @@ def for_each(
         else:
             print(name)
     return code
+
+
+def confirm(warning: str) -> bool:
+    """Ask before something is removed; without a terminal to ask on, the answer is no."""
+    if not sys.stdin.isatty():
+        print(f"unionfuse: {warning} Say so with --force", file=sys.stderr)
+        return False
+    print(f"WARNING! {warning}")
+    return input("Are you sure you want to continue? [y/N] ").strip().lower() in ("y", "yes")

@@ -94,9 +94,30 @@ def run_detached(container: Container, request: Request, chosen: runtime.Runtime
 def _files(container: Container, request: Request) -> Iterator[str]:
     with tempfile.TemporaryDirectory(dir=container.run, prefix="exec-") as directory:
         spec = process_of(container, request)
+        _require_command(container, spec)
         Path(directory, "process.json").write_text(json.dumps(spec))
         Path(directory, "log").touch()
         yield directory
+
+
+def _require_command(container: Container, spec: bundle.Spec) -> None:
+    """Refuse a command that is not there, in one line: the runtimes would say it twice.
+
+    Whether it can be executed is left to the runtime. Raises RuntimeFailure with 127.
+    """
+    root = Path(f"/proc/{container.state()['Pid']}/root")
+    command = str(spec["args"][0])
+    table = dict(entry.partition("=")[::2] for entry in spec["env"])
+    if "/" in command:
+        places = [os.path.join(spec["cwd"], command)]
+    else:
+        places = [os.path.join(part, command) for part in table.get("PATH", "").split(":")]
+    for place in places:
+        with contextlib.suppress(OSError):
+            os.close(users.open_inside(root, place.lstrip("/"), os.O_PATH))
+            return
+    where = "no such file" if "/" in command else "not found in $PATH"
+    raise runtime.RuntimeFailure(f"exec: {command!r}: executable file {where}", exit_code=127)
 
 
 def _plain(command: Sequence[str], stdin: int | None) -> tuple[int, bytes]:

@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -333,6 +333,108 @@ class Engine:
                 with contextlib.suppress(NotFound, Conflict):
                     if volumes.is_anonymous(self.volumes.find(point["Name"])):
                         self.volumes.remove(point["Name"], others)
+
+    # ---- what is about many
+
+    def prune_containers(self, labels: Sequence[str] = ()) -> tuple[list[str], int]:
+        """Remove what does not run; ids and freed bytes are returned."""
+        from unionimage.container import describe
+
+        self.containers.sweep()
+        removed, freed = [], 0
+        for container in self.all():
+            has = container.config.get("Labels") or {}
+            if container.state()["Status"] in ALIVE:
+                continue
+            if all(describe.has_label(has, text) for text in labels):
+                size = describe.writable_size(container)
+                with contextlib.suppress(Conflict, NotFound):
+                    self.remove(container)
+                    removed.append(container.id)
+                    freed += size
+        return removed, freed
+
+    def prune_volumes(self, *, named: bool = False) -> tuple[list[str], int]:
+        """Remove volumes that no container has; names and freed bytes are returned."""
+        removed, freed = [], 0
+        containers = self.containers.all()
+        for volume in self.volumes.all():
+            name = str(volume["Name"])
+            if (named or volumes.is_anonymous(volume)) and not volumes.users_of(name, containers):
+                size = volumes.size(volume)
+                self.volumes.remove(name, self.containers.all())
+                removed.append(name)
+                freed += size
+        return removed, freed
+
+    def prune_networks(self) -> list[str]:
+        """Remove networks that no container has; their names are returned."""
+        containers = self.containers.all()
+        unused = [
+            str(network["Name"])
+            for network in self.networks.all()
+            if network["Name"] not in networks.SPECIAL
+            and not networks.users_of(network["Name"], containers)
+        ]
+        return [self.networks.remove(name, containers) for name in unused]
+
+    def to_autostart(self) -> list[Container]:
+        """What should run after a boot, the oldest first."""
+        wanted = []
+        for container in reversed(self.all()):
+            policy = (container.host_config.get("RestartPolicy") or {}).get("Name")
+            state = container.state()
+            if state["Status"] in ALIVE or state["Status"] == "created":
+                continue
+            stopped = state.get("StoppedByUser")
+            if policy == "always" or (policy == "unless-stopped" and not stopped):
+                wanted.append(container)
+        return wanted
+
+    def connect(
+        self, container: Container, name: str, address: str | None, aliases: Sequence[str]
+    ) -> None:
+        """Put a container on one more network, at once if it runs."""
+        network = self.networks.find(name)
+        if container.record["NetworkMode"] != "engine" or network["Name"] in ("none", "host"):
+            raise UserError(f"container {container.name} cannot be on {name} besides its network")
+        with container.locked():
+            container.reload()
+            if network["Name"] in container.record["Networks"]:
+                raise Conflict(
+                    f"container {container.name} is on network {network['Name']} already"
+                )
+            asked = {"Aliases": list(aliases), "WantedIP": address}
+            container.record["Networks"][network["Name"]] = asked
+            if container.state()["Status"] in ("running", "paused"):
+                prepare.reserve_one(container, self.networks, self.containers, network, asked)
+                namespace = f"/proc/{container.state()['Pid']}/ns/net"
+                networks.connect(container, self.networks, namespace, only=network["Name"])
+            container.save()
+        self.events.write(
+            "network",
+            "connect",
+            network["Id"],
+            {"container": container.id, "name": network["Name"]},
+        )
+
+    def disconnect(self, container: Container, name: str) -> None:
+        """Take a container off a network, at once if it runs."""
+        network = self.networks.find(name)
+        with container.locked():
+            container.reload()
+            if network["Name"] not in container.record["Networks"]:
+                raise UserError(f"container {container.name} is not on network {network['Name']}")
+            live = networks.live(container)
+            if network["Name"] in live["Networks"]:
+                namespace = f"/proc/{container.state()['Pid']}/ns/net"
+                networks.disconnect(container, self.networks, namespace, only=network["Name"])
+                del live["Networks"][network["Name"]]
+                networks.set_live(container, live)
+            del container.record["Networks"][network["Name"]]
+            container.save()
+        details = {"container": container.id, "name": str(network["Name"])}
+        self.events.write("network", "disconnect", network["Id"], details)
 
     @contextlib.contextmanager
     def root_of(self, container: Container, store: Store | None = None) -> Iterator[Path]:

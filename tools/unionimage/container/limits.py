@@ -264,3 +264,19 @@ def cgroup_of(pid: int, controller: str, found: Host | None = None) -> Path | No
         if (names == "" and found.version == 2) or controller in names.split(","):
             return where / path.lstrip("/")
     return None
+
+
+def processes(pid: int) -> list[int]:
+    """All processes in the cgroup of a process and below it, by their pids on this host."""
+    found = host()
+    for controller in ("pids", "memory", "cpu", *found.controllers):
+        where = cgroup_of(pid, controller, found)
+        if where is not None:
+            numbers: set[int] = set()
+            for file in (where / "cgroup.procs", *where.glob("**/cgroup.procs")):
+                try:
+                    numbers.update(int(line) for line in file.read_text().split())
+                except OSError:
+                    continue
+            return sorted(numbers)
+    return [pid]

@@ -270,23 +270,36 @@ def engine() -> str:
     )
 
 
-def connect(container: Container, networks: Networks, namespace: str) -> Mapping[str, Any]:
-    """Give a network namespace the interfaces of a container; what netavark says is returned."""
-    return _netavark("setup", namespace, engine_input(container, networks))
+def connect(
+    container: Container, networks: Networks, namespace: str, only: str | None = None
+) -> None:
+    """Give a network namespace the interfaces of a container, or that on one network."""
+    told = _netavark("setup", namespace, engine_input(container, networks, only))
+    now_has = live(container)
+    for name, entry in now_has["Networks"].items():
+        for interface in (told.get(name) or {}).get("interfaces", {}).values():
+            entry["MacAddress"] = interface.get("mac_address")
+    set_live(container, now_has)
 
 
-def disconnect(container: Container, networks: Networks, namespace: str) -> None:
+def disconnect(
+    container: Container, networks: Networks, namespace: str, only: str | None = None
+) -> None:
     """Take interfaces, NAT rules and names away again."""
-    _netavark("teardown", namespace, engine_input(container, networks))
+    _netavark("teardown", namespace, engine_input(container, networks, only))
 
 
-def engine_input(container: Container, networks: Networks) -> dict[str, Any]:
+def engine_input(
+    container: Container, networks: Networks, only: str | None = None
+) -> dict[str, Any]:
     """What netavark reads: the container's networks, addresses and ports."""
     now_has = live(container)
     entries = now_has["Networks"]
     options: dict[str, Any] = {}
     information: dict[str, Any] = {}
     for number, (name, entry) in enumerate(entries.items()):
+        if only not in (None, name):
+            continue
         network = networks.find(name)
         aliases = [container.name, container.id[:12], *(entry.get("Aliases") or [])]
         options[name] = {

@@ -113,17 +113,43 @@ def reserve(container: Container, known: networks.Networks, containers: Containe
         entries: dict[str, dict[str, Any]] = {}
         for name, asked in container.record["Networks"].items():
             network = known.find(name)
-            address = known.take_address(network, others, asked.get("WantedIP"))
-            entries[network["Name"]] = {
-                "IPAddress": address,
-                "Aliases": asked.get("Aliases") or [],
-                "MacAddress": asked.get("MacAddress"),
-                "Interface": f"eth{len(entries)}",
-                "Gateway": network["IPAM"]["Config"][0]["Gateway"],
-                "NetworkID": network["Id"],
-            }
+            entries[network["Name"]] = _entry(known, network, others, asked, entries)
         mappings = _port_mappings(container, others)
         networks.set_live(container, {"Networks": entries, "PortMappings": mappings})
+
+
+def reserve_one(
+    container: Container,
+    known: networks.Networks,
+    containers: Containers,
+    network: networks.Network,
+    asked: Mapping[str, Any],
+) -> None:
+    """An address on one more network, for a container that runs."""
+    with known.locked():
+        others = [one for one in containers.all() if one.id != container.id]
+        live = networks.live(container)
+        entry = _entry(known, network, others, asked, live["Networks"])
+        live["Networks"][network["Name"]] = entry
+        networks.set_live(container, live)
+
+
+def _entry(
+    known: networks.Networks,
+    network: networks.Network,
+    others: Sequence[Container],
+    asked: Mapping[str, Any],
+    entries: Mapping[str, Any],
+) -> dict[str, Any]:
+    taken = {entry["Interface"] for entry in entries.values()}
+    return {
+        "IPAddress": known.take_address(network, others, asked.get("WantedIP")),
+        "Aliases": asked.get("Aliases") or [],
+        "MacAddress": asked.get("MacAddress"),
+        "Interface": next(name for n in range(99) if (name := f"eth{n}") not in taken),
+        "Gateway": network["IPAM"]["Config"][0]["Gateway"],
+        "NetworkID": network["Id"],
+    }
 
 
 def _port_mappings(container: Container, others: Sequence[Container]) -> list[dict[str, Any]]:

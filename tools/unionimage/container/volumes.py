@@ -117,6 +117,16 @@ def is_anonymous(volume: Mapping[str, Any]) -> bool:
     return "com.docker.volume.anonymous" in (volume.get("Labels") or {})
 
 
+def size(volume: Mapping[str, Any]) -> int:
+    """Bytes of the files in a volume."""
+    total = 0
+    for directory, _, names in os.walk(volume["Mountpoint"]):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(directory, name)).st_size
+    return total
+
+
 def users_of(name: str, containers: Iterable[Container]) -> list[str]:
     """The short ids of the containers that mount a volume."""
     return [

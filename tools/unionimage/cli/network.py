@@ -1,0 +1,143 @@
+"""`unionfuse network`: bridges between containers, with names resolved on them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from unionimage.errors import UserError
+
+if TYPE_CHECKING:
+    from unionimage.container.lifecycle import Engine
+
+EXAMPLE = """unionfuse network create backend
+unionfuse run -d --network backend --name db postgres
+unionfuse network ls"""
+
+COLUMNS = {"ID": "NETWORK ID", "Name": "NAME", "Driver": "DRIVER", "Scope": "SCOPE"}
+FILTERS = ("driver", "id", "label", "name")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    from unionimage.cli.format import add_format_options
+
+    verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    add = verbs.add_parser
+
+    create = add("create", help="make a network")
+    create.add_argument("-d", "--driver", choices=("bridge",), default="bridge")
+    create.add_argument("--subnet", metavar="10.1.2.0/24")
+    create.add_argument("--gateway", metavar="10.1.2.1")
+    create.add_argument("--internal", action="store_true", help="no way out")
+    create.add_argument("--label", action="append", default=[], metavar="NAME=VALUE")
+    create.add_argument("name", metavar="NAME")
+    for name in ("ls", "list"):
+        listing = add(name, help="list networks")
+        listing.add_argument("-q", "--quiet", action="store_true", help="ids only")
+        listing.add_argument("-f", "--filter", action="append", default=[], metavar="KEY=VALUE")
+        listing.add_argument("--no-trunc", action="store_true", help="ids in full")
+        add_format_options(listing)
+    inspect = add("inspect", help="show everything known about networks")
+    inspect.add_argument("-f", "--format", metavar="TEMPLATE")
+    inspect.add_argument("name", metavar="NETWORK", nargs="+")
+    for name in ("rm", "remove"):
+        remove = add(name, help="remove networks that no container has")
+        remove.add_argument("-f", "--force", action="store_true", help="missing ones are fine")
+        remove.add_argument("name", metavar="NETWORK", nargs="+")
+    prune = add("prune", help="remove networks that no container has")
+    prune.add_argument("-f", "--force", action="store_true", help="do not ask")
+    connect = add("connect", help="put a container on one more network")
+    connect.add_argument("--ip", metavar="ADDRESS")
+    connect.add_argument("--alias", action="append", default=[], metavar="NAME")
+    disconnect = add("disconnect", help="take a container off a network")
+    for one in (connect, disconnect):
+        one.add_argument("name", metavar="NETWORK")
+        one.add_argument("container", metavar="CONTAINER")
+
+
+def run(args: argparse.Namespace) -> int:
+    from unionimage.cli.engine import confirm, open_engine
+
+    engine = open_engine(args)
+    match args.action:
+        case "create":
+            from unionimage.container.create import labels_of
+
+            network = engine.networks.create(
+                args.name,
+                subnet=args.subnet,
+                gateway=args.gateway,
+                internal=args.internal,
+                labels=labels_of(args.label),
+            )
+            print(network["Id"])
+        case "ls" | "list":
+            _list(engine, args)
+        case "inspect":
+            from unionimage.cli.format import show_objects
+
+            show_objects([_object(engine, name) for name in args.name], args.format)
+        case "rm" | "remove":
+            return _remove(engine, args)
+        case "prune":
+            if not args.force and not confirm("This removes networks that no container has."):
+                return 1
+            removed = engine.prune_networks()
+            if removed:
+                print("Deleted Networks:\n" + "\n".join(removed))
+        case "connect":
+            engine.connect(engine.find(args.container), args.name, args.ip, args.alias)
+        case "disconnect":
+            engine.disconnect(engine.find(args.container), args.name)
+    return 0
+
+
+def _list(engine: Engine, args: argparse.Namespace) -> None:
+    from unionimage.cli.format import filters, show
+    from unionimage.container import describe
+
+    wanted = filters(args.filter, FILTERS)
+    rows: list[dict[str, Any]] = []
+    for network in engine.networks.all():
+        if not all(describe.has_label(network["Labels"], one) for one in wanted.get("label", ())):
+            continue
+        if wanted.get("name") and not any(one in network["Name"] for one in wanted["name"]):
+            continue
+        if wanted.get("id") and not any(network["Id"].startswith(one) for one in wanted["id"]):
+            continue
+        if wanted.get("driver") and network["Driver"] not in wanted["driver"]:
+            continue
+        labels = ",".join(f"{key}={value}" for key, value in network["Labels"].items())
+        identity = network["Id"] if args.no_trunc else network["Id"][:12]
+        rows.append(network | {"ID": identity, "Labels": labels})
+    if args.quiet and args.format is None:
+        print("".join(f"{row['ID']}\n" for row in rows), end="")
+    else:
+        show(rows, COLUMNS, args.format)
+
+
+def _object(engine: Engine, name: str) -> dict[str, Any]:
+    from unionimage.container import networks
+
+    network = engine.networks.find(name)
+    members: dict[str, Any] = {}
+    for container in engine.all():
+        entry = networks.live(container)["Networks"].get(network["Name"])
+        if entry:
+            members[container.id] = {"Name": container.name, "IPv4Address": entry["IPAddress"]}
+    return network | {"Containers": members}
+
+
+def _remove(engine: Engine, args: argparse.Namespace) -> int:
+    from unionimage.errors import NotFound
+
+    code = 0
+    for name in args.name:
+        try:
+            print(engine.networks.remove(name, engine.containers.all()))
+        except UserError as error:
+            if not (args.force and isinstance(error, NotFound)):
+                print(f"unionfuse: {error.message}", file=sys.stderr)
+                code = 1
+    return code

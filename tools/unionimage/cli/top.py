@@ -1,0 +1,44 @@
+"""`unionfuse top`: the processes of a container, as the host's ps shows them."""
+
+from __future__ import annotations
+
+import argparse
+
+from unionimage.errors import Conflict, UserError
+
+EXAMPLE = "unionfuse top web aux"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("container", metavar="CONTAINER")
+    parser.add_argument("options", metavar="PS_OPTION", nargs=argparse.REMAINDER)
+
+
+def run(args: argparse.Namespace) -> int:
+    import subprocess
+
+    from unionimage.cli.engine import open_engine
+    from unionimage.container import limits
+
+    container = open_engine(args).find(args.container)
+    if container.state()["Status"] not in ("running", "paused"):
+        raise Conflict(f"container {container.name} is not running")
+    pids = set(map(str, limits.processes(container.state()["Pid"])))
+    try:
+        done = subprocess.run(["ps", *(args.options or ["-ef"])], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError("top needs the program ps (Debian: procps)") from None
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["ps failed"])[0]
+        raise UserError(f"ps: {reason}")
+    heading, *lines = done.stdout.splitlines()
+    columns = heading.split()
+    if "PID" not in columns:
+        raise UserError("the ps options must show the column PID")
+    at = columns.index("PID")
+    print(heading)
+    for line in lines:
+        fields = line.split()
+        if len(fields) > at and fields[at] in pids:
+            print(line)
+    return 0
