@@ -13,12 +13,12 @@ unionfuse container ls -a"""
 
 def configure(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    prune = verbs.add_parser("prune", help="remove all containers that do not run")
+    what = "remove all containers that do not run"
+    prune = verbs.add_parser("prune", help=what, description=what)
     prune.add_argument("-f", "--force", action="store_true", help="do not ask")
     prune.add_argument("--filter", action="append", default=[], metavar="label=NAME")
-    verbs.add_parser(
-        "autostart", help="start those with --restart always or unless-stopped (after a boot)"
-    )
+    what = "start those with --restart always or unless-stopped (after a boot)"
+    verbs.add_parser("autostart", help=what, description=what)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,9 +23,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     from unionimage.cli.format import add_format_options
 
     verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    add = verbs.add_parser
 
-    create = add("create", help="make a network")
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=help, description=help)
+
+    create = add("create", "make a network")
     create.add_argument("-d", "--driver", choices=("bridge",), default="bridge")
     create.add_argument("--subnet", metavar="10.1.2.0/24")
     create.add_argument("--gateway", metavar="10.1.2.1")
@@ -33,24 +35,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     create.add_argument("--label", action="append", default=[], metavar="NAME=VALUE")
     create.add_argument("name", metavar="NAME")
     for name in ("ls", "list"):
-        listing = add(name, help="list networks")
+        listing = add(name, "list networks")
         listing.add_argument("-q", "--quiet", action="store_true", help="ids only")
         listing.add_argument("-f", "--filter", action="append", default=[], metavar="KEY=VALUE")
         listing.add_argument("--no-trunc", action="store_true", help="ids in full")
         add_format_options(listing)
-    inspect = add("inspect", help="show everything known about networks")
+    inspect = add("inspect", "show everything known about networks")
     inspect.add_argument("-f", "--format", metavar="TEMPLATE")
     inspect.add_argument("name", metavar="NETWORK", nargs="+")
     for name in ("rm", "remove"):
-        remove = add(name, help="remove networks that no container has")
+        remove = add(name, "remove networks that no container has")
         remove.add_argument("-f", "--force", action="store_true", help="missing ones are fine")
         remove.add_argument("name", metavar="NETWORK", nargs="+")
-    prune = add("prune", help="remove networks that no container has")
+    prune = add("prune", "remove networks that no container has")
     prune.add_argument("-f", "--force", action="store_true", help="do not ask")
-    connect = add("connect", help="put a container on one more network")
+    connect = add("connect", "put a container on one more network")
     connect.add_argument("--ip", metavar="ADDRESS")
     connect.add_argument("--alias", action="append", default=[], metavar="NAME")
-    disconnect = add("disconnect", help="take a container off a network")
+    disconnect = add("disconnect", "take a container off a network")
     for one in (connect, disconnect):
         one.add_argument("name", metavar="NETWORK")
         one.add_argument("container", metavar="CONTAINER")

@@ -23,25 +23,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
     from unionimage.cli.format import add_format_options
 
     verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    add = verbs.add_parser
 
-    create = add("create", help="make a volume")
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=help, description=help)
+
+    create = add("create", "make a volume")
     create.add_argument("-d", "--driver", choices=("local",), default="local")
     create.add_argument("--label", action="append", default=[], metavar="NAME=VALUE")
     create.add_argument("name", metavar="NAME", nargs="?")
     for name in ("ls", "list"):
-        listing = add(name, help="list volumes")
+        listing = add(name, "list volumes")
         listing.add_argument("-q", "--quiet", action="store_true", help="names only")
         listing.add_argument("-f", "--filter", action="append", default=[], metavar="KEY=VALUE")
         add_format_options(listing)
-    inspect = add("inspect", help="show everything known about volumes")
+    inspect = add("inspect", "show everything known about volumes")
     inspect.add_argument("-f", "--format", metavar="TEMPLATE")
     inspect.add_argument("name", metavar="VOLUME", nargs="+")
     for name in ("rm", "remove"):
-        remove = add(name, help="remove volumes that no container has")
+        remove = add(name, "remove volumes that no container has")
         remove.add_argument("-f", "--force", action="store_true", help="missing ones are fine")
         remove.add_argument("name", metavar="VOLUME", nargs="+")
-    prune = add("prune", help="remove anonymous volumes that no container has")
+    prune = add("prune", "remove anonymous volumes that no container has")
     prune.add_argument("-a", "--all", action="store_true", help="named ones too")
     prune.add_argument("-f", "--force", action="store_true", help="do not ask")
 

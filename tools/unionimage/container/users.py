@@ -85,12 +85,14 @@ def open_inside(root: Path, path: str, flags: int = os.O_RDONLY) -> int:
     """Open a path below `root` as if root were /; symbolic links cannot lead out of it."""
     from unionfuse import syscalls
 
+    if not flags & os.O_PATH:
+        flags |= os.O_NONBLOCK  # a FIFO in an image must not hang us
     directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         return syscalls.openat2(
             directory,
             os.fsencode(path),
-            flags | os.O_CLOEXEC | os.O_NONBLOCK,
+            flags | os.O_CLOEXEC,
             resolve=syscalls.RESOLVE_IN_ROOT,
         )
     finally:
