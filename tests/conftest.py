@@ -36,10 +36,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     wanted = metafunc.config.getoption("--kinds").split(",")
     mark = metafunc.definition.get_closest_marker("on")
-    if metafunc.definition.get_closest_marker("doors"):
-        wanted += [door for door in DOORS if door not in wanted and "unionfuse" in wanted]
+    if metafunc.definition.get_closest_marker("doors") and "unionfuse" in wanted:
+        wanted += [door for door in _other_doors(metafunc.config) if door not in wanted]
     kinds = [kind for kind in wanted if mark is None or _covers(mark.args, kind)]
     metafunc.parametrize("workshop", kinds, indirect=True, scope="function")
+
+
+def _other_doors(config: pytest.Config) -> list[str]:
+    # the transports differ below the union only: io_uring is for long runs
+    return [door for door in DOORS if config.getoption("--long") or door != "unionfuse-uring"]
 
 
 def _covers(named: tuple[str, ...], kind: str) -> bool:

@@ -5,6 +5,7 @@ KINDS names them: "plain" (a directory, no union at all), "overlay" (kernel over
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -209,7 +210,16 @@ class Mounted:
             pairs += [("upperdir", str(self.upper)), ("workdir", str(self.work))]
         else:
             options.pop("index")
-        linux.mount_overlay(self.root, [*pairs, *options.items()])
+        limit = time.monotonic() + _SECONDS_TO_END
+        while True:
+            try:
+                linux.mount_overlay(self.root, [*pairs, *options.items()])
+                return
+            except OSError as error:
+                # a mount namespace that was made elsewhere in between holds the last mount of upper
+                if error.errno != errno.EBUSY or time.monotonic() > limit:
+                    raise
+                time.sleep(0.1)
 
     def _start(
         self, command: list[str], options: Options, environment: Mapping[str, str] | None
