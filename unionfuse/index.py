@@ -351,7 +351,7 @@ class LookupIndex:
             found.append((parent, self._name(record)))
         return found
 
-    def linked(self, inodes: set[int]) -> list[int]:
+    def records_with_inodes(self, inodes: set[int]) -> list[int]:
         """The nodes with several names whose st_ino is one of these. Reads all such nodes."""
         nodes = {
             LINK.unpack_from(self.map, at)[0]

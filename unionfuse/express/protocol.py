@@ -365,7 +365,8 @@ def init_for_libfuse(request: bytes | memoryview) -> bytes:
     """The INIT request that libfuse gets in place of the kernel's.
 
     Its protocol is 7.13, so that libfuse does not try to splice from a socket and negotiates
-    nothing of its own; its `unique` belongs to no request, so the kernel takes no notice of a reply to it.
+    nothing of its own; its `unique` belongs to no request, so the kernel takes no notice of a
+    reply to it.
     """
     copy = bytearray(request)
     struct.pack_into("=Q", copy, 8, LIBFUSE_INIT_UNIQUE)

@@ -1,0 +1,272 @@
+"""The express lane: reads the FUSE channel, and has each request answered where that is cheapest.
+
+    /dev/fuse -> the compiled loop: answers from the lookup index, without the GIL
+              -> Requests: asks the union, in the same thread, where that takes no time
+              -> a thread that may wait: a big copy-up, a sync
+              -> pyfuse3 behind a socket pair: the rest, unchanged
+
+Interleaving: every thread of the lane may serve any request at any time. The union's own lock keeps
+its steps together; it is never held here across anything that waits. The kernel serialises changes
+of one directory, and sends RELEASE of a handle after everything else that uses it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import queue
+import signal
+import socket
+import threading
+from collections.abc import Callable
+
+from unionfuse.express import protocol
+from unionfuse.express._lane import Loop
+from unionfuse.express.protocol import InitFlag, Opcode, OpenFlag, Wanted
+from unionfuse.express.requests import MALFORMED, Call, Requests
+from unionfuse.options import MountOptions
+from unionfuse.union import Union
+
+log = logging.getLogger(__name__)
+
+_READERS = 2  # threads that read /dev/fuse: two are faster than one, more are not
+_WAITERS = 4  # threads for what may take long
+_SOCKET_BUFFER = 4 << 20
+
+Work = Callable[[], bytes | None]
+
+
+class Lane:
+    """The lane of one mount. It serves as soon as it is made, and needs no event loop.
+
+    Attributes:
+        descriptor: the channel for libfuse, to be named as /dev/fd/N; libfuse closes it.
+        on_end: called once, from a thread of the lane, when the mount has ended.
+        ended: set at that moment.
+    """
+
+    def __init__(self, fuse: int, union: Union, options: MountOptions) -> None:
+        """
+        Arguments:
+            fuse: the mounted /dev/fuse; INIT is waiting in it, and answered here.
+
+        Raises:
+            protocol.ProtocolError: the kernel is too old.
+        """
+        self._fuse = fuse
+        self._union = union
+        self._options = options
+        self.on_end: Callable[[], None] = lambda: None
+        self.ended = threading.Event()
+        self._work: queue.SimpleQueue[tuple[int, Work] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._waiters = 0
+        self._idle = 0
+        self._relayed = 0
+        self._direct: dict[int, set[int]] = {}  # node -> handles that the loop reads by itself
+        self._lock = threading.Lock()  # of the fields above; never held across a call
+        valid = min(int(options.timeout), protocol.FOREVER)
+        self._loop = Loop(fuse, self._serve, valid, not (options.noxattrs or options.noacl))
+        self._index = union.index if _shows_layers_as_they_are(options) else None
+        if self._index is not None:
+            self._loop.use_index(self._index)
+        self._methods = Requests(self, union).methods
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER)
+        self._pair = ours
+        self._handshake()
+        self.descriptor = theirs.detach()
+        union.watcher = self
+        for number in range(_READERS):
+            self._start(self._read, f"lane-{number}")
+        self._start(self._relay_back, "lane-relay")
+
+    def _handshake(self) -> None:
+        request = os.read(self._fuse, 1 << 20)
+        header = protocol.parse_header(request)
+        flags = protocol.ALWAYS | InitFlag.SETXATTR_EXT
+        if self._options.noacl:
+            flags &= ~InitFlag.POSIX_ACL
+        answer = protocol.negotiate(request[protocol.IN_HEADER.size :], Wanted(flags))
+        os.write(self._fuse, protocol.reply(header.unique, answer))
+        self._pair.send(protocol.init_for_libfuse(request))
+
+    def started(self) -> None:
+        """libfuse has shaken hands: nothing is to be done, it goes on with its end of the pair."""
+
+    def counts(self) -> dict[str, int]:
+        """Requests by opcode, and how many of all the index answered and pyfuse3 got."""
+        names = {int(opcode): opcode.name for opcode in Opcode}
+        found: dict[str, int] = {}
+        here = 0
+        for opcode, (loop, python) in sorted(self._loop.counts().items()):
+            found[names.get(opcode, f"OPCODE_{opcode}")] = loop + python
+            here += loop
+        return found | {"by_index": here, "by_pyfuse3": self._relayed}
+
+    def close(self) -> None:
+        """End the threads and close the channel; call it once the mount has ended."""
+        self._loop.stop()
+        for _ in range(_WAITERS):
+            self._work.put(None)
+        self._pair.close()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout=1)
+        os.close(self._fuse)
+
+    # --- threads ------------------------------------------------------------------------------
+
+    def _start(self, target: Callable[[], None], name: str) -> None:
+        def run() -> None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            target()
+
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _read(self) -> None:
+        failure = self._loop.run()
+        if failure not in (0, errno.ENODEV):
+            log.error("the express lane ends: reading /dev/fuse: %s", os.strerror(failure))
+        with self._lock:
+            first = not self.ended.is_set()
+            self.ended.set()
+        if first:
+            self.on_end()
+
+    def later(self, unique: int, work: Work) -> None:
+        """Do something that takes long, in a thread that may wait, and answer with its result."""
+        with self._lock:
+            start = not self._idle and self._waiters < _WAITERS
+            self._waiters += start
+        self._work.put((unique, work))
+        if start:
+            self._start(self._wait, f"lane-wait-{self._waiters}")
+
+    def _wait(self) -> None:
+        while True:
+            with self._lock:
+                self._idle += 1
+            item = self._work.get()
+            with self._lock:
+                self._idle -= 1
+            if item is None:
+                return
+            unique, work = item
+            result = _answer(work)
+            if result is not None:
+                self._reply(unique, result)
+
+    def _reply(self, unique: int, result: bytes | int) -> None:
+        if isinstance(result, int):
+            self._loop.reply(unique, result, b"")
+        else:
+            self._loop.reply(unique, 0, result)
+
+    # --- one request --------------------------------------------------------------------------
+
+    def _serve(
+        self, opcode: int, unique: int, node: int, uid: int, gid: int, pid: int, body: bytes
+    ) -> bytes | int | None:
+        call = Call(opcode, unique, node, uid, gid, pid, body)
+        method = self._methods.get(opcode)
+        if method is None:
+            self.relay(call)
+            return None
+        return _answer(lambda: method(call))
+
+    def relay(self, call: Call) -> None:
+        """Hand a request to pyfuse3, which answers it in its own time."""
+        self._relayed += 1
+        header = protocol.IN_HEADER.pack(protocol.IN_HEADER.size + len(call.body), *call[:6], 0, 0)
+        self._pair.send(header + call.body)
+
+    def _relay_back(self) -> None:
+        """Carry pyfuse3's replies to the kernel."""
+        while True:
+            try:
+                reply = self._pair.recv((1 << 20) + 4096)
+            except OSError:
+                return
+            if not reply:
+                return
+            _, error, unique = protocol.OUT_HEADER.unpack_from(reply)
+            if unique != protocol.LIBFUSE_INIT_UNIQUE:
+                self._loop.reply(unique, -error, reply[protocol.OUT_HEADER.size :])
+
+    # --- what Requests asks of the lane -------------------------------------------------------
+
+    def is_indexed(self, node: int) -> bool:
+        """Whether a node's lookups are not counted because the index answers them."""
+        return self._union.index is not None and node <= self._union.index.count
+
+    def keep_statfs(self, answer: bytes) -> None:
+        """Let the loop answer STATFS with this for a moment."""
+        self._loop.keep_statfs(answer)
+
+    def opened(self, node: int, handle: int) -> tuple[int, int]:
+        """(open_flags, backing id) for the reply to an OPEN."""
+        return OpenFlag.KEEP_CACHE, 0
+
+    def released(self, node: int, handle: int) -> None:
+        """A handle is about to be closed."""
+        self._loop.read_from(handle, -1)
+        with self._lock:
+            handles = self._direct.get(node)
+            if handles is not None:
+                handles.discard(handle)
+                if not handles:
+                    del self._direct[node]
+
+    def read_directly(self, node: int, handle: int, descriptor: int) -> None:
+        """Let the loop answer READ of this handle from now on."""
+        with self._lock:
+            self._direct.setdefault(node, set()).add(handle)
+        self._loop.read_from(handle, descriptor)
+
+    # --- what the union tells -----------------------------------------------------------------
+
+    def changed(self, node: int) -> None:
+        """A node's answer is not the index's any more (see union.Watcher)."""
+        with self._lock:
+            handles = self._direct.pop(node, ())
+        for handle in handles:
+            self._loop.read_from(handle, -1)
+        if (
+            self._index is not None
+            and node <= self._index.count
+            and not self._loop.is_changed(node)
+        ):
+            self._loop.changed(node, [parent for parent, _ in self._index.names(node)])
+
+
+def _shows_layers_as_they_are(options: MountOptions) -> bool:
+    """Whether owners, modes and link counts in the mount are those on disk."""
+    return not (
+        options.uidmapping
+        or options.gidmapping
+        or options.squash_to_uid is not None
+        or options.squash_to_gid is not None
+        or options.xattr_permissions
+        or options.static_nlink
+        or options.noacl
+        or options.xino == "off"
+    )
+
+
+def _answer(work: Work) -> bytes | int | None:
+    """The body of a reply, or an errno: whatever happens, the caller gets an answer."""
+    try:
+        return work()
+    except OSError as error:
+        return error.errno or errno.EIO
+    except MALFORMED:
+        return errno.EINVAL
+    except Exception:
+        log.exception("a request failed; the caller got EIO")
+        return errno.EIO

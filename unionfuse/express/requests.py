@@ -1,0 +1,497 @@
+"""What the lane asks the union: one method for each request that the index cannot answer.
+
+A method takes a request's parts and returns the body of the reply as bytes, or None where the reply
+comes later (or never); it raises OSError for an errno. It translates between the wire and the
+union, and decides nothing about the merged tree. Nothing here waits: what may take long (a big
+copy-up, an fsync) is given to `Lane.later` or `Lane.relay`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from unionfuse import syscalls
+from unionfuse.express import protocol
+from unionfuse.express.protocol import Opcode, OpenFlag, SetattrValid
+from unionfuse.node import NOW, Attributes, Caller, Changes, Entry
+from unionfuse.union import Union
+
+if TYPE_CHECKING:
+    from unionfuse.express.lane import Lane
+
+_DOTS = 2  # cookies of "." and ".."
+_COPY_NOW = 1 << 20  # bytes; COPY_FILE_RANGE of more than this leaves the lane's thread
+_COPY_MOST = 1 << 30  # bytes that one COPY_FILE_RANGE copies at most
+_STATX_BASIC_STATS = 0x7FF
+
+
+class Call(NamedTuple):
+    """One request. `body` is what follows the header."""
+
+    opcode: int
+    unique: int
+    node: int
+    uid: int
+    gid: int
+    pid: int
+    body: bytes
+
+    def names(self, offset: int, count: int) -> list[bytes]:
+        """NUL-terminated names at the end of the body. Raises EINVAL where they are malformed."""
+        parts = self.body[offset:].split(b"\0")
+        if len(parts) != count + 1 or parts[-1] or not all(parts[:count]):
+            raise OSError(errno.EINVAL, "malformed names")
+        return parts[:count]
+
+    def caller(self, umask: int = 0) -> Caller:
+        return Caller(self.uid, self.gid, self.pid, umask)
+
+
+Method = Callable[[Call], bytes | None]
+
+
+class Requests:
+    """The methods, by opcode, for one mount."""
+
+    def __init__(self, lane: Lane, union: Union) -> None:
+        self._lane = lane
+        self._union = union
+        self._timeout = union.options.timeout
+        self._negative = _entry_header(0, self._timeout, 0.0) + bytes(protocol.ATTR.size)
+        self.methods: dict[int, Method] = {
+            opcode: getattr(self, f"_{opcode.name.lower()}")
+            for opcode in Opcode
+            if hasattr(self, f"_{opcode.name.lower()}")
+        }
+
+    # --- looking ------------------------------------------------------------------------------
+
+    def _lookup(self, call: Call) -> bytes:
+        (name,) = call.names(0, 1)
+        try:
+            return self._entry(self._union.lookup(call.node, name))
+        except FileNotFoundError:
+            return self._negative
+
+    def _forget(self, call: Call) -> None:
+        (lookups,) = protocol.FORGET_IN.unpack_from(call.body)
+        if not self._lane.is_indexed(call.node):
+            self._union.forget(call.node, lookups)
+
+    def _batch_forget(self, call: Call) -> None:
+        count, _ = protocol.BATCH_FORGET_IN.unpack_from(call.body)
+        end = protocol.BATCH_FORGET_IN.size + count * protocol.FORGET_ONE.size
+        body = call.body[protocol.BATCH_FORGET_IN.size : end]
+        body = body[: len(body) // protocol.FORGET_ONE.size * protocol.FORGET_ONE.size]
+        for node, lookups in protocol.FORGET_ONE.iter_unpack(body):
+            if not self._lane.is_indexed(node):
+                self._union.forget(node, lookups)
+
+    def _getattr(self, call: Call) -> bytes:
+        return self._attributes(call.node, self._union.getattr(call.node))
+
+    def _statx(self, call: Call) -> bytes:
+        protocol.STATX_IN.unpack_from(call.body)
+        found = self._union.getattr(call.node)
+        seconds, nanoseconds = _duration(self._union.attr_valid(call.node))
+        return protocol.STATX_OUT.pack(seconds, nanoseconds, 0) + _statx(found)
+
+    def _readlink(self, call: Call) -> bytes:
+        return self._union.readlink(call.node)
+
+    def _statfs(self, call: Call) -> bytes:
+        found = self._union.statfs()
+        answer = protocol.STATFS_OUT.pack(
+            found.f_blocks,
+            found.f_bfree,
+            found.f_bavail,
+            found.f_files,
+            found.f_ffree,
+            found.f_bsize,
+            found.f_namemax,
+            found.f_frsize,
+            0,
+        )
+        self._lane.keep_statfs(answer)
+        return answer
+
+    # --- attributes ---------------------------------------------------------------------------
+
+    def _setattr(self, call: Call) -> bytes | None:
+        valid, _, handle, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _ = (
+            protocol.SETATTR_IN.unpack_from(call.body)
+        )
+        fields = SetattrValid(valid & (1 << 12) - 1)
+        # Without any field it means: somebody else has written, drop set-uid and the like.
+        nothing = not fields & ~(SetattrValid.FH | SetattrValid.LOCKOWNER)
+        changes = Changes(
+            mode=mode if fields & SetattrValid.MODE else None,
+            uid=uid if fields & SetattrValid.UID else None,
+            gid=gid if fields & SetattrValid.GID else None,
+            size=size if fields & SetattrValid.SIZE else None,
+            atime_ns=_time(fields, SetattrValid.ATIME, SetattrValid.ATIME_NOW, atime, atime_ns),
+            mtime_ns=_time(fields, SetattrValid.MTIME, SetattrValid.MTIME_NOW, mtime, mtime_ns),
+            kill_privileges=nothing or bool(fields & SetattrValid.KILL_SUIDGID),
+        )
+        if changes.size != 0 and self._copied_up_later(call, call.node, changes.size is not None):
+            return None
+        opened = handle if fields & SetattrValid.FH else None
+        return self._attributes(call.node, self._union.setattr(call.node, changes, opened))
+
+    def _copied_up_later(self, call: Call, node: int, data: bool = True) -> bool:
+        """Have a big file copied up by a thread that may wait, and the request served after it."""
+        if not self._union.copy_up_size(node, data):
+            return False
+
+        def copy_up_and_serve() -> bytes | None:
+            self._union.copy_up(node, data)
+            return self.methods[call.opcode](call)
+
+        self._lane.later(call.unique, copy_up_and_serve)
+        return True
+
+    # --- names --------------------------------------------------------------------------------
+
+    def _symlink(self, call: Call) -> bytes:
+        name, target = call.names(0, 2)
+        return self._entry(self._union.symlink(call.node, name, target, call.caller()))
+
+    def _mknod(self, call: Call) -> bytes:
+        mode, rdev, umask, _ = protocol.MKNOD_IN.unpack_from(call.body)
+        (name,) = call.names(protocol.MKNOD_IN.size, 1)
+        device = os.makedev(rdev >> 8 & 0xFFF, rdev & 0xFF | rdev >> 12 & 0xFFF00)
+        return self._entry(self._union.mknod(call.node, name, mode, device, call.caller(umask)))
+
+    def _mkdir(self, call: Call) -> bytes:
+        mode, umask = protocol.MKDIR_IN.unpack_from(call.body)
+        (name,) = call.names(protocol.MKDIR_IN.size, 1)
+        return self._entry(self._union.mkdir(call.node, name, mode, call.caller(umask)))
+
+    def _unlink(self, call: Call) -> bytes:
+        self._union.unlink(call.node, *call.names(0, 1))
+        return b""
+
+    def _rmdir(self, call: Call) -> bytes:
+        self._union.rmdir(call.node, *call.names(0, 1))
+        return b""
+
+    def _rename(self, call: Call) -> bytes | None:
+        (new_parent,) = protocol.RENAME_IN.unpack_from(call.body)
+        return self._rename_to(call, new_parent, 0, protocol.RENAME_IN.size)
+
+    def _rename2(self, call: Call) -> bytes | None:
+        new_parent, flags, _ = protocol.RENAME2_IN.unpack_from(call.body)
+        return self._rename_to(call, new_parent, flags, protocol.RENAME2_IN.size)
+
+    def _rename_to(self, call: Call, new_parent: int, flags: int, offset: int) -> bytes | None:
+        old, new = call.names(offset, 2)
+        moved = self._union.lookup(call.node, old).node
+        try:
+            if self._copied_up_later(call, moved):
+                return None
+        finally:
+            self._forget_lookup(moved)
+        self._union.rename(call.node, old, new_parent, new, flags)
+        return b""
+
+    def _forget_lookup(self, node: int) -> None:
+        if not self._lane.is_indexed(node):
+            self._union.forget(node, 1)
+
+    def _link(self, call: Call) -> bytes | None:
+        (node,) = protocol.LINK_IN.unpack_from(call.body)
+        (name,) = call.names(protocol.LINK_IN.size, 1)
+        if self._copied_up_later(call, node):
+            return None
+        return self._entry(self._union.link(node, call.node, name))
+
+    # --- open files ---------------------------------------------------------------------------
+
+    def _open(self, call: Call) -> bytes | None:
+        flags, open_flags = protocol.OPEN_IN.unpack_from(call.body)
+        writes = flags & os.O_ACCMODE != os.O_RDONLY
+        if writes and not flags & os.O_TRUNC and self._copied_up_later(call, call.node):
+            return None
+        kill = bool(open_flags & protocol.OPEN_KILL_SUIDGID)
+        return self._opened(call.node, self._union.open(call.node, flags, kill))
+
+    def _create(self, call: Call) -> bytes:
+        flags, mode, umask, _ = protocol.CREATE_IN.unpack_from(call.body)
+        (name,) = call.names(protocol.CREATE_IN.size, 1)
+        caller = call.caller(umask)
+        entry, handle = self._union.create(call.node, name, mode, flags, caller)
+        return self._entry(entry) + self._opened(entry.node, handle)
+
+    def _tmpfile(self, call: Call) -> bytes:
+        flags, mode, umask, _ = protocol.CREATE_IN.unpack_from(call.body)
+        entry, handle = self._union.tmpfile(call.node, mode, flags, call.caller(umask))
+        return self._entry(entry) + self._opened(entry.node, handle)
+
+    def _opened(self, node: int, handle: int) -> bytes:
+        flags, backing = self._lane.opened(node, handle)
+        return protocol.OPEN_OUT.pack(handle, flags | OpenFlag.NOFLUSH, backing)
+
+    def _read(self, call: Call) -> bytes:
+        handle, offset, size, *_ = protocol.READ_IN.unpack_from(call.body)
+        with self._union.lock:  # a copy-up in between would leave the loop with the old descriptor
+            self._lane.read_directly(call.node, handle, self._union.descriptor(handle))
+        return self._union.read(handle, offset, min(size, 1 << 20))
+
+    def _write(self, call: Call) -> bytes:
+        handle, offset, size, flags, *_ = protocol.WRITE_IN.unpack_from(call.body)
+        data = call.body[protocol.WRITE_IN.size :]
+        if len(data) != size:
+            raise OSError(errno.EINVAL, "malformed write")
+        kill = bool(flags & protocol.WRITE_KILL_SUIDGID)
+        return protocol.WRITE_OUT.pack(self._union.write(handle, offset, data, kill), 0)
+
+    def _release(self, call: Call) -> bytes:
+        handle, *_ = protocol.RELEASE_IN.unpack_from(call.body)
+        self._lane.released(call.node, handle)
+        self._union.release(handle)
+        return b""
+
+    def _fsync(self, call: Call) -> None:
+        self._lane.relay(call)
+
+    def _fsyncdir(self, call: Call) -> None:
+        handle, flags, _ = protocol.FSYNC_IN.unpack_from(call.body)
+        del handle  # OPENDIR is never asked: there is none
+
+        def sync() -> bytes:
+            opened = self._union.opendir(call.node)
+            try:
+                self._union.fsyncdir(opened, bool(flags & protocol.FSYNC_FDATASYNC))
+            finally:
+                self._union.release(opened)
+            return b""
+
+        self._lane.later(call.unique, sync)
+
+    def _syncfs(self, call: Call) -> None:
+        def sync() -> bytes:
+            self._union.sync()
+            return b""
+
+        self._lane.later(call.unique, sync)
+
+    def _fallocate(self, call: Call) -> bytes:
+        handle, offset, length, mode, _ = protocol.FALLOCATE_IN.unpack_from(call.body)
+        syscalls.fallocate(self._union.descriptor(handle), mode, offset, length)
+        return b""
+
+    def _lseek(self, call: Call) -> bytes:
+        handle, offset, whence, _ = protocol.LSEEK_IN.unpack_from(call.body)
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        found = os.lseek(self._union.descriptor(handle), offset, whence)
+        return protocol.LSEEK_OUT.pack(found)
+
+    def _copy_file_range(self, call: Call) -> bytes | None:
+        return self._copy(call, protocol.WRITE_OUT.size)
+
+    def _copy_file_range_64(self, call: Call) -> bytes | None:
+        return self._copy(call, protocol.COPY_FILE_RANGE_OUT.size)
+
+    def _copy(self, call: Call, answer_size: int) -> bytes | None:
+        source, offset_in, _, target, offset_out, length, flags = (
+            protocol.COPY_FILE_RANGE_IN.unpack_from(call.body)
+        )
+        if flags:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        length = min(length, _COPY_MOST)
+
+        def copy() -> bytes:
+            descriptors = self._union.descriptor(source), self._union.descriptor(target)
+            done = syscalls.copy_range(*descriptors, length, offset_in, offset_out)
+            return done.to_bytes(answer_size, "little")
+
+        if length <= _COPY_NOW:
+            return copy()
+        self._lane.later(call.unique, copy)
+        return None
+
+    # --- directories --------------------------------------------------------------------------
+
+    def _readdirplus(self, call: Call) -> bytes:
+        return self._list(call, plus=True)
+
+    def _readdir(self, call: Call) -> bytes:
+        return self._list(call, plus=False)
+
+    def _list(self, call: Call, plus: bool) -> bytes:
+        _, cookie, size, *_ = protocol.READ_IN.unpack_from(call.body)
+        out = bytearray()
+        with self._union.lock:
+            for name, next_cookie, entry in self._union.listing(call.node, cookie):
+                dot = next_cookie <= _DOTS
+                record = _record(name, next_cookie, entry, self._timeout, plus, dot)
+                full = len(out) + len(record) > size
+                if not full:
+                    out += record
+                if not dot and (full or not plus):
+                    self._forget_lookup(entry.node)  # only what READDIRPLUS emits is a lookup
+                if full:
+                    break
+        return bytes(out)
+
+    # --- extended attributes ------------------------------------------------------------------
+
+    def _getxattr(self, call: Call) -> bytes:
+        size, _ = protocol.GETXATTR_IN.unpack_from(call.body)
+        (name,) = call.names(protocol.GETXATTR_IN.size, 1)
+        return _sized(self._union.getxattr(call.node, name), size)
+
+    def _listxattr(self, call: Call) -> bytes:
+        size, _ = protocol.GETXATTR_IN.unpack_from(call.body)
+        names = self._union.listxattr(call.node)
+        return _sized(b"".join(name + b"\0" for name in names), size)
+
+    def _setxattr(self, call: Call) -> bytes | None:
+        size, flags, extra, _ = protocol.SETXATTR_EXT_IN.unpack_from(call.body)
+        name, end, value = call.body[protocol.SETXATTR_EXT_IN.size :].partition(b"\0")
+        if not name or not end or len(value) != size:
+            raise OSError(errno.EINVAL, "malformed setxattr")
+        if self._copied_up_later(call, call.node, data=False):
+            return None
+        self._union.setxattr(call.node, name, value, flags)
+        if extra & protocol.SETXATTR_ACL_KILL_SGID:
+            mode = self._union.getattr(call.node).mode & 0o5777
+            self._union.setattr(call.node, Changes(mode=mode))
+        return b""
+
+    def _removexattr(self, call: Call) -> bytes | None:
+        (name,) = call.names(0, 1)
+        if self._copied_up_later(call, call.node, data=False):
+            return None
+        self._union.removexattr(call.node, name)
+        return b""
+
+    # --- what never changes anything ----------------------------------------------------------
+
+    def _destroy(self, call: Call) -> bytes:
+        return b""
+
+    # --- translation --------------------------------------------------------------------------
+
+    def _entry(self, entry: Entry) -> bytes:
+        return entry_out(entry, self._timeout)
+
+    def _attributes(self, node: int, found: Attributes) -> bytes:
+        seconds, nanoseconds = _duration(self._union.attr_valid(node))
+        return protocol.ATTR_OUT.pack(seconds, nanoseconds, 0) + attr(found)
+
+
+def attr(found: Attributes) -> bytes:
+    """struct fuse_attr."""
+    mask = (1 << 64) - 1
+    atime, mtime, ctime = found.atime_ns, found.mtime_ns, found.ctime_ns
+    return protocol.ATTR.pack(
+        found.ino,
+        found.size,
+        found.blocks,
+        atime // 10**9 & mask,
+        mtime // 10**9 & mask,
+        ctime // 10**9 & mask,
+        atime % 10**9,
+        mtime % 10**9,
+        ctime % 10**9,
+        found.mode,
+        found.nlink,
+        found.uid,
+        found.gid,
+        _device(found.rdev),
+        found.blksize,
+        0,
+    )
+
+
+def entry_out(entry: Entry, timeout: float) -> bytes:
+    """struct fuse_entry_out; `timeout` is how many seconds the name holds."""
+    return _entry_header(entry.node, timeout, entry.attr_valid) + attr(entry.attributes)
+
+
+def _entry_header(node: int, name_valid: float, attr_valid: float) -> bytes:
+    name_seconds, name_nanoseconds = _duration(name_valid)
+    seconds, nanoseconds = _duration(attr_valid)
+    return protocol.ENTRY_OUT.pack(node, 0, name_seconds, seconds, name_nanoseconds, nanoseconds)
+
+
+def _duration(seconds: float) -> tuple[int, int]:
+    if seconds >= protocol.FOREVER:
+        return protocol.FOREVER, 0
+    return int(seconds), int(seconds % 1 * 10**9)
+
+
+def _device(rdev: int) -> int:
+    major, minor = os.major(rdev), os.minor(rdev)
+    return (minor & 0xFF) | (major & 0xFFF) << 8 | (minor & ~0xFF) << 12 & 0xFFFFFFFF
+
+
+def _record(name: bytes, cookie: int, entry: Entry, timeout: float, plus: bool, dot: bool) -> bytes:
+    found = entry.attributes
+    dirent = protocol.DIRENT.pack(found.ino, cookie, len(name), found.mode >> 12 & 15)
+    dirent += name + bytes(-len(name) % 8)
+    if not plus:
+        return dirent
+    # "." and ".." carry no node: the kernel would count a lookup of them.
+    return (bytes(128) if dot else entry_out(entry, timeout)) + dirent
+
+
+def _sized(value: bytes, room: int) -> bytes:
+    """The answer to GETXATTR and LISTXATTR: the size alone where no room was offered."""
+    if not room:
+        return protocol.GETXATTR_OUT.pack(len(value), 0)
+    if len(value) > room:
+        raise OSError(errno.ERANGE, os.strerror(errno.ERANGE))
+    return value
+
+
+def _time(
+    fields: SetattrValid, given: SetattrValid, now: SetattrValid, seconds: int, nanoseconds: int
+) -> int | None:
+    if not fields & given:
+        return None
+    if fields & now:
+        return NOW
+    if seconds >> 63:
+        seconds -= 1 << 64
+    # NOW is -1 ns: a time that is set to just that is one nanosecond off.
+    found = seconds * 10**9 + nanoseconds
+    return found if found != NOW else found - 1
+
+
+def _statx(found: Attributes) -> bytes:
+    def moment(nanoseconds: int) -> tuple[int, int, int]:
+        return nanoseconds // 10**9, nanoseconds % 10**9, 0
+
+    return protocol.STATX.pack(
+        _STATX_BASIC_STATS,
+        found.blksize,
+        0,
+        found.nlink,
+        found.uid,
+        found.gid,
+        found.mode,
+        0,
+        found.ino,
+        found.size,
+        found.blocks,
+        0,
+        *moment(found.atime_ns),
+        *moment(0),
+        *moment(found.ctime_ns),
+        *moment(found.mtime_ns),
+        os.major(found.rdev),
+        os.minor(found.rdev),
+        0,
+        0,
+    )
+
+
+MALFORMED = (struct.error, ValueError, IndexError, OverflowError)
+"""What unpacking a malformed request raises; the caller gets EINVAL."""
