@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 
 from unionfuse.express import protocol
 from unionfuse.options import MountOptions
@@ -44,6 +45,9 @@ class Channel:
         """To be called from `init`: libfuse reads and writes the real channel from here on."""
         os.dup2(self._fuse, self.descriptor, inheritable=False)
         self._ours.close()
+
+    def when_ended(self, callback: Callable[[], None]) -> None:
+        """Nothing to do: pyfuse3 sees the end of the mount by itself."""
 
     def counts(self) -> dict[str, int]:
         """Requests that were answered before pyfuse3 saw them: none."""

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 from unionfuse import mounting
 from unionfuse.channel import Channel
 from unionfuse.express import protocol
+from unionfuse.express.lane import Lane
+from unionfuse.index import LookupIndex, LookupIndexError
 from unionfuse.layer import LayerError, LayerStack
 from unionfuse.options import Invocation, MountOptions
 from unionfuse.union import Union
@@ -110,7 +112,7 @@ def _live(invocation: Invocation, ready: Callable[[], None]) -> int:
 
 def _begin(channel: int, union: Union, options: MountOptions, mountpoint: bytes) -> Server:
     """Answer INIT; only then import what is slow to import."""
-    door = Channel(channel, options)
+    door = Lane(channel, union, options) if options.express else Channel(channel, options)
     from unionfuse.serving import Server
 
     return Server(door, union, options, mountpoint)
@@ -139,10 +141,23 @@ def _anchored(options: MountOptions) -> MountOptions:
 def _open_union(options: MountOptions) -> Union:
     stack = LayerStack.open(options.lowerdir)
     try:
-        return Union(stack, options)
+        return Union(stack, options, _open_index(stack, options))
     except BaseException:
         stack.close()
         raise
+
+
+def _open_index(stack: LayerStack, options: MountOptions) -> LookupIndex | None:
+    """The lookup index of the layers; None, and a warning, where it cannot be used."""
+    if options.lookup_index is None:
+        return None
+    try:
+        index = LookupIndex.open(options.lookup_index)
+        index.check([os.stat(layer.descriptor) for layer in stack.layers])
+    except LookupIndexError as error:
+        _say(f"the lookup index {error}; the layers are read instead")
+        return None
+    return index
 
 
 def _lock(options: MountOptions) -> list[int]:

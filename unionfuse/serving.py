@@ -5,6 +5,7 @@ Imported late: trio and pyfuse3 take longer to import than a mount takes to be m
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -18,6 +19,7 @@ import trio
 
 from unionfuse import mounting
 from unionfuse.channel import Channel
+from unionfuse.express.lane import Lane
 from unionfuse.operations import Operations
 from unionfuse.options import MountOptions
 from unionfuse.union import Union
@@ -31,7 +33,7 @@ class Server:
     """Serves one mounted channel until it is unmounted or a signal ends it."""
 
     def __init__(
-        self, channel: Channel, union: Union, options: MountOptions, mountpoint: bytes
+        self, channel: Channel | Lane, union: Union, options: MountOptions, mountpoint: bytes
     ) -> None:
         """
         Arguments:
@@ -82,6 +84,8 @@ class Server:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._listen)
             nursery.start_soon(self._call_when_served, ready)
+            token = trio.lowlevel.current_trio_token()
+            self._channel.when_ended(lambda: _soon(token, nursery.cancel_scope.cancel))
             await pyfuse3.main()
             nursery.cancel_scope.cancel()
 
@@ -117,6 +121,12 @@ class Server:
             log.warning("%s", error)
         await trio.sleep(_GRACE)
         pyfuse3.terminate()
+
+
+def _soon(token: trio.lowlevel.TrioToken, function: Callable[[], None]) -> None:
+    """Have a function called in the event loop, from another thread."""
+    with contextlib.suppress(trio.RunFinishedError):
+        token.run_sync_soon(function)
 
 
 class _Syslog(logging.Handler):

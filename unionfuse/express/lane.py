@@ -19,6 +19,7 @@ import queue
 import signal
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable
 
 from unionfuse.express import protocol
@@ -42,8 +43,6 @@ class Lane:
 
     Attributes:
         descriptor: the channel for libfuse, to be named as /dev/fd/N; libfuse closes it.
-        on_end: called once, from a thread of the lane, when the mount has ended.
-        ended: set at that moment.
     """
 
     def __init__(self, fuse: int, union: Union, options: MountOptions) -> None:
@@ -57,13 +56,13 @@ class Lane:
         self._fuse = fuse
         self._union = union
         self._options = options
-        self.on_end: Callable[[], None] = lambda: None
-        self.ended = threading.Event()
+        self._on_end: Callable[[], None] = lambda: None
+        self._ended = threading.Event()
         self._work: queue.SimpleQueue[tuple[int, Work] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._waiters = 0
         self._idle = 0
-        self._relayed = 0
+        self._relayed: Counter[int] = Counter()  # by opcode
         self._direct: dict[int, set[int]] = {}  # node -> handles that the loop reads by itself
         self._lock = threading.Lock()  # of the fields above; never held across a call
         valid = min(int(options.timeout), protocol.FOREVER)
@@ -97,15 +96,20 @@ class Lane:
     def started(self) -> None:
         """libfuse has shaken hands: nothing is to be done, it goes on with its end of the pair."""
 
+    def when_ended(self, callback: Callable[[], None]) -> None:
+        """Have a function called, from any thread, once the mount has ended."""
+        self._on_end = callback
+        if self._ended.is_set():
+            callback()
+
     def counts(self) -> dict[str, int]:
-        """Requests by opcode, and how many of all the index answered and pyfuse3 got."""
-        names = {int(opcode): opcode.name for opcode in Opcode}
-        found: dict[str, int] = {}
-        here = 0
-        for opcode, (loop, python) in sorted(self._loop.counts().items()):
-            found[names.get(opcode, f"OPCODE_{opcode}")] = loop + python
-            here += loop
-        return found | {"by_index": here, "by_pyfuse3": self._relayed}
+        """Requests by opcode, without those that pyfuse3 got."""
+        names = {int(opcode): opcode.name.lower() for opcode in Opcode}
+        counted = self._loop.counts()
+        total = {opcode: here + python for opcode, (here, python) in counted.items()}
+        for opcode, relayed in self._relayed.items():
+            total[opcode] -= relayed
+        return {names.get(opcode, f"opcode-{opcode}"): n for opcode, n in total.items() if n}
 
     def close(self) -> None:
         """End the threads and close the channel; call it once the mount has ended."""
@@ -134,10 +138,10 @@ class Lane:
         if failure not in (0, errno.ENODEV):
             log.error("the express lane ends: reading /dev/fuse: %s", os.strerror(failure))
         with self._lock:
-            first = not self.ended.is_set()
-            self.ended.set()
+            first = not self._ended.is_set()
+            self._ended.set()
         if first:
-            self.on_end()
+            self._on_end()
 
     def later(self, unique: int, work: Work) -> None:
         """Do something that takes long, in a thread that may wait, and answer with its result."""
@@ -182,7 +186,7 @@ class Lane:
 
     def relay(self, call: Call) -> None:
         """Hand a request to pyfuse3, which answers it in its own time."""
-        self._relayed += 1
+        self._relayed[call.opcode] += 1
         header = protocol.IN_HEADER.pack(protocol.IN_HEADER.size + len(call.body), *call[:6], 0, 0)
         self._pair.send(header + call.body)
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from unionfuse import syscalls
@@ -23,7 +24,7 @@ from unionfuse.union import Union
 if TYPE_CHECKING:
     from unionfuse.express.lane import Lane
 
-_DOTS = 2  # cookies of "." and ".."
+_ENTRY_SIZE = protocol.ENTRY_OUT.size + protocol.ATTR.size
 _COPY_NOW = 1 << 20  # bytes; COPY_FILE_RANGE of more than this leaves the lane's thread
 _COPY_MOST = 1 << 30  # bytes that one COPY_FILE_RANGE copies at most
 _STATX_BASIC_STATS = 0x7FF
@@ -327,17 +328,29 @@ class Requests:
         _, cookie, size, *_ = protocol.READ_IN.unpack_from(call.body)
         out = bytearray()
         with self._union.lock:
+            for dot in self._dots(call.node, cookie, plus):
+                if len(out) + len(dot) <= size:
+                    out += dot
             for name, next_cookie, entry in self._union.listing(call.node, cookie):
-                dot = next_cookie <= _DOTS
-                record = _record(name, next_cookie, entry, self._timeout, plus, dot)
+                record = _record(name, next_cookie, entry, self._timeout, plus)
                 full = len(out) + len(record) > size
                 if not full:
                     out += record
-                if not dot and (full or not plus):
+                if full or not plus:
                     self._forget_lookup(entry.node)  # only what READDIRPLUS emits is a lookup
                 if full:
                     break
         return bytes(out)
+
+    def _dots(self, node: int, cookie: int, plus: bool) -> Iterator[bytes]:
+        """The records of "." and "..": they carry no node, or the kernel would count a lookup."""
+        entry = bytes(_ENTRY_SIZE) if plus else b""
+        for position, name in enumerate((b".", b".."), start=1):
+            if cookie < position:
+                shown = node if name == b"." else self._union.parent(node)
+                inode = self._union.getattr(shown).ino
+                dirent = protocol.DIRENT.pack(inode, position, len(name), stat.S_IFDIR >> 12)
+                yield entry + dirent + name.ljust(8, b"\0")
 
     # --- extended attributes ------------------------------------------------------------------
 
@@ -432,14 +445,10 @@ def _device(rdev: int) -> int:
     return (minor & 0xFF) | (major & 0xFFF) << 8 | (minor & ~0xFF) << 12 & 0xFFFFFFFF
 
 
-def _record(name: bytes, cookie: int, entry: Entry, timeout: float, plus: bool, dot: bool) -> bytes:
+def _record(name: bytes, cookie: int, entry: Entry, timeout: float, plus: bool) -> bytes:
     found = entry.attributes
-    dirent = protocol.DIRENT.pack(found.ino, cookie, len(name), found.mode >> 12 & 15)
-    dirent += name + bytes(-len(name) % 8)
-    if not plus:
-        return dirent
-    # "." and ".." carry no node: the kernel would count a lookup of them.
-    return (bytes(128) if dot else entry_out(entry, timeout)) + dirent
+    dirent = protocol.DIRENT.pack(found.ino, cookie, len(name), stat.S_IFMT(found.mode) >> 12)
+    return (entry_out(entry, timeout) if plus else b"") + dirent + name + bytes(-len(name) % 8)
 
 
 def _sized(value: bytes, room: int) -> bytes:
