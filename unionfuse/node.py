@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from unionfuse.layer import Layer
     from unionfuse.view import View
 
-NOW = -1
+NOW = 1 << 100  # no time that fits in 64 bits of seconds is as late
 """In `Changes`: set this time to the current one (UTIME_NOW)."""
 
 

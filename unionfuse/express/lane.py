@@ -182,7 +182,10 @@ class Lane:
         if method is None:
             self.relay(call)
             return None
-        return _answer(lambda: method(call))
+        result = _answer(lambda: method(call))
+        if self._options.debug:
+            log.debug("%s: %s", call, result if isinstance(result, int) else "answered")
+        return result
 
     def relay(self, call: Call) -> None:
         """Hand a request to pyfuse3, which answers it in its own time."""

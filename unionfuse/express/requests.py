@@ -469,9 +469,7 @@ def _time(
         return NOW
     if seconds >> 63:
         seconds -= 1 << 64
-    # NOW is -1 ns: a time that is set to just that is one nanosecond off.
-    found = seconds * 10**9 + nanoseconds
-    return found if found != NOW else found - 1
+    return seconds * 10**9 + nanoseconds
 
 
 def _statx(found: Attributes) -> bytes:
