@@ -407,7 +407,7 @@ class Tree:
             node.lower = below
         node.ino = marks.inode or self._origin_inode(marks.origin) or self._inodes.of(status)
         self._take_index_name(node, marks, status)
-        if status.st_nlink > 1:
+        if status.st_nlink > 1 or node.index_name:
             self.remember_links(node, status)
         return node
 
