@@ -190,13 +190,18 @@ class CopyUp:
         return origin
 
     def _mark_origin(self, staged: bytes, origin: bytes, ino: int) -> None:
-        """Note where a copy came from; links and devices go without where that is refused."""
+        """Note where a copy came from, so that it keeps its st_ino after a new mount.
+
+        The handle of the lower file tells that to who may open it by handle; for others the
+        number itself is kept. Both are a convenience: what refuses them goes without.
+        """
         upper = self._tree.upper
         assert upper is not None
         try:
             if origin:
                 upper.marker.set(upper.work, staged, b"origin", origin)
-            upper.marker.set(upper.work, staged, b"unionfuse.inode", b"%d" % ino)
+            if not origin or not upper.privileged:
+                upper.marker.set(upper.work, staged, b"unionfuse.inode", b"%d" % ino)
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSPC, errno.E2BIG):
                 raise

@@ -95,15 +95,30 @@ class Layer:
             self._cache.put(key, descriptor)
         return descriptor
 
+    def _readable(self) -> int:
+        return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.descriptor)
+
     def filesystem_uuid(self) -> bytes:
         """The UUID of the layer's file system, asked for once."""
         if self.uuid is None:
-            readable = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.descriptor)
+            readable = self._readable()
             try:
                 self.uuid = syscalls.filesystem_uuid(readable)
             finally:
                 os.close(readable)
         return self.uuid
+
+    def open_by_handle(self, kind: int, handle: bytes) -> int:
+        """An O_PATH descriptor of the file that a handle means in this layer's file system.
+
+        Raises:
+            OSError: ESTALE for a file that is gone, EPERM without CAP_DAC_READ_SEARCH.
+        """
+        readable = self._readable()
+        try:
+            return syscalls.open_by_handle(readable, kind, handle)
+        finally:
+            os.close(readable)
 
 
 class LayerStack:

@@ -25,7 +25,10 @@ class Caller(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What a setattr changes; None leaves a field as it is. Times are in nanoseconds or `NOW`."""
+    """What a setattr changes; None leaves a field as it is. Times are in nanoseconds or `NOW`.
+
+    `kill_privileges` drops set-uid and set-gid bits, `kill_capabilities` file capabilities.
+    """
 
     mode: int | None = None
     uid: int | None = None
@@ -34,6 +37,7 @@ class Changes(NamedTuple):
     atime_ns: int | None = None
     mtime_ns: int | None = None
     kill_privileges: bool = False
+    kill_capabilities: bool = False
 
 
 class Attributes:
@@ -182,7 +186,7 @@ class Directory(Node):
             `in_upper`, None until somebody looks inside.
         children: the nodes that are alive below, by name.
         order: cookies of names that only upper has, in order of appearance.
-        redirected: upper's directory carries a redirect.
+        redirect: the redirect that upper's directory carries.
         default_acl: whether new files inherit an ACL; None for not known.
     """
 
@@ -193,7 +197,7 @@ class Directory(Node):
         "lowers",
         "opaque",
         "order",
-        "redirected",
+        "redirect",
         "view",
     )
 
@@ -205,7 +209,7 @@ class Directory(Node):
         self.children: dict[bytes, Node] = {}
         self.order: Order | None = None
         self.opaque = False
-        self.redirected = False
+        self.redirect: bytes | None = None
         self.default_acl: bool | None = None
 
     @property

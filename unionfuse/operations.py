@@ -147,18 +147,11 @@ class Operations(pyfuse3.Operations):
             size=attr.st_size if fields.update_size else None,
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
-            kill_privileges=not any(
-                (
-                    fields.update_mode,
-                    fields.update_uid,
-                    fields.update_gid,
-                    fields.update_size,
-                    fields.update_atime,
-                    fields.update_mtime,
-                    fields.update_ctime,
-                )
-            ),
         )
+        if changes == Changes() and not fields.update_ctime:
+            # A write to a file with capabilities: without KILLPRIV_V2 the kernel sees to the
+            # set-uid bits itself and leaves these to us (fs/fuse/dir.c, fuse_setattr).
+            changes = Changes(kill_capabilities=True)
         if changes.size != 0:
             await self._copied_up(inode, data=changes.size is not None)
         attributes = self._union.setattr(inode, changes, fh)

@@ -213,7 +213,13 @@ class Tree:
     # --- redirects -----------------------------------------------------------------------
 
     def resolve(self, path: bytes, first: int) -> Sequence[Place]:
-        """The directories that layers from number `first` on have at a path of their own."""
+        """The directories that layers from number `first` on have at a path of their own.
+
+        Raises:
+            OSError: EPERM with `redirect_dir=nofollow`, as on overlayfs.
+        """
+        if self.options.redirect_dir == "nofollow":
+            raise failure(errno.EPERM)
         places: Sequence[Place] = [Place(layer, b"") for layer in self.stack.layers[first:]]
         for name in path.split(b"/"):
             if not places or not name:
@@ -399,7 +405,7 @@ class Tree:
         marks = whiteout.read_marks(parent, name)
         if marks.metacopy:
             node.metacopy = True
-            if marks.redirect is not None and self.options.redirect_dir != "nofollow":
+            if marks.redirect is not None:
                 inside = below.inside() if below else name
                 below = self.resolve_file(view.redirect_target(marks.redirect, inside), 0)
             if below is None:
@@ -442,16 +448,11 @@ class Tree:
             return -1
         kind, handle, uuid = decoded
         for layer in self.stack.layers:
-            if layer.filesystem_uuid() != uuid:
-                continue
-            try:
-                mount = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=layer.descriptor)
+            if layer.filesystem_uuid() == uuid:
                 try:
-                    return syscalls.open_by_handle(mount, kind, handle)
-                finally:
-                    os.close(mount)
-            except OSError:
-                return -1
+                    return layer.open_by_handle(kind, handle)
+                except OSError:
+                    return -1
         return -1
 
     def _origin_inode(self, origin: bytes) -> int:
@@ -477,8 +478,7 @@ class Tree:
         child.in_upper = True
         marks = whiteout.read_marks(parent, name)
         child.opaque = marks.opaque
-        # A redirect to a sibling means something else in another place: not one to keep.
-        child.redirected = marks.redirect is not None and marks.redirect.startswith(b"/")
+        child.redirect = marks.redirect
         if not marks.opaque:
             child.lowers = tuple(self._lowers_of_upper(directory, name, marks.redirect))
         stub = self.below(directory, name)
@@ -492,7 +492,9 @@ class Tree:
     def _lowers_of_upper(
         self, directory: Directory, name: bytes, redirect: bytes | None
     ) -> Sequence[Place]:
-        if redirect is not None and self.options.redirect_dir != "nofollow":
+        if redirect is not None:
+            if self.options.redirect_dir == "nofollow":
+                raise failure(errno.EPERM)
             if redirect.startswith(b"/"):
                 return self.resolve(redirect.strip(b"/"), 0)
             name = redirect
@@ -644,7 +646,8 @@ class Tree:
 
     def _directory_inode(self, directory: Directory) -> int:
         if directory.record and self.index is not None:
-            return self.index.status(directory.record).st_ino
+            ino: int = self.index.status(directory.record).st_ino
+            return ino
         if directory.lowers:
             place = directory.lowers[0]
             return self._inodes.of(os.stat(place.layer.directory(place.path)))

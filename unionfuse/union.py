@@ -214,6 +214,8 @@ class Union:
                 self._truncate(node, directory, name, changes.size, handle)
             if changes.kill_privileges:
                 self._kill_privileges(node)
+            if changes.kill_capabilities:
+                self._kill_capabilities(node)
             if changes.atime_ns is not None or changes.mtime_ns is not None:
                 self._set_times(directory, name, changes)
             self._changed(node)
@@ -264,7 +266,7 @@ class Union:
         syscalls.utimens(directory, name, (atime, mtime))
 
     def _kill_privileges(self, node: Node) -> None:
-        """Drop set-uid, set-gid and file capabilities, as a write by somebody else does."""
+        """Drop set-uid and set-gid, as a write by somebody else does."""
         if not node.is_regular:
             return
         directory, name = self.tree.location(node)
@@ -272,8 +274,10 @@ class Union:
         mode = _without_privileges(stat.S_IMODE(status.st_mode))
         if mode != stat.S_IMODE(status.st_mode):
             syscalls.chmod(directory, name, mode)
+
+    def _kill_capabilities(self, node: Node) -> None:
         try:
-            syscalls.removexattr(directory, name, b"security.capability")
+            syscalls.removexattr(*self.tree.location(node), b"security.capability")
         except OSError as error:
             if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM):
                 raise

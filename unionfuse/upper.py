@@ -585,8 +585,8 @@ class Upper:
         self._tree.load(node)
         directory = self._tree.upper_directory(node)
         if node.lowers:
-            if self._tree.options.redirect_dir == "on" and self._store.redirects:
-                self._set_redirect(node, directory)
+            if self._tree.options.redirect_dir == "on" and self._store.privileged:
+                self._set_redirect(node, directory, parent is new_parent)
             else:
                 self._detach(node)
         elif not node.opaque and self._hides_directory(new_parent, new_name):
@@ -596,11 +596,14 @@ class Upper:
         stub = self._tree.below(parent, name)
         return stub is not None and stub.kind == stat.S_IFDIR
 
-    def _set_redirect(self, node: Directory, directory: int) -> None:
-        if node.redirected:
+    def _set_redirect(self, node: Directory, directory: int, same_parent: bool) -> None:
+        """Say where the lower part of a directory is: a sibling's name, or the whole path."""
+        if node.redirect is not None and (same_parent or node.redirect.startswith(b"/")):
             return
-        self._store.marker.set(directory, b"", b"redirect", b"/" + node.lowers[0].path)
-        node.redirected = True
+        path = node.lowers[0].path
+        redirect = os.path.basename(path) if same_parent else b"/" + path
+        self._store.marker.set(directory, b"", b"redirect", redirect)
+        node.redirect = redirect
 
     def _keep_redirect(self, node: Node) -> None:
         """A metacopy that moves has to say where its data is."""
@@ -643,7 +646,7 @@ class Upper:
     def _cut_off(self, node: Directory, directory: int) -> None:
         self._store.marker.set_opaque(directory, b"")
         self._store.marker.remove(directory, b"", b"redirect")
-        node.opaque, node.redirected = True, False
+        node.opaque, node.redirect = True, None
 
     def _prepare_to_replace(self, target: Node, parent: Directory, name: bytes) -> None:
         if not isinstance(target, Directory):

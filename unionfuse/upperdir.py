@@ -34,7 +34,7 @@ class UpperDirectory:
         index: the directory of copied-up hard links; -1 until the first is made.
         index_names: what is in it.
         marker: writes whiteouts and xattrs in the dialect that is allowed here.
-        redirects: they may be trusted, as overlayfs sees it: not in `user.overlay.*`.
+        privileged: marks are `trusted.`, which nobody else can write, so redirects are safe.
         device: st_dev of both.
         sync: data is to be on disk before it becomes visible.
     """
@@ -70,7 +70,7 @@ class UpperDirectory:
         self._workdir = workdir
         self.work = self._prepare_staging(workdir)
         self.marker = Marker(self._dialect(options))
-        self.redirects = self.marker.prefix == TRUSTED
+        self.privileged = self.marker.prefix == TRUSTED
         self._open_index()
         self.device = os.stat(self.descriptor).st_dev
         if self._volatile:
