@@ -213,7 +213,8 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         if flags & os.O_ACCMODE != os.O_RDONLY and not flags & os.O_TRUNC:
             await self._copied_up(inode)
-        return _file_info(self._union.open(inode, flags))
+        # O_TRUNC comes with the open, so here is where a foreign truncation drops set-uid.
+        return _file_info(self._union.open(inode, flags, kill_privileges=ctx.uid != 0))
 
     @answering
     async def create(

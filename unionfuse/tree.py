@@ -189,7 +189,7 @@ class Tree:
         """Where a regular file's data lies: for a metacopy that is not where the node lies."""
         if node.metacopy and node.lower is not None:
             return self._lower_data(node.lower)
-        if not node.in_upper and node.lower is not None and not node.deleted:
+        if not node.in_upper and node.lower is not None:
             return self._lower_data(node.lower)
         return self.location(node)
 

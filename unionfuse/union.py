@@ -393,7 +393,7 @@ class Union:
             return self._opened(node, descriptor, flags)
 
     def _open_data(self, node: Node, flags: int) -> int:
-        if node.unnamed >= 0:
+        if node.unnamed >= 0 and not node.metacopy:
             return os.open(syscalls.proc_path(node.unnamed), flags | os.O_CLOEXEC)
         directory, name = self.tree.data_location(node)
         if node.in_upper and not node.metacopy:

@@ -395,7 +395,7 @@ class Upper:
             shift = 0 if self._tree.is_physical(parent, name) else 1
             self._keep_link_count(node, shift)
         if len(node.names) == 1 and self._last_link(node):
-            if node.opened and node.unnamed < 0:
+            if node.opened and node.in_upper and node.unnamed < 0:
                 self._keep_unnamed(node)
             node.last = self._tree.attributes(node)
             node.last.nlink = 0
