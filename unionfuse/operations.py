@@ -15,6 +15,7 @@ import errno
 import functools
 import logging
 import os
+import stat
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar, cast
@@ -152,6 +153,10 @@ class Operations(pyfuse3.Operations):
             # A write to a file with capabilities: without KILLPRIV_V2 the kernel sees to the
             # set-uid bits itself and leaves these to us (fs/fuse/dir.c, fuse_setattr).
             changes = Changes(kill_capabilities=True)
+        if changes.mode is not None and ctx.uid not in (0, self._union.getattr(inode).uid):
+            # No chmod, which a stranger may not: he wrote, and the kernel takes the bits away. It
+            # leaves set-gid without group execution, which a plain file loses, too.
+            changes = changes._replace(mode=changes.mode & ~stat.S_ISGID)
         if changes.size != 0:
             await self._copied_up(inode, data=changes.size is not None)
         attributes = self._union.setattr(inode, changes, fh)

@@ -592,8 +592,5 @@ class Union:
 
 
 def _without_privileges(mode: int) -> int:
-    """A mode without set-uid, and without set-gid where that means privilege."""
-    mode &= ~stat.S_ISUID
-    if mode & stat.S_IXGRP:
-        mode &= ~stat.S_ISGID
-    return mode
+    """A mode without set-uid and set-gid; the kernel asks only where the writer is a stranger."""
+    return mode & ~(stat.S_ISUID | stat.S_ISGID)
