@@ -52,7 +52,8 @@ def host() -> Host:
         where = Path(fields.split(" ")[4])
         if kind == "cgroup":
             for option in options.split(","):
-                legacy.setdefault(option, where)
+                if option not in ("rw", "ro") and "=" not in option:
+                    legacy.setdefault(option, where)
         elif kind == "cgroup2":
             unified = where
     if "memory" in legacy or "pids" in legacy or "cpu" in legacy:

@@ -7,7 +7,7 @@
                        /lock          held while something changes its state
     STORE/containers/names/NAME       symbolic link to ID: the kernel sees to it that names are
                                       unique
-    RUN/KEY/ID/                       what ends with a boot: bundle, sockets, mount point,
+    RUN/KEY/ID16/                     what ends with a boot: bundle, sockets, mount point,
                                       `alive`, which a living monitor holds locked
 
 A monitor that was killed and a host that was restarted both leave `alive` unlocked: that is how the
@@ -212,7 +212,7 @@ class Containers:
             replace_file(staged / "state.json", json.dumps(created))
             staged.rename(directory)
             self._link(name, identity)
-        return Container(identity, directory, self.run / identity, record)
+        return Container(identity, directory, self._run_of(identity), record)
 
     def rename(self, container: Container, name: str) -> None:
         """Give another name. Raises Conflict or UserError."""
@@ -258,10 +258,13 @@ class Containers:
                 if entry.name.startswith((".new-", ".dead-")):
                     remove_tree(Path(entry.path))
 
+    def _run_of(self, identity: str) -> Path:
+        return self.run / identity[:16]  # the paths of sockets below it have 107 bytes at most
+
     def _load(self, identity: str) -> Container:
         directory = self.directory / identity
         record = json.loads((directory / "config.json").read_bytes())
-        return Container(identity, directory, self.run / identity, record)
+        return Container(identity, directory, self._run_of(identity), record)
 
     def _identity_of_name(self, name: str) -> str | None:
         if not NAME.fullmatch(name):
