@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from datetime import UTC
 from typing import IO
 
+from unionimage.changeset.tar import Limits
 from unionimage.errors import UserError
 from unionimage.store import Store
 
@@ -102,3 +104,29 @@ def binary_output(path: str | None) -> IO[bytes]:
         raise UserError("refusing to write an archive to a terminal; use -o FILE or a pipe")
     sys.stdout.flush()
     return os.fdopen(os.dup(1), "wb")
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Add the options that bound what one layer may cost; see `changeset.tar.Limits`."""
+    parser.add_argument(
+        "--max-layer-size",
+        type=parse_size,
+        metavar="SIZE",
+        help="refuse layers that unpack to more",
+    )
+    parser.add_argument(
+        "--max-layer-entries", type=int, metavar="N", help="refuse layers of more files"
+    )
+
+
+def limits_of(args: argparse.Namespace, limits: Limits) -> Limits:
+    """The limits of the configuration, with what the options say instead."""
+    return Limits(args.max_layer_size or limits.size, args.max_layer_entries or limits.entries)
+
+
+def parse_size(text: str) -> int:
+    """`500m`, `2GB`, `1.5g`, `4096` → bytes, in powers of 1024 as docker's -m."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kmgt]?)(?:i?b)?", text.lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size (500m, 2g)")
+    return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))

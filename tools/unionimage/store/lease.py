@@ -303,6 +303,32 @@ class Lease:
             "INSERT OR IGNORE INTO layer_blobs VALUES (?, ?, ?)", (diff_id, digest, compression)
         )
 
+    def add_layer_blob(
+        self, stream: Readable, layer: Layer, digest: Digest, size: int | None = None
+    ) -> None:
+        """Keep one more compressed blob of a layer that is here, without unpacking it again.
+
+        Raises:
+            BadContent: it is damaged, or not of that layer.
+        """
+        staged = self.scratch() / "blob"
+        what = f"layer {digest.short}"
+        with _Tee(stream, staged, 0, None) as raw:
+            checked = VerifyingReader(raw, digest, size, what)
+            peekable = compressions.Peekable(checked)
+            compression = compressions.sniff(peekable.peek(6))
+            plain = compressions.decompress(peekable, compression, what)
+            whole = VerifyingReader(plain, layer.diff_id, layer.tar_size, f"{what}, unpacked,")
+            whole.drain()
+            checked.drain()
+            raw.finish()
+        if compression != "none":
+            with self.store.database.write() as database:
+                self._record_blob(
+                    database, staged, layer.diff_id, digest, checked.count, compression
+                )
+                self._hold(database, "blob", digest)
+
     def compress_layer(
         self, diff_id: Digest, compression: str, progress: Progress | None = None
     ) -> tuple[Digest, int]:

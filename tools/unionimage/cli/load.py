@@ -1,0 +1,46 @@
+"""`unionfuse load`: images from an archive."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from unionimage.cli.common import add_limits, limits_of, open_store
+from unionimage.errors import UserError
+
+EXAMPLE = """
+unionfuse load -i debian.tar
+docker save debian:12 | unionfuse load
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-i", "--input", metavar="FILE", help="an archive or OCI layout directory (default: stdin)"
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    add_limits(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from unionimage.archive.load import load
+    from unionimage.cli.progress import reporter
+
+    path = None if args.input in (None, "-") else Path(args.input)
+    if path is None and sys.stdin.isatty():
+        raise UserError("nothing to load: give a file with -i, or pipe an archive in")
+    if path is not None and not path.exists():
+        raise UserError(f"{path} does not exist")
+    with open_store(args) as store, store.lease("load") as lease:
+        store.limits = limits_of(args, store.limits)
+        with reporter(quiet=args.quiet, stream=sys.stderr) as report:
+            images = load(lease, path, None if path else os.fdopen(os.dup(0), "rb"), report)
+        for image in images:
+            if image.names:
+                for name in image.names:
+                    print(f"Loaded image: {name.familiar}")
+            else:
+                print(f"Loaded image ID: {image.id}")
+    return 0
