@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from datetime import UTC
-from typing import IO
+from typing import BinaryIO
 
 from unionimage.changeset.tar import Limits
 from unionimage.errors import UserError
@@ -96,7 +96,7 @@ def source_date_epoch() -> int | None:
     return int(text)
 
 
-def binary_output(path: str | None) -> IO[bytes]:
+def binary_output(path: str | None) -> BinaryIO:
     """The file of `-o`, or standard output unless that is a terminal."""
     if path is not None and path != "-":
         return open(path, "wb")

@@ -85,7 +85,7 @@ def rows_of(
     }
     wanted = [one for one in image.names if _matches(one, pattern, chosen.get("reference", []))]
     by_repository = {one.repository: one.digest for one in image.digests}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"Repository": one.familiar_repository, "Tag": one.tag or _NONE}
         | {"Digest": by_repository.get(one.repository) or _NONE}
         | common

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 def prune_images(store: Store, *, all: bool, chosen: dict[str, list[str]]) -> list[Image]:
     """Delete images without a name (all: those nothing uses) and return them."""
-    deleted = []
+    deleted: list[Image] = []
     while True:
         candidates = [
             image for image in store.images(all=True) if _wanted(store, image, all, chosen)
