@@ -149,18 +149,27 @@ class Operations(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        if changes == Changes() and not fields.update_ctime:
-            # A write to a file with capabilities: without KILLPRIV_V2 the kernel sees to the
-            # set-uid bits itself and leaves these to us (fs/fuse/dir.c, fuse_setattr).
-            changes = Changes(kill_capabilities=True)
-        if changes.mode is not None and ctx.uid not in (0, self._union.getattr(inode).uid):
-            # No chmod, which a stranger may not: he wrote, and the kernel takes the bits away. It
-            # leaves set-gid without group execution, which a plain file loses, too.
-            changes = changes._replace(mode=changes.mode & ~stat.S_ISGID)
+        changes = self._without_privileges(inode, changes, ctx)
         if changes.size != 0:
             await self._copied_up(inode, data=changes.size is not None)
         attributes = self._union.setattr(inode, changes, fh)
         return _attributes(inode, attributes, self._union.attr_valid(inode))
+
+    def _without_privileges(self, inode: int, changes: Changes, ctx: RequestContext) -> Changes:
+        """What a setattr means that the kernel sends for a write.
+
+        Without KILLPRIV_V2 it takes set-uid away by a new mode, set-gid too where the group may
+        execute; capabilities, and set-gid elsewhere, are ours to drop, asked for by a setattr of
+        nothing (fs/fuse/dir.c, fuse_setattr). A plain file loses all of them to a stranger.
+        """
+        stranger = ctx.uid not in (0, self._union.getattr(inode).uid)
+        if changes == Changes():
+            return Changes(kill_capabilities=True, kill_privileges=stranger)
+        if changes.mode is not None and stranger:  # no chmod: a stranger may not
+            return changes._replace(mode=changes.mode & ~stat.S_ISGID)
+        if changes.size is not None and stranger:
+            return changes._replace(kill_privileges=True)
+        return changes
 
     @answering
     async def mknod(

@@ -209,10 +209,11 @@ class Union:
                 raise failure(errno.EOPNOTSUPP)
             self._copy.copy_up(node, data=changes.size is not None, size=changes.size)
             directory, name = self.tree.location(node)
+            # A chown drops set-uid and capabilities by itself in the file system below.
             self._set_owner_and_mode(node, directory, name, changes)
             if changes.size is not None:
                 self._truncate(node, directory, name, changes.size, handle)
-            if changes.kill_privileges:
+            if changes.kill_privileges and changes.uid is None and changes.gid is None:
                 self._kill_privileges(node)
             if changes.kill_capabilities:
                 self._kill_capabilities(node)
