@@ -109,19 +109,11 @@ class Target:
         path = destination.strip(b"/")
         if not found.is_directory and (is_directory or self.is_directory(path)):
             path = b"/".join(part for part in (path, found.name) if part)
-        if found.is_directory:
-            existed = self.is_directory(path)
-            self.make_directories(path)
-        else:
-            existed = False
-            self.make_directories(path.rpartition(b"/")[0])
+        self.make_directories(path if found.is_directory else path.rpartition(b"/")[0])
         for entry in found.entries:
+            if found.is_directory and entry.place == b"":
+                continue  # its contents are copied, not the directory itself
             at = b"/".join(part for part in (path, entry.place) if part)
-            if entry.place == b"" and found.is_directory:
-                if not existed and found.name:
-                    with self._opened(at) as directory:
-                        self._dress(tree, entry, directory, b"", at)
-                continue
             self._copy_entry(tree, entry, at)
 
     def finish(self) -> None:
