@@ -17,6 +17,7 @@ from typing import NamedTuple
 from unionfuse import syscalls, view, whiteout
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY
+_MAX_LINKS = 40  # as the kernel
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
@@ -42,9 +43,14 @@ class Found(NamedTuple):
 
 
 class Chain:
-    """Layer directories, top first, as one tree. A context manager; holds descriptors."""
+    """Layer directories, top first, as one tree. A context manager; holds descriptors.
+
+    Attributes:
+        directories: as given; a place's layer counts in them.
+    """
 
     def __init__(self, directories: Sequence[Path]) -> None:
+        self.directories = tuple(directories)
         self._roots: list[int] = []
         try:
             for directory in directories:
@@ -85,6 +91,35 @@ class Chain:
                 return None
             found = below_it
         return found
+
+    def resolve(self, path: bytes) -> bytes:
+        """A path without links in it but the last, as a process in this tree would go.
+
+        Raises:
+            OSError: ELOOP for links without end.
+        """
+        done, rest, links = b"", [part for part in path.split(b"/") if part not in (b"", b".")], 0
+        while rest:
+            name = rest.pop(0)
+            if name == b"..":
+                done = done.rpartition(b"/")[0]
+                continue
+            here = done + b"/" + name if done else name
+            found = self.find(here) if rest else None
+            if found is None or found.kind != stat.S_IFLNK:
+                done = here
+                continue
+            if (links := links + 1) > _MAX_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+            target = self.readlink(found.places[0])
+            done = b"" if target.startswith(b"/") else done
+            rest = [part for part in target.split(b"/") if part not in (b"", b".")] + rest
+        return done
+
+    def readlink(self, place: Place) -> bytes:
+        with ExitStack() as stack:
+            parent, name = self.parent(place, stack)
+            return os.readlink(name, dir_fd=parent)
 
     def children(self, directory: Found) -> dict[bytes, Found]:
         """The merged names of a directory, sorted."""

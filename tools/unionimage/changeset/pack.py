@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack
 
 from unionfuse import syscalls, view, whiteout
@@ -35,17 +35,20 @@ _OVERRIDES = {b"char": tar.CHAR, b"block": tar.BLOCK_DEVICE, b"pipe": tar.FIFO}
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
-def pack_upper(chain: Chain, *, newest_ns: int | None = None) -> Iterator[bytes]:
+def pack_upper(
+    chain: Chain, *, newest_ns: int | None = None, leave_out: Container[bytes] = ()
+) -> Iterator[bytes]:
     """The changes in the topmost directory of a chain, as the pieces of a layer tar.
 
     Args:
         chain: the upper directory, then the layers it lies on, top first.
         newest_ns: later modification times are set to this (SOURCE_DATE_EPOCH).
+        leave_out: paths that are no part of the changes, nor what is below them.
 
     Raises:
         UserError: a file changed while it was read, or what a redirect names is not there.
     """
-    packer = _Packer(chain, newest_ns)
+    packer = _Packer(chain, newest_ns, leave_out)
     yield from packer.upper(b"")
     yield tar.END
 
@@ -59,8 +62,11 @@ def pack_merged(chain: Chain, *, newest_ns: int | None = None) -> Iterator[bytes
 
 
 class _Packer:
-    def __init__(self, chain: Chain, newest_ns: int | None) -> None:
+    def __init__(
+        self, chain: Chain, newest_ns: int | None, leave_out: Container[bytes] = ()
+    ) -> None:
         self._chain = chain
+        self._leave_out = leave_out
         self._newest_ns = newest_ns
         self._links: dict[tuple[int, int], bytes] = {}
 
@@ -81,6 +87,8 @@ class _Packer:
             for name in sorted(scan.whiteouts):
                 yield _mark(prefix + whiteout.WHITEOUT_PREFIX + name)
             for name in sorted(scan.kinds):
+                if prefix + name in self._leave_out:
+                    continue
                 yield from self._entry(directory, name, Place(0, prefix + name), prefix + name)
                 if scan.kinds[name] == stat.S_IFDIR:
                     yield from self.upper(prefix + name)

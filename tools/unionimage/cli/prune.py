@@ -11,6 +11,7 @@ from unionimage.cli.format import filters
 from unionimage.errors import Conflict, UserError
 from unionimage.mounts import forget_dead
 from unionimage.store import Image, Store
+from unionimage.store.files import remove
 
 EXAMPLE = """
 unionfuse prune -f
@@ -21,7 +22,9 @@ _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-a", "--all", action="store_true", help="also named images nothing uses")
+    parser.add_argument(
+        "-a", "--all", action="store_true", help="also named images, and the build cache"
+    )
     parser.add_argument("-f", "--force", action="store_true", help="do not ask")
     parser.add_argument(
         "--filter", action="append", metavar="KEY=VALUE", help="until=24h|TIME, label=KEY[=VALUE]"
@@ -36,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     with open_store(args) as store:
         forget_dead(store)
         deleted = prune_images(store, all=args.all, chosen=chosen)
+        if args.all:
+            forget_build_cache(store)
         freed = store.collect()
     if deleted:
         print("Deleted Images:")
@@ -63,6 +68,13 @@ def prune_images(store: Store, *, all: bool, chosen: dict[str, list[str]]) -> li
             except Conflict:
                 continue  # a container began to use it just now
             deleted.append(image)
+
+
+def forget_build_cache(store: Store) -> None:
+    """Give up the layers of cached build steps, and what RUN --mount=type=cache keeps."""
+    store.release("build-cache")
+    (store.root / "build-cache.sqlite").unlink(missing_ok=True)
+    remove(store.root / "build-mounts")
 
 
 def _wanted(store: Store, image: Image, all: bool, chosen: dict[str, list[str]]) -> bool:

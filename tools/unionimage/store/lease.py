@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -363,6 +363,7 @@ class Lease:
         below: Sequence[Digest] = (),
         *,
         newest_ns: int | None = None,
+        leave_out: Container[bytes] = (),
         progress: Progress | None = None,
     ) -> Layer | None:
         """Store the changes in an upper directory as a layer. None: nothing was changed.
@@ -375,9 +376,10 @@ class Lease:
                 not change meanwhile; or a plain directory whose files are to be added.
             below: the layers it lies on, base first.
             newest_ns: later modification times are set to this (SOURCE_DATE_EPOCH).
+            leave_out: paths in upper that are no part of the changes.
         """
         with Chain([upper, *self.store.chain_directories(below)]) as chain:
-            pieces = pack_upper(chain, newest_ns=newest_ns)
+            pieces = pack_upper(chain, newest_ns=newest_ns, leave_out=leave_out)
             first = next(pieces)
             if first == tar.END:
                 return None
