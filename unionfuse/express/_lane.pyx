@@ -166,7 +166,8 @@ cdef class Loop:
     """
 
     cdef int fd
-    cdef object handler, index
+    cdef object handler, index, trace
+    cdef bint tracing
     cdef uint64_t valid, forever
     cdef bint xattrs
     cdef const char *base
@@ -218,6 +219,10 @@ cdef class Loop:
         self.targets = self.base + <size_t>sections["targets"].offset
         self.targets_length = sections["targets"].length
         self.count = index.count
+
+    def trace_to(self, trace):
+        """Have (opcode, node, body, errno) of each request told that is answered here."""
+        self.trace, self.tracing = trace, True
 
     def changed(self, uint64_t node, parents):
         """Ask Python about a node from now on, and about the listings that show it."""
@@ -305,6 +310,12 @@ cdef class Loop:
         thread.here[opcode] += 1
         if how == ANSWERED:
             self.send(header.unique, &reply)
+        if self.tracing:
+            with gil:
+                self.trace(
+                    header.opcode, header.nodeid, (<char *>thread.request)[HEADER:size],
+                    reply.error,
+                )
 
     cdef void send(self, uint64_t unique, const Reply *reply) noexcept nogil:
         cdef fuse_out_header out

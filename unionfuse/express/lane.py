@@ -67,6 +67,8 @@ class Lane:
         self._lock = threading.Lock()  # of the fields above; never held across a call
         valid = min(int(options.timeout), protocol.FOREVER)
         self._loop = Loop(fuse, self._serve, valid, not (options.noxattrs or options.noacl))
+        if options.debug:
+            self._loop.trace_to(self._trace)
         self._index = union.index if _shows_layers_as_they_are(options) else None
         if self._index is not None:
             self._loop.use_index(self._index)
@@ -104,12 +106,12 @@ class Lane:
 
     def counts(self) -> dict[str, int]:
         """Requests by opcode, without those that pyfuse3 got."""
-        names = {int(opcode): opcode.name.lower() for opcode in Opcode}
+        names = {int(opcode): opcode.name for opcode in Opcode}
         counted = self._loop.counts()
         total = {opcode: here + python for opcode, (here, python) in counted.items()}
         for opcode, relayed in self._relayed.items():
             total[opcode] -= relayed
-        return {names.get(opcode, f"opcode-{opcode}"): n for opcode, n in total.items() if n}
+        return {names.get(opcode, f"OPCODE_{opcode}"): n for opcode, n in total.items() if n}
 
     def close(self) -> None:
         """End the threads and close the channel; call it once the mount has ended."""
@@ -184,8 +186,14 @@ class Lane:
             return None
         result = _answer(lambda: method(call))
         if self._options.debug:
-            log.debug("%s: %s", call, result if isinstance(result, int) else "answered")
+            self._trace(opcode, node, body, result if isinstance(result, int) else 0)
         return result
+
+    def _trace(self, opcode: int, node: int, body: bytes, error: int) -> None:
+        """Log one request, for `-d`."""
+        name = Opcode(opcode).name if opcode in iter(Opcode) else f"OPCODE_{opcode}"
+        shown = os.strerror(error) if error else "answered"
+        log.debug("%s node=%d %r: %s", name, node, body[:300], shown)
 
     def relay(self, call: Call) -> None:
         """Hand a request to pyfuse3, which answers it in its own time."""
