@@ -108,10 +108,14 @@ def normalised(spec: Spec) -> Node | HardLink | Whiteout:
 
 def build(directory: Path, layer: Layer) -> Path:
     """Make `layer` in `directory`, which is made too, and return it. Key "." is the directory."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for path, spec in layer.items():
-        _place(directory, path, normalised(spec))
-    _date(directory, layer)
+    umask = os.umask(0o022)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for path, spec in layer.items():
+            _place(directory, path, normalised(spec))
+        _date(directory, layer)
+    finally:
+        os.umask(umask)
     return directory
 
 

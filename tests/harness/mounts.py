@@ -147,6 +147,7 @@ class Stack:
         made = [base / name for name in ("merged", "upper", "work")]
         for path in made if writable else made[:1]:
             path.mkdir(exist_ok=True)
+            path.chmod(0o755)
         return cls(base, lowers, made[0], *(made[1:] if writable else (None, None)))
 
     def options(self) -> dict[str, str | None]:

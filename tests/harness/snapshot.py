@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-_KINDS = {
+KINDS = {
     stat.S_IFREG: "file",
     stat.S_IFDIR: "directory",
     stat.S_IFLNK: "symlink",
@@ -98,7 +98,7 @@ def _record(
     through = b"/proc/self/fd/%d/%s" % (top, path)
     names = sorted(os.listxattr(through, follow_symlinks=False))
     return Record(
-        kind=_KINDS[kind],
+        kind=KINDS[kind],
         mode=f"{stat.S_IMODE(info.st_mode):04o}",
         uid=info.st_uid,
         gid=info.st_gid,
