@@ -161,7 +161,8 @@ def _fetch(build: Build, url: str) -> tuple[Path, Digest]:
                 file.write(data)
             modified = answer.headers.get("Last-Modified", "")
     except (OSError, ValueError, urllib.error.URLError) as error:
-        reason = getattr(error, "reason", None) or error
+        is_status = isinstance(error, urllib.error.HTTPError)
+        reason = error if is_status else getattr(error, "reason", None) or error
         raise DockerfileError(f"cannot fetch {url}: {reason}") from None
     parsed = email.utils.parsedate_tz(modified)
     seconds = 0 if parsed is None else email.utils.mktime_tz(parsed)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from unionimage.store import Lease, Store
 
 _CLONE_NEWNS = 0x20000
-_MS_REC, _MS_SLAVE = 0x4000, 0x80000
+_MS_REC, _MS_SLAVE, _MS_SHARED = 0x4000, 0x80000, 0x100000
 
 
 class Context:
@@ -63,6 +63,8 @@ class Kitchen:
         if libc.unshare(_CLONE_NEWNS) != 0:
             raise UserError(f"cannot make a mount namespace: {os.strerror(ctypes.get_errno())}")
         syscalls.mount(b"none", b"/", b"none", _MS_REC | _MS_SLAVE, b"")
+        # Shared with the namespaces of the containers: what is unmounted here goes there too.
+        syscalls.mount(b"none", b"/", b"none", _MS_REC | _MS_SHARED, b"")
         self._private = True
 
     def scratch(self, *names: str) -> Path:
