@@ -94,12 +94,14 @@ def sweep(store: Store) -> None:
     """Remove files that no row speaks of: leftovers of processes that were killed."""
     trash = store.root / "staging" / f"trash-{uuid4().hex}"
     with store.database.write() as database:
-        for path in _orphans(store, database):
+        for path in orphans(store, database):
             hide(path, trash)
     remove(trash)
 
 
-def _orphans(store: Store, database: sqlite3.Connection) -> list[Path]:
+def orphans(store: Store, database: sqlite3.Connection) -> list[Path]:
+    """Files and directories of the store that no row speaks of."""
+
     def names(query: str) -> set[str]:
         return {Digest(row[0]).hex for row in database.execute(query)}
 
