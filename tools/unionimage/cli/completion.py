@@ -85,7 +85,7 @@ _unionfuse() {{
         return
     fi
     case $verb in
-    {"|".join(_IMAGE_VERBS)})
+    {"|".join(sorted(_IMAGE_VERBS))})
         COMPREPLY=($(compgen -W "$({_NAMES})" -- "$word"))
         __ltrim_colon_completions "$word" 2>/dev/null ;;
     esac
@@ -140,9 +140,8 @@ def _fish(options: dict[str, list[tuple[str, str]]]) -> str:
 
     lines = ["# fish completion for unionfuse"]
     for verb, flags in options.items():
-        lines.append(
-            f"complete -c unionfuse -n __fish_use_subcommand -f -a {verb} -d {quoted(VERBS[verb][1])}"
-        )
+        text = quoted(VERBS[verb][1])
+        lines.append(f"complete -c unionfuse -n __fish_use_subcommand -f -a {verb} -d {text}")
         seen = f"-n '__fish_seen_subcommand_from {verb}'"
         lines += [
             f"complete -c unionfuse {seen} -l {option[2:]} -d {quoted(text)}"

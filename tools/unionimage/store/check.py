@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from unionimage.errors import UserError
 from unionimage.spec import ImageConfig, Manifest
 from unionimage.store import cleanup
 from unionimage.store.files import hide, remove
+from unionimage.store.layer_tar import open_layer_tar
 from unionimage.store.lease import Lease
 from unionimage.store.model import Layer
 
@@ -102,7 +103,7 @@ class _Checker:
             images = [image.title for image in self._images if layer.diff_id in image.diff_ids]
             name = f"layer {layer.diff_id.short}"
             try:
-                fresh = self._unpack(layer)
+                fresh = self._unpack_again(layer)
             except UserError as error:
                 remedy = "load or pull the image again after 'rmi'"
                 yield Problem(
@@ -117,11 +118,20 @@ class _Checker:
                 yield problem
             remove(fresh)
 
+    def _unpack_again(self, layer: Layer) -> Path:
+        """The layer as it should be: from its recipe, or where that fails from a blob."""
+        try:
+            return self._unpack(layer)
+        except UserError:
+            if not layer.recipe or not self._store.layer_blobs(layer.diff_id):
+                raise
+            return self._unpack(replace(layer, recipe=False))
+
     def _unpack(self, layer: Layer) -> Path:
         fresh = self._lease.scratch()
         opened = os.open(fresh, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with self._store.layer_tar(layer.diff_id) as archive:
+            with open_layer_tar(self._store, layer) as archive:
                 unpack(archive, opened, limits=self._store.limits)
                 while archive.read(CHUNK):
                     pass
