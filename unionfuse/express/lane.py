@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _READERS = 2  # threads that read /dev/fuse: two are faster than one, more are not
 _WAITERS = 4  # threads for what may take long
 _SOCKET_BUFFER = 4 << 20
+_OPCODE_NAMES = {int(opcode): opcode.name for opcode in Opcode}
 
 Work = Callable[[], bytes | None]
 
@@ -106,12 +107,13 @@ class Lane:
 
     def counts(self) -> dict[str, int]:
         """Requests by opcode, without those that pyfuse3 got."""
-        names = {int(opcode): opcode.name for opcode in Opcode}
         counted = self._loop.counts()
         total = {opcode: here + python for opcode, (here, python) in counted.items()}
         for opcode, relayed in self._relayed.items():
             total[opcode] -= relayed
-        return {names.get(opcode, f"OPCODE_{opcode}"): n for opcode, n in total.items() if n}
+        return {
+            _OPCODE_NAMES.get(opcode, f"OPCODE_{opcode}"): n for opcode, n in total.items() if n
+        }
 
     def close(self) -> None:
         """End the threads and close the channel; call it once the mount has ended."""
@@ -191,7 +193,7 @@ class Lane:
 
     def _trace(self, opcode: int, node: int, body: bytes, error: int) -> None:
         """Log one request, for `-d`."""
-        name = Opcode(opcode).name if opcode in iter(Opcode) else f"OPCODE_{opcode}"
+        name = _OPCODE_NAMES.get(opcode, f"OPCODE_{opcode}")
         shown = os.strerror(error) if error else "answered"
         log.debug("%s node=%d %r: %s", name, node, body[:300], shown)
 
