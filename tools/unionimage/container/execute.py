@@ -116,8 +116,8 @@ def _require_command(container: Container, spec: bundle.Spec) -> None:
         with contextlib.suppress(OSError):
             os.close(users.open_inside(root, place.lstrip("/"), os.O_PATH))
             return
-    where = "no such file" if "/" in command else "not found in $PATH"
-    raise runtime.RuntimeFailure(f"exec: {command!r}: executable file {where}", exit_code=127)
+    reason = "no such file or directory" if "/" in command else "not found in $PATH"
+    raise runtime.RuntimeFailure(f'exec: "{command}": {reason}', exit_code=127)
 
 
 def _plain(command: Sequence[str], stdin: int | None) -> tuple[int, bytes]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from unionimage.store import Store
 
 INITS = ("docker-init", "tini-static", "catatonit", "tini")
+DAEMON_PATIENCE = 30.0  # seconds; it may have to write back a large mapped file
 EPHEMERAL = range(32768, 61000)
 
 
@@ -69,16 +70,26 @@ def undo(container: Container) -> None:
 
 
 def unmount(path: Path) -> None:
-    """Unmount, at once or as soon as nobody uses it; nothing mounted there is fine."""
-    from unionfuse import syscalls
+    """Unmount, at once or as soon as nobody uses it; nothing mounted there is fine.
 
-    for flags in (0, syscalls.MNT_DETACH):
-        try:
-            syscalls.umount(os.fsencode(path), flags)
-            return
-        except OSError as error:
-            if error.errno != 16:  # EBUSY: try to detach
-                return
+    A daemon that serves the mount is waited for: the upper directory is its own until it ends.
+    """
+    from unionfuse import mounting
+
+    place = os.fsencode(path)
+    mount = mounting.mount_at(place)
+    if mount is None:
+        return
+    is_union = mount.kind == mounting.FILE_SYSTEM_TYPE
+    daemon = mounting.daemon_of(mount) if is_union else None
+    try:
+        mounting.detach(place)
+    except mounting.MountError:
+        with contextlib.suppress(mounting.MountError):
+            mounting.detach(place, lazy=True)
+    if daemon is not None:
+        mounting.wait_for_end(daemon, DAEMON_PATIENCE)
+        os.close(daemon)
 
 
 def mount_root(container: Container, store: Store) -> None:

@@ -359,7 +359,12 @@ def readable(message: str) -> str:
             line = str(json.loads(line)["msg"])
     line = re.sub(r"^runc \w+ failed: ", "", line)
     line = re.sub(r"^unable to start container process: ", "", line)
-    return line
+    missing = re.match(r"executable file `(.*)` not found in \$PATH", line)  # crun
+    if missing:
+        command = missing.group(1)
+        reason = "no such file or directory" if "/" in command else "not found in $PATH"
+        return f'exec: "{command}": {reason}'
+    return re.sub(r"^open executable: ", "exec: ", line)
 
 
 def classify(message: str) -> int:

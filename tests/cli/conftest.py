@@ -1,0 +1,22 @@
+"""Fixtures for the tests of the command line that start containers."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness.containers import Box, boxed, leftovers
+
+
+@pytest.fixture(scope="module")
+def containers(scratch: Path, request: pytest.FixtureRequest) -> Iterator[Box]:
+    """A store with the image `busybox`, shared by the tests of a module."""
+    yield from boxed(scratch / request.module.__name__.rpartition(".")[2])
+
+
+@pytest.fixture
+def box(containers: Box) -> Iterator[Box]:
+    """The module's store; whatever a test leaves there is removed, what that leaves is an error."""
+    yield containers
+    containers.remove_all()
+    left = leftovers(containers)
+    assert left == {"mounts": [], "processes": [], "cgroups": []}
