@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 from unionimage.errors import UserError
@@ -16,9 +17,10 @@ def nanoseconds(text: str, option: str) -> int:
         return int(float(text) * 1_000_000_000)
     except ValueError:
         pass
-    moment = parse_time(text)
+    fraction = re.search(r"\.(\d{1,9})\d*", text)  # to the nanosecond, which a float cannot hold
+    moment = parse_time(text.replace(fraction.group(0), "") if fraction else text)
     if moment is not None:
-        return int(moment * 1_000_000_000)
+        return int(moment) * 1_000_000_000 + int(fraction.group(1).ljust(9, "0") if fraction else 0)
     try:
         return time.time_ns() - duration(text, option)
     except UserError:

@@ -1,0 +1,196 @@
+"""Networks: nothing, the host's, bridges with addresses, published ports and names."""
+
+import json
+import socket
+import subprocess
+import urllib.request
+from pathlib import Path
+
+from harness.containers import Box, wait_until
+
+SERVER = "mkdir /www; echo page > /www/index.html; exec httpd -f -p 80 -h /www"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def fetch(address: str) -> str:
+    with urllib.request.urlopen(f"http://{address}/", timeout=2) as answer:
+        return str(answer.read().decode())
+
+
+def answers(address: str) -> bool:
+    try:
+        return fetch(address) == "page\n"
+    except OSError:
+        return False
+
+
+def test_none_has_loopback_only(box: Box) -> None:
+    out = box.sh("ls /sys/class/net; ip route")
+    assert out.split() == ["lo"]
+
+
+def test_host_is_the_hosts(box: Box) -> None:
+    out = box.out("run", "--rm", "--network", "host", "busybox", "cat", "/proc/net/dev")
+    inside = {line.split(":")[0].strip() for line in out.splitlines()[2:]}
+    assert inside == set(
+        Path("/sys/class/net").iterdir()
+        and [path.name for path in Path("/sys/class/net").iterdir()]
+    )
+
+
+def test_published_port_answers_from_the_host(box: Box) -> None:
+    port = free_port()
+    box.start("web", "--network", "bridge", "-p", f"{port}:80", command=SERVER)
+    wait_until(lambda: answers(f"127.0.0.1:{port}"), what="the answer")
+    assert f"0.0.0.0:{port}->80/tcp" in box.out("ps")
+    assert box.out("port", "web") == f"80/tcp -> 0.0.0.0:{port}\n"
+    assert box.out("port", "web", "80") == f"0.0.0.0:{port}\n"
+    box("port", "web", "81", code=1)
+    done = box("run", "-d", "--name", "rival", "-p", f"{port}:80", "busybox", code=125)
+    assert "port is already allocated" in done.stderr
+    box("rm", "rival")
+    box("stop", "-t", "0", "web")
+    assert not answers(f"127.0.0.1:{port}")
+    box("start", "web")
+    wait_until(lambda: answers(f"127.0.0.1:{port}"), what="the answer after a start")
+
+
+def test_a_port_of_the_host_that_is_taken(box: Box) -> None:
+    with socket.socket() as server:
+        server.bind(("0.0.0.0", 0))
+        server.listen(1)
+        port = server.getsockname()[1]
+        done = box("run", "--rm", "-p", f"{port}:80", "busybox", code=125)
+    assert "already allocated" in done.stderr
+    assert box.names("-a") == []
+
+
+def test_publish_all_and_random_ports(box: Box) -> None:
+    box.image("exposes", exposed_ports=("80/tcp",))
+    box("run", "-d", "--name", "auto", "-P", "-p", "127.0.0.1::81", "exposes", "sh", "-c", SERVER)
+    table = json.loads(json.dumps(box.inspect("auto")))["NetworkSettings"]["Ports"]
+    assert set(table) == {"80/tcp", "81/tcp"}
+    assert table["81/tcp"][0]["HostIp"] == "127.0.0.1"
+    port = table["80/tcp"][0]["HostPort"]
+    wait_until(lambda: answers(f"127.0.0.1:{port}"))
+
+
+def test_nothing_is_published_by_default(box: Box) -> None:
+    box.image("exposes", exposed_ports=("80/tcp",))
+    box("run", "-d", "--name", "quiet", "exposes", "sleep", "100")
+    assert "80/tcp" in box.out("ps") and "->" not in box.out("ps")
+
+
+def test_udp(box: Box) -> None:
+    port = free_port()
+    box.start(
+        "udp",
+        "--network",
+        "bridge",
+        "-p",
+        f"{port}:9/udp",
+        command="nc -u -l -p 9 > /got; sleep 1000",
+    )
+
+    def arrived() -> bool:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"hello\n", ("127.0.0.1", port))
+        file = box.directory("udp") / "upper/got"
+        return file.exists() and "hello" in file.read_text()
+
+    wait_until(arrived)
+
+
+def test_names_on_a_network_of_its_own(box: Box) -> None:
+    assert len(box.out("network", "create", "back").strip()) == 64
+    box.start("server", "--network", "back", "--network-alias", "db", command=SERVER)
+    out = box.out(
+        "run",
+        "--rm",
+        "--network",
+        "back",
+        "--name",
+        "client",
+        "busybox",
+        "sh",
+        "-c",
+        "wget -qO- http://server/; wget -qO- http://db/; cat /etc/hosts; hostname -i",
+    )
+    assert out.startswith("page\npage\n")
+    address = out.split()[-1]
+    assert f"{address}\t" in out
+    # the other network hears nothing of it
+    done = box("run", "--rm", "busybox", "nslookup", "server", code=None)
+    assert done.returncode != 0
+    assert "in use" in box("network", "rm", "back", code=1).stderr
+    box("rm", "-f", "server")
+    assert box.out("network", "rm", "back") == "back\n"
+
+
+def test_addresses(box: Box) -> None:
+    box("network", "create", "--subnet", "10.91.77.0/29", "tiny")
+    shown = json.loads(box.out("network", "inspect", "tiny"))[0]
+    assert shown["IPAM"]["Config"] == [{"Subnet": "10.91.77.0/29", "Gateway": "10.91.77.1"}]
+    box.start(
+        "fixed", "--network", "tiny", "--ip", "10.91.77.5", "--mac-address", "02:00:00:00:00:07"
+    )
+    out = box.out("exec", "fixed", "ip", "addr", "show", "eth0")
+    assert "10.91.77.5/29" in out and "02:00:00:00:00:07" in out
+    assert (
+        "already in use"
+        in box("run", "--rm", "--network", "tiny", "--ip", "10.91.77.5", "busybox", code=125).stderr
+    )
+    assert (
+        "is not in"
+        in box("run", "--rm", "--network", "tiny", "--ip", "10.1.1.1", "busybox", code=125).stderr
+    )
+    for number in range(4):
+        box.start(f"more-{number}", "--network", "tiny")
+    assert "no address left" in box("run", "--rm", "--network", "tiny", "busybox", code=125).stderr
+    box("rm", "-f", "more-2")
+    box("run", "--rm", "--network", "tiny", "busybox", "true")
+    assert "overlaps" in box("network", "create", "--subnet", "10.91.77.0/24", "big", code=1).stderr
+
+
+def test_connect_and_disconnect_while_it_runs(box: Box) -> None:
+    box("network", "create", "side")
+    box.start("mover", "--network", "bridge")
+    box("network", "connect", "--alias", "handle", "side", "mover")
+    assert "eth1" in box.out("exec", "mover", "ls", "/sys/class/net").split()
+    out = box.out("run", "--rm", "--network", "side", "busybox", "ping", "-c", "1", "handle")
+    assert "1 packets received" in out
+    box("network", "disconnect", "side", "mover")
+    assert "eth1" not in box.out("exec", "mover", "ls", "/sys/class/net").split()
+    assert "not on network" in box("network", "disconnect", "side", "mover", code=1).stderr
+
+
+def test_internal_network_has_no_way_out(box: Box) -> None:
+    box("network", "create", "--internal", "vault")
+    out = box.out("run", "--rm", "--network", "vault", "busybox", "ip", "route")
+    assert "default" not in out
+
+
+def test_the_special_networks(box: Box) -> None:
+    names = box.out("network", "ls", "--format", "{{.Name}}").split()
+    assert names[:3] == ["none", "host", "bridge"]
+    assert "pre-defined" in box("network", "rm", "bridge", code=1).stderr
+    assert "already exists" in (
+        box("network", "create", "twice").stderr + box("network", "create", "twice", code=1).stderr
+    )
+    box("run", "--network", "none", "-p", "80:80", "busybox", code=125)
+
+
+def test_no_rules_or_addresses_are_left(box: Box) -> None:
+    box("network", "create", "brief")
+    interface = json.loads(box.out("network", "inspect", "brief"))[0]["Interface"]
+    subnet = json.loads(box.out("network", "inspect", "brief"))[0]["IPAM"]["Config"][0]["Subnet"]
+    box("run", "--rm", "--network", "brief", "-p", f"{free_port()}:80", "busybox", "true")
+    box("network", "rm", "brief")
+    assert not Path("/sys/class/net", interface).exists()
+    rules = subprocess.check_output(["iptables-save"], text=True)
+    assert subnet not in rules
