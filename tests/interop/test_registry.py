@@ -13,7 +13,14 @@ import pytest
 from harness.command import Command, make_command, make_image
 from harness.hostile import Hostile, cut_after, stall_after, status
 from harness.registry import OciLayout, Registry, compress, layer_tar, sha256, skopeo
+from unionimage import config
 from unionimage.digest import Digest
+from unionimage.errors import UserError
+from unionimage.progress import Silent
+from unionimage.reference import Reference
+from unionimage.registry import client, transport
+from unionimage.registry.push import push
+from unionimage.registry.session import Session
 
 BASE = layer_tar({"etc": None, "etc/hosts": b"127.0.0.1 localhost\n", "etc/old": b"x" * 5000})
 UPPER = layer_tar({"etc": None, "etc/.wh.old": b"", "etc/new": b"new\n"})
@@ -225,12 +232,6 @@ def test_a_layer_is_compressed_once(registry: Registry, command: Command) -> Non
 def test_a_large_blob_is_sent_in_chunks(
     registry: Registry, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from unionimage import config
-    from unionimage.progress import Silent
-    from unionimage.registry import client
-    from unionimage.registry.push import push
-    from unionimage.registry.session import Session
-
     monkeypatch.setattr(client, "UPLOAD_CHUNK", 1_000_000)
     make_image(command, f"{registry.host}/chunks:1", [BIG])
     with command.store() as store, Session(config.Config()) as session:
@@ -314,11 +315,36 @@ def test_a_password_is_in_no_process_list_and_no_message(
 # -- TLS and mirrors -----------------------------------------------------------------------------
 
 
-def test_a_certificate_nobody_knows(layout: OciLayout, command: Command, tmp_path: Path) -> None:
-    with Registry(tmp_path / "tls", tls=True) as registry:
-        layout.push("one", f"{registry.host}/x:1")
-        # loopback is trusted, as docker does; under a name that is not loopback it is not
-        command("pull", f"{registry.host}/x:1")
+@pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
+def test_tls_is_verified_but_on_loopback_or_where_told_otherwise(
+    registry: Registry,
+    layout: OciLayout,
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with Registry(tmp_path / "tls", tls=True) as secure:
+        layout.push("one", f"{secure.host}/x:1")
+        command("pull", f"{secure.host}/x:1")  # docker's rule: loopback is not verified
+        monkeypatch.setattr(transport, "is_loopback", lambda host: False)
+        monkeypatch.setattr(transport, "CERTIFICATES", str(tmp_path / "certs.d"))
+        reference = Reference.parse(f"{secure.host}/x:1")
+        with Session(config.Config()) as session, pytest.raises(UserError) as caught:
+            session.repository(reference).manifest("1")
+        assert "its certificate is not trusted (self-signed certificate)" in caught.value.message
+        with Session(config.Config(), insecure=True) as session:
+            session.repository(reference).manifest("1")
+        with Session(config.Config(insecure=(secure.host,))) as session:
+            session.repository(reference).manifest("1")
+        known = tmp_path / "certs.d" / secure.host
+        known.mkdir(parents=True)
+        (known / "ca.crt").write_bytes((tmp_path / "tls/cert.pem").read_bytes())
+        with Session(config.Config()) as session:
+            session.repository(reference).manifest("1")
+        plain = Reference.parse(f"{registry.host}/x:1")
+        with Session(config.Config()) as session, pytest.raises(UserError) as caught:
+            session.repository(plain).manifest("1")
+        assert "does not speak TLS; use --insecure" in caught.value.message
 
 
 def test_a_mirror_is_asked_first_and_may_fail(

@@ -22,6 +22,7 @@ import urllib3
 from urllib3.exceptions import (
     ConnectTimeoutError,
     HTTPError,
+    InsecureRequestWarning,
     MaxRetryError,
     NameResolutionError,
     NewConnectionError,
@@ -32,9 +33,13 @@ from urllib3.exceptions import (
 from unionfuse import __version__
 from unionimage.registry.errors import RegistryError, RegistryStatusError, printable
 
+# Unverified connections are made where the user asked for them, and to loopback.
+urllib3.disable_warnings(InsecureRequestWarning)
+
 Response = urllib3.BaseHTTPResponse
 Body = bytes | Callable[[], Iterator[bytes]] | None
 
+CERTIFICATES = "/etc/docker/certs.d"
 RETRIED_STATUSES = frozenset({429, 500, 502, 503, 504})
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 MAX_REDIRECTS = 5
@@ -393,7 +398,7 @@ def _explain_tls(host: str, error: Exception) -> RegistryError:
     return RegistryError(
         host,
         f"its certificate is not trusted ({printable(reason or text)})",
-        f"put its authority into /etc/docker/certs.d/{host}/ca.crt, or use --insecure",
+        f"put its authority into {CERTIFICATES}/{host}/ca.crt, or use --insecure",
     )
 
 
@@ -428,7 +433,7 @@ def _tls_context(host: str, lenient: bool) -> ssl.SSLContext:
         context.verify_mode = ssl.CERT_NONE
     else:
         context = ssl.create_default_context()
-    folder = os.path.join("/etc/docker/certs.d", host)
+    folder = os.path.join(CERTIFICATES, host)
     if "/" in host or not os.path.isdir(folder):
         return context
     for name in sorted(os.listdir(folder)):
