@@ -309,18 +309,21 @@ class CopyUp:
         assert upper is not None
         index = upper.open_index()
         name = origin.hex().encode("ascii")
-        # Two real links will exist: the one in the index and the name.
-        upper.marker.set(upper.work, staged, b"nlink", b"U%+d" % (links - 2))
+        node.link_offset = links - 1  # one real link: the one in the index
+        node.index_name = name
+        self._note_lower_count(node, upper.work, staged, links)
         syscalls.rename(upper.work, staged, index, name)
         upper.index_names.add(name)
-        node.index_name = name
-        node.link_offset = links - 2
         tree.remember_links(node, view.entry_status(index, name))
         node.in_upper = True
         self.link_up(node, *node.names[0])
 
     def link_up(self, node: Node, parent: Directory, name: bytes) -> None:
-        """Give an indexed file that upper has under other names this lower name of it, too."""
+        """Give an indexed file that upper has under other names this lower name of it, too.
+
+        While the real link is made, the note about the link count counts from the lower file, which
+        stays as it is (as ovl_link_up does): a crash in between leaves the count right.
+        """
         tree, upper = self._tree, self._tree.upper
         assert upper is not None
         if not parent.in_upper:
@@ -330,11 +333,23 @@ class CopyUp:
         directory = tree.upper_directory(parent)
         times = os.stat(directory)
         source, old = tree.location(node)
+        links = tree.status(node).st_nlink + node.link_offset
+        self._note_lower_count(node, source, old, links)
         syscalls.link(source, old, directory, name)
+        node.link_offset -= 1
+        upper.marker.set(directory, name, b"nlink", b"U%+d" % node.link_offset)
         syscalls.utimens(directory, b"", (times.st_atime_ns, times.st_mtime_ns))
         tree.load(parent)
         assert parent.changes is not None
         parent.changes[name] = node.kind
+
+    def _note_lower_count(self, node: Node, directory: int, name: bytes, links: int) -> None:
+        """Write down the link count of an indexed file as a difference to the lower file's."""
+        tree, upper = self._tree, self._tree.upper
+        assert upper is not None
+        lower = tree.origin_links(bytes.fromhex(node.index_name.decode("ascii")))
+        note = b"L%+d" % (links - lower) if lower else b"U%+d" % node.link_offset
+        upper.marker.set(directory, name, b"nlink", note)
 
 
 def copy_data(source: int, target: int, size: int | None = None) -> None:

@@ -428,7 +428,7 @@ class Tree:
             return
         node.link_offset = int(offset)
         if marks.nlink.startswith(b"L"):
-            links = self._origin_links(marks.origin)
+            links = self.origin_links(marks.origin)
             node.link_offset = (links or status.st_nlink) + int(offset) - status.st_nlink
 
     def linked_records(self) -> list[int]:
@@ -464,7 +464,8 @@ class Tree:
         finally:
             os.close(descriptor)
 
-    def _origin_links(self, origin: bytes) -> int:
+    def origin_links(self, origin: bytes) -> int:
+        """The link count of the lower file that an origin mark names; 0 where it is not found."""
         descriptor = self._open_origin(origin)
         if descriptor < 0:
             return 0

@@ -392,8 +392,10 @@ class Upper:
             # Overlayfs does so, too: the link count of the names that stay is kept in the copy.
             self._copy.copy_up(node)
         if node.index_name:
-            shift = 0 if self._tree.is_physical(parent, name) else 1
-            self._keep_link_count(node, shift)
+            # Only a real name goes: then the real and the shown count fall in one step.
+            if not self._tree.is_physical(parent, name):
+                self._copy.link_up(node, parent, name)
+            self._keep_link_count(node)
         if len(node.names) == 1 and self._last_link(node):
             if node.opened and node.in_upper and node.unnamed < 0:
                 self._keep_unnamed(node)
@@ -411,11 +413,9 @@ class Upper:
         flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
         node.unnamed = os.open(name, flags, dir_fd=directory)
 
-    def _keep_link_count(self, node: Node, shift: int) -> None:
-        """Write down an indexed file's link count as it will be, in overlayfs's `U` form."""
-        node.link_offset -= shift
+    def _keep_link_count(self, node: Node) -> None:
+        """Write down an indexed file's link count as a difference to the real one (`U`)."""
         directory, name = self._tree.location(node)
-        # After an unlink of a real name both the real and the shown count are one less.
         value = b"U%+d" % node.link_offset
         self._store.marker.set(directory, name, b"nlink", value)
 
@@ -577,7 +577,6 @@ class Upper:
             self._copy.copy_up(node, data=not self._tree.options.metacopy)
             if node.index_name and not self._tree.is_physical(parent, name):
                 self._copy.link_up(node, parent, name)
-                self._keep_link_count(node, 1)
             if node.metacopy:
                 self._keep_redirect(node)
             return
@@ -625,7 +624,6 @@ class Upper:
                     continue
                 if child.index_name and not self._tree.is_physical(directory, name):
                     self._copy.link_up(child, directory, name)
-                    self._keep_link_count(child, 1)
                 self._tree.release_if_unused(child)
         for directory in reversed(found):
             if directory.lowers:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from harness.mounts import Stack
 from harness.snapshot import KINDS, Record, Tree
 
-# a number that no count reaches: the hooks are put in place, and daemons do not inherit the variable
+# a number that no count reaches: the hooks are put in place, and daemons do not inherit it
 os.environ["UNIONFUSE_TEST_KILL_AT"] = "-1"
 from unionfuse import syscalls
 from unionfuse.layer import LayerStack
