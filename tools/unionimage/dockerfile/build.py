@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from unionimage.digest import Digest
 from unionimage.dockerfile.cache import BuildCache
 from unionimage.dockerfile.context import open_context
 from unionimage.dockerfile.execute import Build, Settings, StepFailed, View, timestamp
-from unionimage.dockerfile.kitchen import Kitchen
+from unionimage.dockerfile.kitchen import BuildLease, Kitchen
 from unionimage.dockerfile.parser import parse
 from unionimage.dockerfile.plan import Options, Plan, make_plan
 from unionimage.errors import UserError
@@ -18,7 +19,7 @@ from unionimage.spec import ImageConfig, Platform
 
 if TYPE_CHECKING:
     from unionimage.dockerfile.runstep import Secret
-    from unionimage.store import Image, Lease, Store
+    from unionimage.store import Image, Store
 
 
 class Request(NamedTuple):
@@ -63,7 +64,9 @@ def build(
         UserError: anything else that the user can mend.
     """
     with contextlib.ExitStack() as stack:
-        lease = stack.enter_context(store.lease(f"build {request.context}"))
+        lease = stack.enter_context(
+            contextlib.closing(BuildLease(store, f"build {request.context}"))
+        )
         context, text = open_context(request.context, request.file, lease)
         stack.callback(context.close)
         bases = _Bases(store, lease, fetch, request.pull)
@@ -83,7 +86,21 @@ def build(
             from unionimage.dockerfile.squash import squash
 
             config = squash(kitchen, _base_config(plan), config, timestamp(request.epoch))
-        return lease.add_image(config, names=request.names)
+        return _add_image(store, lease, config, request.names)
+
+
+def _add_image(
+    store: Store, lease: BuildLease, config: ImageConfig, names: Sequence[Reference]
+) -> Image:
+    """The image of a config with these names; one that is there already is not written again."""
+    data = config.to_json()
+    image = store.find(Digest.of(data))
+    if image is None:
+        return lease.begin().add_image(data, names=names)
+    for name in names:
+        if name not in image.names:
+            image = store.tag(image, name)
+    return image
 
 
 def _base_config(plan: Plan) -> ImageConfig:
@@ -98,7 +115,7 @@ def _base_config(plan: Plan) -> ImageConfig:
 class _Bases:
     """Finds base images in the store, or fetches them; each name once a build."""
 
-    def __init__(self, store: Store, lease: Lease, fetch: Fetch, always: bool) -> None:
+    def __init__(self, store: Store, lease: BuildLease, fetch: Fetch, always: bool) -> None:
         self._store = store
         self._lease = lease
         self._fetch = fetch
@@ -111,7 +128,7 @@ class _Bases:
         if key not in self._known:
             image = self._find(name, platform)
             for diff_id in image.config.diff_ids:
-                self._lease.use_layer(diff_id)
+                self._lease.has_layer(diff_id)
             self._known[key] = image
         return self._known[key]
 

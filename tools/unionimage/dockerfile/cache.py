@@ -40,13 +40,15 @@ class BuildCache:
 
     def __init__(self, directory: Path) -> None:
         self._lock = threading.Lock()
-        self._database = sqlite3.connect(
-            directory / "build-cache.sqlite", isolation_level=None, check_same_thread=False
-        )
-        self._database.execute("PRAGMA journal_mode=WAL")
-        self._database.execute("PRAGMA synchronous=NORMAL")
-        self._database.execute("PRAGMA busy_timeout=10000")
-        self._database.executescript(_SCHEMA)
+        path = directory / "build-cache.sqlite"
+        try:
+            self._database = _open(path)
+        except sqlite3.DatabaseError as error:
+            if error.sqlite_errorcode not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                raise
+            for suffix in ("", "-wal", "-shm"):  # nothing is lost but time
+                Path(f"{path}{suffix}").unlink(missing_ok=True)
+            self._database = _open(path)
 
     def close(self) -> None:
         self._database.close()
@@ -76,6 +78,16 @@ class BuildCache:
     def _write(self, query: str, values: Iterable[str | None]) -> None:
         with self._lock:
             self._database.execute(query, tuple(values))
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+    database.execute("PRAGMA synchronous=OFF")  # after a power cut it may be damaged, see above
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    if version != VERSION:
+        database.execute("PRAGMA journal_mode=WAL")
+        database.executescript(f"{_SCHEMA} DELETE FROM step; PRAGMA user_version={VERSION};")
+    return database
 
 
 def key_of(*parts: object) -> str:

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from unionimage.dockerfile.ignore import Patterns, read_ignore_file
-from unionimage.dockerfile.kitchen import Context
+from unionimage.dockerfile.kitchen import BuildLease, Context
 from unionimage.dockerfile.select import open_in
 from unionimage.errors import UserError
-
-if TYPE_CHECKING:
-    from unionimage.store import Lease
 
 _GIT = re.compile(r"(git://|ssh://|file://|git@|github\.com/|https?://.*\.git($|#)|.*\.git(#|$))")
 _NAMES = ("Dockerfile", "Containerfile")
@@ -33,7 +29,7 @@ class Opened(NamedTuple):
     dockerfile: str
 
 
-def open_context(text: str, file: str | None, lease: Lease) -> Opened:
+def open_context(text: str, file: str | None, lease: BuildLease) -> Opened:
     """Open what the command line names.
 
     Args:
@@ -72,7 +68,7 @@ def _from_directory(path: Path, file: str | None) -> Opened:
         raise UserError(f"cannot read the Dockerfile {file}: {error.strerror}") from None
 
 
-def _from_stdin(file: str | None, lease: Lease) -> Opened:
+def _from_stdin(file: str | None, lease: BuildLease) -> Opened:
     """A tar, or else the text of a Dockerfile that has an empty context."""
     if file == "-":
         raise UserError("context and Dockerfile cannot both come from standard input")
@@ -99,7 +95,7 @@ def _is_tar(file: BinaryIO) -> bool:
     return is_archive(file)
 
 
-def _from_tar(file: BinaryIO, name: str | None, lease: Lease, shown: str) -> Opened:
+def _from_tar(file: BinaryIO, name: str | None, lease: BuildLease, shown: str) -> Opened:
     from unionimage.dockerfile.extract import extract_context
 
     directory = lease.scratch()
@@ -160,7 +156,7 @@ def _opened(directory: Path, text: bytes, ignore: bytes | None) -> Opened:
     return Opened(Context(directory, Patterns(patterns)), dockerfile)
 
 
-def _clone(url: str, lease: Lease) -> Path:
+def _clone(url: str, lease: BuildLease) -> Path:
     """A shallow clone of `URL#REF:DIRECTORY`, without its `.git`; returns the directory."""
     import shutil
 
@@ -194,6 +190,8 @@ def _clone(url: str, lease: Lease) -> Path:
 
 
 def _git(url: str, directory: Path, *arguments: str) -> None:
+    import subprocess
+
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
     command = ["git", "-c", "safe.directory=*", "-C", str(directory), *arguments]
     try:

@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from unionimage.digest import Digest
-from unionimage.dockerfile import extract
 from unionimage.dockerfile.cache import key_of
 from unionimage.dockerfile.ignore import Patterns
 from unionimage.dockerfile.kitchen import Context
 from unionimage.dockerfile.parser import DockerfileError
-from unionimage.dockerfile.place import Owner, Style, Target, check_mode
 from unionimage.dockerfile.plan import CopyAction, Source, WorkdirAction
 from unionimage.dockerfile.select import Found, Tree, digest, find, open_file, open_in
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # writing is imported when something is written: cached builds are quick
     from unionimage.dockerfile.execute import Build
+    from unionimage.dockerfile.place import Owner, Target
 
 _URL = re.compile(r"https?://", re.IGNORECASE)
 
@@ -50,8 +49,6 @@ def gather(build: Build, action: CopyAction, *, may_mount: bool) -> Goods | None
     Raises:
         DockerfileError: a source is not there.
     """
-    if action.chmod:
-        check_mode(action.chmod)
     locals_ = [source for source in action.sources if not _is_url(action, source)]
     urls = [source for source in action.sources if _is_url(action, source)]
     documents = key_of("documents", action.documents)
@@ -188,6 +185,8 @@ def carry_out(
     build: Build, action: CopyAction, goods: Goods, below: Sequence[Digest], upper: Path
 ) -> None:
     """Copy into a mount of the stack so far, so that `upper` holds the changes."""
+    from unionimage.dockerfile.place import Style, Target
+
     kitchen = build.kitchen
     with contextlib.ExitStack() as stack:
         root = stack.enter_context(
@@ -214,6 +213,8 @@ def carry_out(
 
 def make_workdir(build: Build, action: WorkdirAction, below: Sequence[Digest], upper: Path) -> None:
     """Make the working directory where it is not there yet; it belongs to USER, as in BuildKit."""
+    from unionimage.dockerfile.place import Style, Target
+
     kitchen = build.kitchen
     with kitchen.mounted(below, upper=upper) as merged, _opened(merged) as root:
         path = os.fsencode(action.path.strip("/"))
@@ -238,6 +239,8 @@ def _opened(path: Path) -> Iterator[int]:
 
 def _unpack(target: Target, tree: Tree, found: Found, destination: bytes) -> bool:
     """Extract a source that is an archive; False: it is none."""
+    from unionimage.dockerfile import extract
+
     if found.is_directory:
         return False
     with open_file(tree.root, found.entries[0]) as file, extract.open_archive(file) as archive:
@@ -274,6 +277,7 @@ def _owner(text: str, root: int) -> Owner | None:
     if not text:
         return None
     from unionimage.container import users
+    from unionimage.dockerfile.place import Owner
 
     name, has_group, group = text.partition(":")
     if name.isdecimal() and not has_group:
@@ -286,6 +290,7 @@ def _user(text: str, root: int) -> Owner | None:
     if not text:
         return None
     from unionimage.container import users
+    from unionimage.dockerfile.place import Owner
 
     found = users.find(Path(f"/proc/self/fd/{root}"), text)
     return Owner(found.uid, found.gid)

@@ -299,7 +299,7 @@ class StageBuild:
         found = self.build.cache.step(key)
         if found is None or found.diff_id is None:
             return found
-        return found if self.build.kitchen.lease.use_layer(found.diff_id) else None
+        return found if self.build.kitchen.lease.has_layer(found.diff_id) else None
 
     @property
     def _chain(self) -> str:
@@ -363,7 +363,7 @@ class StageBuild:
             return None
         epoch = self.build.settings.epoch
         newest = None if epoch is None else epoch * 10**9
-        layer = self.build.kitchen.lease.commit_upper(upper, below, newest_ns=newest)
+        layer = self.build.kitchen.lease.begin().commit_upper(upper, below, newest_ns=newest)
         return None if layer is None else layer.diff_id
 
     def _run(

@@ -7,7 +7,6 @@ takes them away with the last process of the build.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -43,10 +42,53 @@ class Context:
         os.close(self.root)
 
 
+class BuildLease:
+    """A lease of the store that begins when something is staged: a cached build needs none."""
+
+    def __init__(self, store: Store, purpose: str) -> None:
+        self._store = store
+        self._purpose = purpose
+        self._lock = threading.Lock()
+        self._seen: dict[Digest, None] = {}
+        self._lease: Lease | None = None
+
+    def begin(self) -> Lease:
+        """The lease; it holds every layer that `has_layer` found.
+
+        Raises:
+            UserError: such a layer was removed in the meantime.
+        """
+        with self._lock:
+            if self._lease is None:
+                self._lease = self._store.lease(self._purpose)
+                for diff_id in self._seen:
+                    if self._lease.use_layer(diff_id) is None:
+                        raise UserError(f"layer {diff_id} was removed meanwhile; build again")
+            return self._lease
+
+    def has_layer(self, diff_id: Digest) -> bool:
+        """Whether a layer is there; it stays until the build ends, or the build says so."""
+        if self._lease is not None:
+            return self._lease.use_layer(diff_id) is not None
+        self._seen[diff_id] = None
+        return self._store.has_layer(diff_id)
+
+    def scratch(self) -> Path:
+        """A fresh directory on the store's file system, which goes with the lease."""
+        return self.begin().scratch()
+
+    def close(self) -> None:
+        """End the lease, if it was begun."""
+        if self._lease is not None:
+            self._lease.end()
+
+
 class Kitchen:
     """Hands out what steps need; used from several threads."""
 
-    def __init__(self, store: Store, lease: Lease, context: Context, driver: str | None) -> None:
+    def __init__(
+        self, store: Store, lease: BuildLease, context: Context, driver: str | None
+    ) -> None:
         """Args: `driver` is fuse, overlay, or None: overlay for COPY, fuse for RUN."""
         self.store = store
         self.lease = lease
@@ -59,6 +101,8 @@ class Kitchen:
         """Leave the host's mount namespace; before the first mount and the first thread."""
         if self._private or os.geteuid() != 0:
             return
+        import ctypes
+
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.unshare(_CLONE_NEWNS) != 0:
             raise UserError(f"cannot make a mount namespace: {os.strerror(ctypes.get_errno())}")

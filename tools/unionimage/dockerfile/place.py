@@ -257,11 +257,6 @@ _SYMBOLIC = re.compile(r"([ugoa]*)([-+=])([rwxXst]*)")
 _SHIFTS = {"u": 6, "g": 3, "o": 0}
 
 
-def check_mode(text: str) -> None:
-    """Raises DockerfileError for a `--chmod` that is neither octal nor symbolic."""
-    changed_mode(text, 0)
-
-
 def changed_mode(text: str, mode: int) -> int:
     """The permissions after `--chmod=text`: `0755`, or `u=rwX,go=rX` as chmod(1) takes it."""
     old = stat.S_IMODE(mode)

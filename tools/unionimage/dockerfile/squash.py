@@ -42,7 +42,7 @@ def squash(kitchen: Kitchen, base: ImageConfig, built: ImageConfig, now: str) ->
                     _replay(cast(BinaryIO, stream), root)
         finally:
             os.close(root)
-    layer = kitchen.lease.commit_upper(upper, base.diff_ids)
+    layer = kitchen.lease.begin().commit_upper(upper, base.diff_ids)
     steps = len(base.history)
     history = tuple(
         step if number < steps else replace(step, empty_layer=True)
