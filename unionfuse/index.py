@@ -436,6 +436,8 @@ class LookupIndex:
     def raw_places(self, directory: int) -> list[tuple[int, bytes | None]]:
         """`places` as stored: layers count from the base, None for a path that is inherited."""
         at = self._node(directory)[6]
+        if at > self._places.length:
+            raise self._damaged()
         try:
             return list(decode_places(self.map, self._places.offset + at))
         except struct.error:
