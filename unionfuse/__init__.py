@@ -5,8 +5,9 @@
 #   __main__   the command line of a mount program
 #   daemon     mount, event loop, signals, unmount
 #   operations, express     the two doors: pyfuse3 on trio, and the compiled fast lane
-#   upper, copyup           changes: what is written, and how a file gets into upper first
-#   union      the merged tree: nodes, lookup, listing
+#   union      what the doors call: the lock, open files, attributes
+#   upper, renaming, copyup changes: what is written, and how a file gets into upper first
+#   tree, node, view        the merged tree: nodes, lookup, listing
 #   index, layer, whiteout  what lies on disk: lookup index, layer directories, marks
 #   syscalls   the only raw system calls
 #

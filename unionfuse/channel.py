@@ -31,7 +31,7 @@ class Channel:
         request = os.read(fuse, 1 << 20)
         header = protocol.parse_header(request)
         # libfuse does not pass on which write is to drop set-uid bits: let the kernel drop them.
-        # A truncating open is ours to judge, by who asks; with ALLOW_IDMAP only who creates is told.
+        # A truncating open is ours to judge, by who asks; with ALLOW_IDMAP only creators are told.
         refused = protocol.InitFlag.HANDLE_KILLPRIV_V2 | protocol.InitFlag.ALLOW_IDMAP
         if options.noacl:
             refused |= protocol.InitFlag.POSIX_ACL

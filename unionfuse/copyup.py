@@ -182,7 +182,7 @@ class CopyUp:
         directory = place.layer.directory(place.path)
         syscalls.chown(upper.work, staged, status.st_uid, status.st_gid)
         copy_attributes(directory, place.name, upper.work, staged)
-        origin = self._tree.origin(place)
+        origin = self._tree.origins.of(place)
         self._mark_origin(staged, origin, ino)
         if not stat.S_ISLNK(status.st_mode):
             syscalls.chmod(upper.work, staged, stat.S_IMODE(status.st_mode))
@@ -347,7 +347,7 @@ class CopyUp:
         """Write down the link count of an indexed file as a difference to the lower file's."""
         tree, upper = self._tree, self._tree.upper
         assert upper is not None
-        lower = tree.origin_links(bytes.fromhex(node.index_name.decode("ascii")))
+        lower = tree.origins.links(bytes.fromhex(node.index_name.decode("ascii")))
         note = b"L%+d" % (links - lower) if lower else b"U%+d" % node.link_offset
         upper.marker.set(directory, name, b"nlink", note)
 

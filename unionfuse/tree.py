@@ -27,6 +27,7 @@ from unionfuse.node import (
     Place,
 )
 from unionfuse.options import MountOptions
+from unionfuse.origins import Origins
 from unionfuse.owners import Owners, acl_group_bits
 from unionfuse.upperdir import UpperDirectory
 
@@ -72,6 +73,7 @@ class Tree:
         self._lower_links: dict[tuple[int, int], Node] = {}  # (st_dev, st_ino) of lower links
         self._upper_links: dict[int, Node] = {}  # st_ino of upper files with several links
         self._inodes = InodeNumbers(stack, upper, options.xino != "off")
+        self.origins = Origins(stack, self._inodes)
         self.nodes: dict[int, Node] = {}
         self.root = self._make_root()
 
@@ -361,22 +363,13 @@ class Tree:
         """The upper file that another name of this lower file was copied up to, if any."""
         if self.upper is None or not self.upper.index_names:
             return None
-        origin = self.origin(place)
+        origin = self.origins.of(place)
         index_name = origin.hex().encode("ascii")
         if not origin or index_name not in self.upper.index_names:
             return None
         status = view.entry_status(self.upper.index, index_name)
         node = self._upper_links.get(status.st_ino)
         return node or self._make_upper_node(self.upper.index, index_name, status, place)
-
-    def origin(self, place: Place) -> bytes:
-        """The origin mark of a lower file; empty where its file system has no file handles."""
-        try:
-            directory = place.layer.directory(place.path)
-            kind, handle = syscalls.file_handle(directory, place.name)
-        except OSError:
-            return b""
-        return whiteout.encode_origin(kind, handle, place.layer.filesystem_uuid())
 
     def _from_upper(self, directory: Directory, name: bytes) -> Node:
         parent = self.upper_directory(directory)
@@ -411,7 +404,7 @@ class Tree:
             if below is None:
                 raise failure(errno.EIO)
             node.lower = below
-        node.ino = marks.inode or self._origin_inode(marks.origin) or self._inodes.of(status)
+        node.ino = marks.inode or self.origins.inode(marks.origin) or self._inodes.of(status)
         self._take_index_name(node, marks, status)
         if status.st_nlink > 1 or node.index_name:
             self.remember_links(node, status)
@@ -428,7 +421,7 @@ class Tree:
             return
         node.link_offset = int(offset)
         if marks.nlink.startswith(b"L"):
-            links = self.origin_links(marks.origin)
+            links = self.origins.links(marks.origin)
             node.link_offset = (links or status.st_nlink) + int(offset) - status.st_nlink
 
     def linked_records(self) -> list[int]:
@@ -438,41 +431,8 @@ class Tree:
         inodes = set()
         for name in self.upper.index_names:
             marks = whiteout.read_marks(self.upper.index, name)
-            inodes.add(marks.inode or self._origin_inode(marks.origin))
+            inodes.add(marks.inode or self.origins.inode(marks.origin))
         return self.index.records_with_inodes(inodes) if inodes else []
-
-    def _open_origin(self, origin: bytes) -> int:
-        """The lower file behind an origin mark, -1 where it cannot be told."""
-        decoded = whiteout.decode_origin(origin)
-        if decoded is None:
-            return -1
-        kind, handle, uuid = decoded
-        for layer in self.stack.layers:
-            if layer.filesystem_uuid() == uuid:
-                try:
-                    return layer.open_by_handle(kind, handle)
-                except OSError:
-                    return -1
-        return -1
-
-    def _origin_inode(self, origin: bytes) -> int:
-        descriptor = self._open_origin(origin)
-        if descriptor < 0:
-            return 0
-        try:
-            return self._inodes.of(os.stat(descriptor))
-        finally:
-            os.close(descriptor)
-
-    def origin_links(self, origin: bytes) -> int:
-        """The link count of the lower file that an origin mark names; 0 where it is not found."""
-        descriptor = self._open_origin(origin)
-        if descriptor < 0:
-            return 0
-        try:
-            return os.stat(descriptor).st_nlink
-        finally:
-            os.close(descriptor)
 
     def _upper_directory_node(self, directory: Directory, name: bytes, parent: int) -> Directory:
         child = Directory()

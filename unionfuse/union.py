@@ -21,6 +21,7 @@ from unionfuse.copyup import INLINE_SIZE, CopyUp
 from unionfuse.layer import LayerStack
 from unionfuse.node import NOW, Attributes, Caller, Changes, Directory, Entry, Node
 from unionfuse.options import MountOptions
+from unionfuse.renaming import Renaming
 from unionfuse.tree import Tree, failure
 from unionfuse.upper import Upper
 from unionfuse.upperdir import UpperDirectory
@@ -84,6 +85,9 @@ class Union:
         self._copy = CopyUp(self.tree, self.lock, self._published)
         read_only = upper is None or options.read_only
         self._upper = None if read_only else Upper(self.tree, self._copy, self._changed)
+        self._renaming = (
+            None if self._upper is None else Renaming(self.tree, self._copy, self._upper)
+        )
 
     def close(self) -> None:
         """Let go of everything; the staging directory is empty afterwards."""
@@ -346,7 +350,9 @@ class Union:
         """Rename; `flags` may be RENAME_NOREPLACE or RENAME_EXCHANGE."""
         with self.lock:
             source, goal = self.tree.directory(parent), self.tree.directory(new_parent)
-            nodes = self._changes().rename(source, name, goal, new_name, flags)
+            if self._renaming is None:
+                raise failure(errno.EROFS)
+            nodes = self._renaming.rename(source, name, goal, new_name, flags)
             for node in nodes:
                 if node is not None:
                     self.tree.release_if_unused(node)

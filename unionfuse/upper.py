@@ -1,4 +1,4 @@
-"""Changes of names: create, delete, rename and link in the writable layer.
+"""Changes of names: create, delete and link in the writable layer.
 
 Each change becomes visible by one system call, so that a crash leaves the tree as it was before
 or as it is after. A name that lower layers have is deleted by a whiteout; a directory made over
@@ -17,9 +17,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from unionfuse import syscalls, view, whiteout
 from unionfuse.copyup import CopyUp
 from unionfuse.node import WHITEOUT, Caller, Directory, Node
-from unionfuse.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
+from unionfuse.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from unionfuse.tree import Tree, failure
-from unionfuse.upperdir import UpperDirectory, remove_tree
+from unionfuse.upperdir import UpperDirectory
 
 Make = Callable[[int, bytes], int]
 """Creates something under a free name in a directory; returns a descriptor, -1 for none."""
@@ -38,7 +38,7 @@ class Upper:
         self._tree = tree
         self._copy = copy
         self._changed = changed
-        self._store: UpperDirectory = tree.upper
+        self.store: UpperDirectory = tree.upper
         self._identity = (os.geteuid(), os.getegid())
 
     # --- create --------------------------------------------------------------------------
@@ -204,7 +204,7 @@ class Upper:
                 descriptor = make(holder, staged)
             self._set_owner(holder, staged, owner)
             if is_directory:
-                self._store.marker.set_opaque(holder, staged)
+                self.store.marker.set_opaque(holder, staged)
                 syscalls.rename(holder, staged, directory, name, RENAME_EXCHANGE)
             else:
                 syscalls.rename(holder, staged, directory, name)
@@ -217,16 +217,16 @@ class Upper:
         What is made there inherits just what it would in the directory `like`: a set-gid bit's
         group and a default ACL.
         """
-        name = self._store.staging_name()
+        name = self.store.staging_name()
         status = os.stat(like)
         acl = self._default_acl(like)
         try:
             if not acl and not status.st_mode & stat.S_ISGID:
-                yield self._store.work, name
+                yield self.store.work, name
                 return
-            syscalls.mkdir(self._store.work, name, 0o700)
+            syscalls.mkdir(self.store.work, name, 0o700)
             flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-            holder = os.open(name, flags, dir_fd=self._store.work)
+            holder = os.open(name, flags, dir_fd=self.store.work)
             try:
                 syscalls.chown(holder, b"", -1, status.st_gid)
                 syscalls.chmod(holder, b"", 0o777 | (status.st_mode & stat.S_ISGID))
@@ -236,7 +236,7 @@ class Upper:
             finally:
                 os.close(holder)
         finally:
-            self._store.discard(name)
+            self.store.discard(name)
 
     def _default_acl(self, directory: int) -> bytes:
         try:
@@ -261,11 +261,11 @@ class Upper:
             node = Node(stat.S_IFMT(status.st_mode))
         node.in_upper = True
         self._tree.new_inode(node, status)
-        self._record(parent, name, node.kind)
+        self.record(parent, name, node.kind)
         self._tree.adopt(node, parent, name)
         return node
 
-    def _record(self, parent: Directory, name: bytes, kind: int) -> None:
+    def record(self, parent: Directory, name: bytes, kind: int) -> None:
         """Note what upper now has under a name, and tell that the directory differs."""
         assert parent.changes is not None and parent.order is not None
         parent.changes[name] = kind
@@ -273,7 +273,7 @@ class Upper:
             parent.order.add(name)
         self._changed(parent)
 
-    def _erase(self, parent: Directory, name: bytes, hidden: bool) -> None:
+    def erase(self, parent: Directory, name: bytes, hidden: bool) -> None:
         """Note that a name is gone; `hidden`: a whiteout stands for it."""
         assert parent.changes is not None and parent.order is not None
         if hidden:
@@ -292,25 +292,32 @@ class Upper:
         directory = self._ready(parent, name)
         self._copy.copy_up(node, data=not self._tree.options.metacopy)
         if node.metacopy:
-            self._keep_redirect(node)
+            self.keep_redirect(node)
         source, old = self._tree.location(node)
         if self._tree.below(parent, name) is not None:
-            staged = self._store.staging_name()
+            staged = self.store.staging_name()
             try:
-                syscalls.link(source, old, self._store.work, staged)
-                syscalls.rename(self._store.work, staged, directory, name)
+                syscalls.link(source, old, self.store.work, staged)
+                syscalls.rename(self.store.work, staged, directory, name)
             except BaseException:
-                self._store.discard(staged)
+                self.store.discard(staged)
                 raise
         else:
             syscalls.link(source, old, directory, name)
-        self._record(parent, name, node.kind)
+        self.record(parent, name, node.kind)
         if node.deleted and node.unnamed >= 0:
             os.close(node.unnamed)
             node.unnamed = -1
         self._tree.alias(node, parent, name)
         self._tree.remember_links(node, view.entry_status(directory, name))
         self._changed(node)
+
+    def keep_redirect(self, node: Node) -> None:
+        """A metacopy that moves has to say where its data is."""
+        assert node.lower is not None
+        directory, name = self._tree.location(node)
+        path = b"/" + node.lower.inside()
+        self.store.marker.set(directory, name, b"redirect", path)
 
     # --- delete --------------------------------------------------------------------------
 
@@ -320,9 +327,9 @@ class Upper:
         if node.is_directory:
             raise failure(errno.EISDIR)
         self._copy.copy_up(parent)
-        self._before_losing_name(node, parent, name)
+        self.before_losing_name(node, parent, name)
         self._remove_name(parent, name, is_directory=False)
-        self._lose_name(node, parent, name)
+        self.lose_name(node, parent, name)
         return node
 
     def rmdir(self, parent: Directory, name: bytes) -> Node:
@@ -336,7 +343,7 @@ class Upper:
         if node.last is None:
             node.last = self._tree.attributes(node)
         self._remove_name(parent, name, is_directory=True)
-        self._lose_name(node, parent, name)
+        self.lose_name(node, parent, name)
         return node
 
     def _remove_name(self, parent: Directory, name: bytes, is_directory: bool) -> None:
@@ -351,28 +358,28 @@ class Upper:
             self._remove_directory(directory, name)
         elif physical:
             syscalls.unlink(directory, name)
-        self._erase(parent, name, hidden)
+        self.erase(parent, name, hidden)
 
     def _place_whiteout(self, directory: int, name: bytes) -> None:
-        if self._store.marker.make_device(directory, name):
+        if self.store.marker.make_device(directory, name):
             return
-        staged = self._store.staging_name()
+        staged = self.store.staging_name()
         try:
-            self._store.marker.make_whiteout(self._store.work, staged)
-            self._store.marker.allow_whiteouts(directory)
-            syscalls.rename(self._store.work, staged, directory, name, RENAME_NOREPLACE)
+            self.store.marker.make_whiteout(self.store.work, staged)
+            self.store.marker.allow_whiteouts(directory)
+            syscalls.rename(self.store.work, staged, directory, name, RENAME_NOREPLACE)
         finally:
-            self._store.discard(staged)
+            self.store.discard(staged)
 
     def _replace_by_whiteout(self, directory: int, name: bytes, is_directory: bool) -> None:
-        staged = self._store.staging_name()
+        staged = self.store.staging_name()
         try:
-            self._store.marker.make_whiteout(self._store.work, staged)
-            self._store.marker.allow_whiteouts(directory)
+            self.store.marker.make_whiteout(self.store.work, staged)
+            self.store.marker.allow_whiteouts(directory)
             flags = RENAME_EXCHANGE if is_directory else 0
-            syscalls.rename(self._store.work, staged, directory, name, flags)
+            syscalls.rename(self.store.work, staged, directory, name, flags)
         finally:
-            self._store.discard(staged)
+            self.store.discard(staged)
 
     def _remove_directory(self, directory: int, name: bytes) -> None:
         """Remove a directory that shows nothing, though it may hold whiteouts."""
@@ -382,11 +389,11 @@ class Upper:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        staged = self._store.staging_name()
-        syscalls.rename(directory, name, self._store.work, staged)
-        self._store.discard(staged)
+        staged = self.store.staging_name()
+        syscalls.rename(directory, name, self.store.work, staged)
+        self.store.discard(staged)
 
-    def _before_losing_name(self, node: Node, parent: Directory, name: bytes) -> None:
+    def before_losing_name(self, node: Node, parent: Directory, name: bytes) -> None:
         """Keep what is needed of a file whose name is about to go."""
         if not node.in_upper and node.lower_key is not None:
             # Overlayfs does so, too: the link count of the names that stay is kept in the copy.
@@ -395,7 +402,7 @@ class Upper:
             # Only a real name goes: then the real and the shown count fall in one step.
             if not self._tree.is_physical(parent, name):
                 self._copy.link_up(node, parent, name)
-            self._keep_link_count(node)
+            self.keep_link_count(node)
         if len(node.names) == 1 and self._last_link(node):
             if node.opened and node.in_upper and node.unnamed < 0:
                 self._keep_unnamed(node)
@@ -413,13 +420,13 @@ class Upper:
         flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
         node.unnamed = os.open(name, flags, dir_fd=directory)
 
-    def _keep_link_count(self, node: Node) -> None:
+    def keep_link_count(self, node: Node) -> None:
         """Write down an indexed file's link count as a difference to the real one (`U`)."""
         directory, name = self._tree.location(node)
         value = b"U%+d" % node.link_offset
-        self._store.marker.set(directory, name, b"nlink", value)
+        self.store.marker.set(directory, name, b"nlink", value)
 
-    def _lose_name(self, node: Node, parent: Directory, name: bytes) -> None:
+    def lose_name(self, node: Node, parent: Directory, name: bytes) -> None:
         parent.children.pop(name, None)
         try:
             node.names.remove((parent, name))
@@ -431,269 +438,7 @@ class Upper:
         # Other lower names may exist that nobody has looked up; the index keeps the file for them.
         status = self._tree.status(node) if node.unnamed < 0 else os.stat(node.unnamed)
         if status.st_nlink + node.link_offset <= 0:
-            syscalls.unlink(self._store.index, node.index_name)
-            self._store.index_names.discard(node.index_name)
+            syscalls.unlink(self.store.index, node.index_name)
+            self.store.index_names.discard(node.index_name)
             node.index_name = b""
         self._changed(node)
-
-    # --- rename --------------------------------------------------------------------------
-
-    def rename(
-        self, parent: Directory, name: bytes, new_parent: Directory, new_name: bytes, flags: int
-    ) -> tuple[Node, Node | None]:
-        """Rename; returns the moved node and the one that was replaced or exchanged, if any.
-
-        Raises:
-            OSError: EINVAL for flags but RENAME_NOREPLACE and RENAME_EXCHANGE.
-        """
-        if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
-            raise failure(errno.EINVAL)
-        if len(new_name) > 255:
-            raise failure(errno.ENAMETOOLONG)
-        if new_name.startswith(whiteout.WHITEOUT_PREFIX):
-            raise failure(errno.EINVAL)
-        node = self._tree.find(parent, name)
-        target = self._target(new_parent, new_name)
-        if flags & RENAME_EXCHANGE:
-            if target is None:
-                raise failure(errno.ENOENT)
-            self._exchange(node, parent, name, target, new_parent, new_name)
-            return node, target
-        if target is not None:
-            if flags & RENAME_NOREPLACE:
-                raise failure(errno.EEXIST)
-            if target is node:
-                return node, None
-            self._check_replaceable(node, target)
-        self._move(node, parent, name, target, new_parent, new_name)
-        return node, target
-
-    def _target(self, parent: Directory, name: bytes) -> Node | None:
-        if parent.deleted and parent is not self._tree.root:
-            raise failure(errno.ENOENT)
-        return self._tree.find(parent, name) if self._tree.exists(parent, name) else None
-
-    def _check_replaceable(self, node: Node, target: Node) -> None:
-        if isinstance(target, Directory):
-            if not node.is_directory:
-                raise failure(errno.EISDIR)
-            if not self._tree.is_empty(target):
-                raise failure(errno.ENOTEMPTY)
-        elif node.is_directory:
-            raise failure(errno.ENOTDIR)
-
-    def _move(
-        self,
-        node: Node,
-        parent: Directory,
-        name: bytes,
-        target: Node | None,
-        new_parent: Directory,
-        new_name: bytes,
-    ) -> None:
-        self._copy.copy_up(parent)
-        self._copy.copy_up(new_parent)
-        self._prepare_to_move(node, parent, name, new_parent, new_name)
-        if target is not None:
-            self._prepare_to_replace(target, new_parent, new_name)
-        source = self._tree.upper_directory(parent)
-        goal = self._tree.upper_directory(new_parent)
-        hidden = self._tree.below(parent, name) is not None
-        self._rename_on_disk(
-            source,
-            name,
-            goal,
-            new_name,
-            hidden,
-            node.is_directory,
-            self._covers(new_parent, new_name),
-        )
-        if target is not None:
-            self._lose_name(target, new_parent, new_name)
-        self._erase(parent, name, hidden)
-        self._record(new_parent, new_name, node.kind)
-        self._relabel(node, parent, name, new_parent, new_name)
-
-    def _covers(self, parent: Directory, name: bytes) -> bool:
-        """Whether upper has a whiteout under a name."""
-        assert parent.changes is not None
-        return parent.changes.get(name) == WHITEOUT
-
-    def _relabel(
-        self, node: Node, parent: Directory, name: bytes, new_parent: Directory, new_name: bytes
-    ) -> None:
-        if parent.children.get(name) is node:
-            del parent.children[name]
-        new_parent.children[new_name] = node
-        index = node.names.index((parent, name))
-        node.names[index] = (new_parent, new_name)
-
-    def _rename_on_disk(
-        self,
-        source: int,
-        name: bytes,
-        goal: int,
-        new_name: bytes,
-        hidden: bool,
-        is_directory: bool,
-        over_whiteout: bool,
-    ) -> None:
-        """The one rename, leaving a whiteout where the old name would show through."""
-        if over_whiteout and is_directory:
-            # A directory cannot replace a device: swap them, which puts the whiteout in place.
-            if hidden:
-                self._store.marker.allow_whiteouts(source)
-            syscalls.rename(source, name, goal, new_name, RENAME_EXCHANGE)
-            if not hidden:
-                syscalls.unlink(source, name)
-        elif not hidden:
-            syscalls.rename(source, name, goal, new_name)
-        else:
-            self._rename_and_whiteout(source, name, goal, new_name)
-
-    def _rename_and_whiteout(self, source: int, name: bytes, goal: int, new_name: bytes) -> None:
-        if self._store.marker.devices:
-            try:
-                syscalls.rename(source, name, goal, new_name, RENAME_WHITEOUT)
-                return
-            except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.EPERM):
-                    raise
-        # Not in one step here: a crash in between shows the file under both names, never none.
-        staged = self._store.staging_name()
-        try:
-            self._store.marker.make_whiteout(self._store.work, staged)
-            self._store.marker.allow_whiteouts(source)
-            syscalls.rename(source, name, goal, new_name)
-            syscalls.rename(self._store.work, staged, source, name)
-        finally:
-            self._store.discard(staged)
-
-    def _prepare_to_move(
-        self, node: Node, parent: Directory, name: bytes, new_parent: Directory, new_name: bytes
-    ) -> None:
-        """Bring what moves into upper, so marked that it means the same at its new place."""
-        if not isinstance(node, Directory):
-            self._copy.copy_up(node, data=not self._tree.options.metacopy)
-            if node.index_name and not self._tree.is_physical(parent, name):
-                self._copy.link_up(node, parent, name)
-            if node.metacopy:
-                self._keep_redirect(node)
-            return
-        self._copy.copy_up(node)
-        self._tree.load(node)
-        directory = self._tree.upper_directory(node)
-        if node.lowers:
-            if self._tree.options.redirect_dir == "on" and self._store.privileged:
-                self._set_redirect(node, directory, parent is new_parent)
-            else:
-                self._detach(node)
-        elif not node.opaque and self._hides_directory(new_parent, new_name):
-            self._cut_off(node, directory)
-
-    def _hides_directory(self, parent: Directory, name: bytes) -> bool:
-        stub = self._tree.below(parent, name)
-        return stub is not None and stub.kind == stat.S_IFDIR
-
-    def _set_redirect(self, node: Directory, directory: int, same_parent: bool) -> None:
-        """Say where the lower part of a directory is: a sibling's name, or the whole path."""
-        if node.redirect is not None and (same_parent or node.redirect.startswith(b"/")):
-            return
-        path = node.lowers[0].path
-        redirect = os.path.basename(path) if same_parent else b"/" + path
-        self._store.marker.set(directory, b"", b"redirect", redirect)
-        node.redirect = redirect
-
-    def _keep_redirect(self, node: Node) -> None:
-        """A metacopy that moves has to say where its data is."""
-        assert node.lower is not None
-        directory, name = self._tree.location(node)
-        path = b"/" + node.lower.inside()
-        self._store.marker.set(directory, name, b"redirect", path)
-
-    def _detach(self, node: Directory) -> None:
-        """Copy up all that a directory shows and cut it off: the way without redirects."""
-        found = [node]
-        for directory in found:  # grows while it is walked; no recursion: trees may be deep
-            for name, _ in list(self._tree.names_after(directory, 0)):
-                child = self._tree.find(directory, name)
-                self._copy.copy_up(child)
-                if isinstance(child, Directory):
-                    self._tree.load(child)
-                    found.append(child)
-                    continue
-                if child.index_name and not self._tree.is_physical(directory, name):
-                    self._copy.link_up(child, directory, name)
-                self._tree.release_if_unused(child)
-        for directory in reversed(found):
-            if directory.lowers:
-                self._make_standalone(directory)
-
-    def _make_standalone(self, node: Directory) -> None:
-        """Make a directory opaque that upper has all of by now; its whiteouts go."""
-        directory = self._tree.upper_directory(node)
-        self._cut_off(node, directory)
-        node.lowers, node.view, node.record = (), view.EMPTY_VIEW, 0
-        changes = node.changes or {}
-        for name in [name for name, kind in changes.items() if kind == WHITEOUT]:
-            remove_tree(directory, name)
-            del changes[name]
-        self._tree.begin_changes(node, view.EMPTY_VIEW, changes)
-        self._tree.release_if_unused(node)
-
-    def _cut_off(self, node: Directory, directory: int) -> None:
-        self._store.marker.set_opaque(directory, b"")
-        self._store.marker.remove(directory, b"", b"redirect")
-        node.opaque, node.redirect = True, None
-
-    def _prepare_to_replace(self, target: Node, parent: Directory, name: bytes) -> None:
-        if not isinstance(target, Directory):
-            self._before_losing_name(target, parent, name)
-            return
-        target.last = self._tree.attributes(target)
-        if target.in_upper and target.changes:
-            self._empty(target, parent, name)
-
-    def _empty(self, target: Directory, parent: Directory, name: bytes) -> None:
-        """Swap a directory that shows nothing but holds whiteouts for one that holds nothing."""
-        staged = self._store.staging_name()
-        directory = self._tree.upper_directory(parent)
-        status = self._tree.status(target)
-        try:
-            syscalls.mkdir(self._store.work, staged, stat.S_IMODE(status.st_mode))
-            syscalls.chown(self._store.work, staged, status.st_uid, status.st_gid)
-            self._store.marker.set_opaque(self._store.work, staged)
-            syscalls.rename(self._store.work, staged, directory, name, RENAME_EXCHANGE)
-        finally:
-            self._store.discard(staged)
-        self._tree.stack.cache.discard(("upper", target.id))
-        target.changes = {}
-
-    def _exchange(
-        self,
-        node: Node,
-        parent: Directory,
-        name: bytes,
-        target: Node,
-        new_parent: Directory,
-        new_name: bytes,
-    ) -> None:
-        if target is node:
-            return
-        self._copy.copy_up(parent)
-        self._copy.copy_up(new_parent)
-        self._prepare_to_move(node, parent, name, new_parent, new_name)
-        self._prepare_to_move(target, new_parent, new_name, parent, name)
-        source = self._tree.upper_directory(parent)
-        goal = self._tree.upper_directory(new_parent)
-        syscalls.rename(source, name, goal, new_name, RENAME_EXCHANGE)
-        for directory in (parent, new_parent):
-            self._tree.load(directory)
-        self._record(parent, name, target.kind)
-        self._record(new_parent, new_name, node.kind)
-        parent.children[name] = target
-        new_parent.children[new_name] = node
-        here = node.names.index((parent, name))
-        there = target.names.index((new_parent, new_name))
-        node.names[here] = (new_parent, new_name)
-        target.names[there] = (parent, name)
