@@ -302,6 +302,8 @@ class _Unpack:
                 base = path[start:end].lstrip(b"/")
                 self._make_directory(above, path[:end], base, only_missing=True)
                 opened = syscalls.openat2(self._root, path[:end], _O_DIR, _RESOLVE)
+            except FileNotFoundError:
+                raise NotADirectoryError(errno.ENOTDIR, "a parent is a link to nothing") from None
             finally:
                 if above != self._root:
                     os.close(above)
@@ -317,8 +319,8 @@ class _Unpack:
             if stat.S_ISDIR(status.st_mode):
                 return
             hidden = whiteout.is_whiteout(status)
-            if only_missing and stat.S_ISLNK(status.st_mode) and not _dangles(parent, base):
-                return
+            if only_missing and stat.S_ISLNK(status.st_mode):
+                return  # openat2 will tell where it leads inside the layer, if anywhere
             if only_missing and not hidden:
                 raise NotADirectoryError(errno.ENOTDIR, "a parent is not a directory") from None
             self._make_way(parent, path, base)
@@ -432,15 +434,6 @@ class _Unpack:
             except OSError as error:
                 if error.errno not in _NO_XATTR or key == b"security.capability":
                     raise
-
-
-def _dangles(parent: int, base: bytes) -> bool:
-    """Nothing is at the end of this link, as far as can be seen from inside its layer."""
-    try:
-        os.close(syscalls.openat2(parent, base, _O_DIR, 0))
-    except OSError:
-        return True
-    return False
 
 
 def _override(entry: tar.Entry) -> bytes:
