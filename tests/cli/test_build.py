@@ -10,11 +10,11 @@ import subprocess
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness.building import Builder, write_files
+from harness.building import PROGRAM, Builder, write_files
 from unionimage.store import Store
 
 
@@ -251,19 +251,13 @@ def test_secrets_are_in_no_process_list(builder: Builder, tmp_path: Path) -> Non
     text = "RUN --mount=type=secret,id=k,env=K sleep 1.5\n"
     environment = {**os.environ, "K": value}
     command = ["build", "--secret", "id=k,env=K", str(context(tmp_path, text))]
-    from harness.building import PROGRAM
-
     process = subprocess.Popen(
         [PROGRAM, "--root", str(builder.root), *command],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     seen = b""
     while process.poll() is None:
-        for entry in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                seen += entry.read_bytes()
-            except OSError:
-                continue
+        seen += b"".join(command_lines())
         time.sleep(0.05)
     assert process.returncode == 0 and b"sleep" in seen
     assert value.encode() not in seen
@@ -604,3 +598,45 @@ def test_bad_flags(builder: Builder, tmp_path: Path, words: list[str], expected:
 def test_unused_arguments_are_warned_of(builder: Builder, tmp_path: Path) -> None:
     done = builder.run("build", "--build-arg", "typo=1", context(tmp_path, "ARG type\n"))
     assert "warning: build-arg typo was not used" in done.stderr
+
+
+# ---- killed builds
+
+
+def test_a_killed_build_leaves_nothing_behind(builder: Builder, tmp_path: Path) -> None:
+    """Neither a container, nor a daemon, nor staged files; the finished step stays cached."""
+    context(tmp_path, "RUN echo k1 > /k1\nRUN sleep 77\n")
+    process = subprocess.Popen(
+        [PROGRAM, "--root", str(builder.root), "build", "--progress", "plain", str(tmp_path)],
+        stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if b"RUN sleep 77" in line:
+            break
+    until(lambda: any(b"sleep\x0077" in words for words in command_lines()))
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    staging = os.fsencode(builder.root / "staging")
+    until(lambda: not any(b"sleep\x0077" in w or staging in w for w in command_lines()))
+    context(tmp_path, "RUN echo k1 > /k1\nRUN echo k2 > /k2\n")
+    assert made(builder, tmp_path) == ["RUN echo k2 > /k2"]
+    assert os.listdir(staging) == []
+
+
+def command_lines() -> list[bytes]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(entry.read_bytes())
+        except OSError:
+            continue
+    return found
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen within 20 seconds"
+        time.sleep(0.05)

@@ -131,7 +131,11 @@ class Build:
             stage.take_cached()
         if not target.finished:
             self.kitchen.enter_private_namespace()
-            self._run_stages([stage for stage in self.stages.values() if not stage.finished])
+            try:
+                self._run_stages([stage for stage in self.stages.values() if not stage.finished])
+            finally:
+                if self._environment is not None:
+                    self._environment.running.close()
         return target.config
 
     def _run_stages(self, stages: Sequence[StageBuild]) -> None:

@@ -34,6 +34,7 @@ from unionimage.errors import UserError
 if TYPE_CHECKING:
     from unionimage.container.bundle import Mount
     from unionimage.container.runtime import Runtime
+    from unionimage.dockerfile.guard import Guard
 
 _MS_NOSUID, _MS_NODEV = 2, 4
 _HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
@@ -63,6 +64,7 @@ class Running:
         self._choice = runtime_choice
         self._lock = threading.Lock()
         self._runtime: Runtime | None = None
+        self._guard: Guard | None = None
         self._names: set[str] = set()
         self._stopped = False
 
@@ -76,18 +78,33 @@ class Running:
                 self._runtime = runtime.find(self._choice)
             return self._runtime
 
-    def run(self, name: str, bundle: Path, output: int) -> int:
-        """Run a container to its end; its output goes to the descriptor."""
+    def run(self, name: str, bundle: Path, output: int, staging: Path) -> int:
+        """Run a container to its end; its output goes to the descriptor.
+
+        Should the build be killed, its guard deletes the container and detaches what is mounted
+        in `staging`.
+        """
+        from unionimage.dockerfile.guard import Guard
+
         runtime = self.runtime
         with self._lock:
             if self._stopped:
                 raise UserError("the build was stopped")
+            if self._guard is None:
+                self._guard = Guard(runtime, str(staging))
             self._names.add(name)
+        self._guard.note("+", name)
         try:
             return runtime.run(name, bundle, stdout=output, stderr=output)
         finally:
             with self._lock:
                 self._names.discard(name)
+            self._guard.note("-", name)
+
+    def close(self) -> None:
+        """The build is over."""
+        if self._guard is not None:
+            self._guard.close()
 
     def stop(self) -> None:
         """Kill what runs; nothing is started any more."""
@@ -123,6 +140,8 @@ def run(
     Returns:
         The exit code of the process.
     """
+    if os.geteuid() != 0:
+        raise UserError("RUN needs root here: a mount and a container of its own; use sudo")
     name = "unionfuse-" + secrets.token_hex(16)
     driver = shared.kitchen.driver or "fuse"
     with contextlib.ExitStack() as stack:
@@ -134,7 +153,8 @@ def run(
         bundle.mkdir()
         _write_bundle(bundle, name, action, merged, mounts, step.secret_variables)
         with _collected(output) as descriptor:
-            code = shared.running.run(name, bundle, descriptor)
+            staging = private.parent
+            code = shared.running.run(name, bundle, descriptor, staging)
     step.stubs.remove(upper)
     return code
 
