@@ -154,7 +154,10 @@ def test_no_new_privileges(box: Box) -> None:
 
 @RUNTIMES
 def test_masked_and_read_only_paths(box: Box, runtime: str) -> None:
-    script = "wc -c < /proc/keys; ls /proc/acpi /sys/firmware | grep -v :; touch /sys/x; echo x > /proc/sys/kernel/hostname"
+    script = (
+        "wc -c < /proc/keys; ls /proc/acpi /sys/firmware | grep -v :;"
+        " touch /sys/x; echo x > /proc/sys/kernel/hostname"
+    )
     out = box.sh(
         f"({script}) 2>&1; echo 1 > /proc/sysrq-trigger || echo refused", "--runtime", runtime
     )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from unionimage.container import monitor, networks, prepare, runtime, volumes, wire
 from unionimage.container.events import Events
-from unionimage.container.state import ALIVE, Container, Containers, Record, now
+from unionimage.container.state import ALIVE, Container, Containers, Record, now, remove_tree
 from unionimage.errors import Conflict, NotFound, UserError
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ class Engine:
         same_boot = state.get("BootId") == runtime.boot_id()
         if same_boot:
             self._kill_leftovers(container, state)
+        else:
+            self._forget_runtime(container)
         prepare.undo(container)
         message = "its monitor was killed" if same_boot else "the host was restarted"
         code = KILLED if same_boot else REBOOTED
@@ -109,6 +111,15 @@ class Engine:
         with contextlib.suppress(UserError):
             runtime.find(container.record.get("Runtime")).delete(container.id, force=True)
         prepare.remove_cgroup(container)
+
+    def _forget_runtime(self, container: Container) -> None:
+        """Remove what a runtime noted before a reboot, where that is not on a tmpfs.
+
+        Its own `delete` is not asked: the pids that it noted belong to others now.
+        """
+        with contextlib.suppress(UserError):
+            chosen = runtime.find(container.record.get("Runtime"))
+            remove_tree(Path(chosen.state, container.id))
 
     # ---- creating and starting
 

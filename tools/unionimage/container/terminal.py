@@ -251,7 +251,7 @@ def raw(wanted: bool) -> Iterator[None]:
         yield
         return
     before = termios.tcgetattr(0)
-    tty.setraw(0)
+    tty.setraw(0, termios.TCSADRAIN)  # what was typed ahead is not thrown away
     try:
         yield
     finally:

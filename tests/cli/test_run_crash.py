@@ -1,0 +1,217 @@
+"""After a kill at the wrong moment, a full stop of the host, a rush: `ps` tells the truth and
+nothing is left."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from harness.containers import COMMAND, Box, leftovers, wait_until
+
+
+def monitor_of(box: Box, name: str) -> int:
+    """The pid of the process that keeps a container: the parent of its first process."""
+    text = Path(f"/proc/{box.state(name)['Pid']}/stat").read_text()
+    return int(text.rpartition(")")[2].split()[1])
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_killed_monitor(box: Box) -> None:
+    identity = box.start("kept", "-m", "64m")
+    pid = box.state("kept")["Pid"]
+    os.kill(monitor_of(box, "kept"), signal.SIGKILL)
+    assert "Exited (137)" in wait_until(lambda: box.out("ps", "-a", "--filter", "status=exited"))
+    assert box.names() == []
+    assert not alive(pid)
+    assert leftovers(box, (identity,)) == {"mounts": [], "processes": [], "cgroups": []}
+    box("start", "kept")
+    assert box.names() == ["kept"]
+    box("rm", "-f", "kept")
+
+
+def test_a_killed_monitor_with_a_network_and_rm(box: Box) -> None:
+    box("network", "create", "crash")
+    box.start("netted", "--rm", "--network", "crash", "-p", "127.0.0.1:18999:80", "-v", "/anon")
+    address = box.inspect("netted")["NetworkSettings"]["Networks"]["crash"]["IPAddress"]
+    os.kill(monitor_of(box, "netted"), signal.SIGKILL)
+    wait_until(lambda: box.names("-a") == [])
+    rules = subprocess.check_output(["iptables-save"], text=True)
+    assert f"{address}:80" not in rules
+    assert box.out("volume", "ls", "-q") == ""
+    box.start("heir", "--network", "crash", "-p", "127.0.0.1:18999:80")
+    assert box.inspect("heir")["NetworkSettings"]["Networks"]["crash"]["IPAddress"] == address
+
+
+def test_monitor_and_process_both_killed(box: Box) -> None:
+    identity = box.start("both")
+    for pid in (monitor_of(box, "both"), box.state("both")["Pid"]):
+        os.kill(pid, signal.SIGKILL)
+    box("rm", "-f", "both")
+    assert leftovers(box, (identity,)) == {"mounts": [], "processes": [], "cgroups": []}
+
+
+def test_after_a_reboot_nothing_runs(box: Box, tmp_path: Path) -> None:
+    """A changed boot id: recorded pids belong to others now and are left alone."""
+    identity = box.start("early", "--restart", "always")
+    box.start("stopped", "--restart", "unless-stopped")
+    box("stop", "-t", "0", "stopped")
+    box.start("modest", "--restart", "no")
+    stranger = subprocess.Popen(["sleep", "1000"])
+    for name in ("early", "modest"):
+        os.kill(monitor_of(box, name), signal.SIGKILL)
+        os.kill(box.state(name)["Pid"], signal.SIGKILL)
+    wait_until(lambda: not (alive(box.state("early")["Pid"])))
+    state = box.directory("early") / "state.json"
+    state.write_text(
+        state.read_text().replace(f'"Pid": {box.state("early")["Pid"]}', f'"Pid": {stranger.pid}')
+    )
+    file = tmp_path / "boot_id"
+    file.write_text("another-boot\n")
+    box.environment["UNIONFUSE_BOOT_ID"] = str(file)
+    try:
+        assert box.names() == []
+        assert "Exited (255)" in box.out("ps", "-a", "--filter", "name=early")
+        assert stranger.poll() is None
+        assert box.out("container", "autostart") == "early\n"
+        assert box.names() == ["early"]
+        box("rm", "-f", "early")
+    finally:
+        del box.environment["UNIONFUSE_BOOT_ID"]
+        stranger.kill()
+        stranger.wait()
+    box.remove_all()
+    subprocess.run(
+        ["find", "/sys/fs/cgroup", "-depth", "-name", identity, "-exec", "rmdir", "{}", ";"],
+        stderr=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.parametrize("verb", ["run", "delete", "state"])
+def test_a_runtime_that_dies(box: Box, tmp_path: Path, verb: str) -> None:
+    program = tmp_path / "crun"
+    program.write_text(
+        "#!/bin/sh\n"
+        f'for word in "$@"; do if [ "$word" = {verb} ] && [ -e {tmp_path}/deadly ]; then'
+        " kill -9 $$; fi; done\n"
+        'exec /usr/bin/crun "$@"\n'
+    )
+    program.chmod(0o755)
+    box.sh("true", "--runtime", str(program))
+    (tmp_path / "deadly").touch()
+    code = 125 if verb == "run" else 0
+    box(
+        "run",
+        "--name",
+        "unlucky",
+        "--network",
+        "none",
+        "--runtime",
+        str(program),
+        "busybox",
+        "true",
+        code=code,
+    )
+    (tmp_path / "deadly").unlink()
+    box("rm", "-f", "unlucky")
+
+
+def test_commands_killed_at_odd_moments(box: Box) -> None:
+    chance = random.Random(5)
+    for number in range(12):
+        process = subprocess.Popen(
+            [
+                COMMAND,
+                "run",
+                "-d",
+                "--name",
+                f"odd-{number}",
+                "--network",
+                "none",
+                "-v",
+                "odd:/v",
+                "busybox",
+                "sleep",
+                "1000",
+            ],
+            env=box.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(chance.uniform(0.02, 0.35))
+        process.kill()
+        process.wait()
+    time.sleep(1)
+    for name in box.names("-a"):
+        assert box.state(name)["Status"] in ("created", "running", "exited")
+        box("rm", "-f", name)
+    box("container", "prune", "-f")
+    assert not list((box.root / "containers").glob(".new-*"))
+    assert leftovers(box) == {"mounts": [], "processes": [], "cgroups": []}
+    box("run", "--rm", "--name", "odd-0", "--network", "none", "busybox", "true")
+
+
+def test_several_commands_on_one_container(box: Box) -> None:
+    box("create", "--name", "contended", "--network", "none", "busybox", "sleep", "1000")
+    words = [
+        ("start", "contended"),
+        ("stop", "-t", "0", "contended"),
+        ("start", "contended"),
+        ("restart", "-t", "0", "contended"),
+        ("kill", "contended"),
+        ("ps", "-a"),
+    ] * 2
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(lambda one: box(*one, code=None), words))
+    assert not [one.stderr for one in done if "internal error" in one.stderr]
+    assert box.state("contended")["Status"] in ("running", "exited")
+    box("rm", "-f", "contended")
+    with ThreadPoolExecutor(4) as pool:
+        made = list(
+            pool.map(lambda _: box("create", "--name", "one-name", "busybox", code=None), range(4))
+        )
+    assert sorted(one.returncode for one in made) == [0, 125, 125, 125]
+
+
+def test_a_full_disk_stops_the_log_and_not_the_container(box: Box, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "small", str(small)], check=True)
+    try:
+        box.start("writer", command="sleep 0.5; seq 1 20000; echo done > /finished; sleep 1000")
+        log = box.directory("writer") / "log.json"
+        # what is appended from now on goes to the small disk
+        subprocess.run(["mount", "--bind", str(small), str(small)], check=True)
+        (small / "log").touch()
+        subprocess.run(["mount", "--bind", str(small / "log"), str(log)], check=True)
+        try:
+            wait_until(lambda: (box.directory("writer") / "upper/finished").exists())
+        finally:
+            subprocess.run(["umount", str(log)], check=True)
+        assert box.names() == ["writer"]
+        box("rm", "-f", "writer")
+    finally:
+        subprocess.run(["umount", "-R", str(small)], check=True)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_fifty_containers_of_one_image(box: Box) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: box.start(f"many-{number}"), range(50)))
+    assert len(box.names()) == 50
+    pids = [box.state(f"many-{number}")["Pid"] for number in range(50)]
+    assert len(set(pids)) == 50
+    names = [f"many-{number}" for number in range(50)]
+    box("rm", "-f", *names, timeout=200)
+    assert leftovers(box) == {"mounts": [], "processes": [], "cgroups": []}
+    assert not any(alive(pid) for pid in pids)
