@@ -1,0 +1,437 @@
+"""The store: content comes in whole or not at all, stays while it is used, and then goes."""
+
+import gzip
+import io
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zstandard
+from harness.killing import kill_at_every_step
+from harness.tars import archive, member, tree
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from unionimage.archive.load import load
+from unionimage.archive.save import Wanted, save
+from unionimage.cli.rmi import remove
+from unionimage.commit import commit
+from unionimage.digest import Digest, chain_ids
+from unionimage.errors import BadContent, Conflict, NotFound, UserError
+from unionimage.reference import Reference
+from unionimage.spec import (
+    OCI_CONFIG,
+    OCI_MANIFEST,
+    Descriptor,
+    History,
+    ImageConfig,
+    Manifest,
+    Platform,
+)
+from unionimage.store import Image, Store
+from unionimage.store.check import check
+
+
+@pytest.fixture
+def root(scratch: Path, tmp_path: Path) -> Iterator[Path]:
+    path = scratch / f"s-{tmp_path.name}-{os.getpid()}"
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def store(root: Path) -> Iterator[Store]:
+    with Store.open(root) as opened:
+        yield opened
+
+
+def layer_tar(text: str = "x") -> bytes:
+    return archive(
+        member("d", tarfile.DIRTYPE),
+        member("d/file", data=text.encode() * 500),
+        member("d/hard", tarfile.LNKTYPE, linkname="d/file"),
+        member("link", tarfile.SYMTYPE, linkname="d"),
+        member(f"only-{text}", data=text.encode()),
+    )
+
+
+def add_image(store: Store, *layers: bytes, name: str = "image:1") -> Image:
+    with store.lease("test") as lease:
+        config = ImageConfig(Platform.host())
+        for data in layers:
+            layer = lease.add_layer(io.BytesIO(data))
+            config = config.with_step(History(created_by="step"), layer.diff_id)
+        return lease.add_image(config, names=[Reference.parse(name)])
+
+
+def assert_whole(store: Store) -> None:
+    assert [problem.what for problem in check(store)] == []
+
+
+PACKED = {
+    "none": lambda data: data,
+    "gzip": lambda data: gzip.compress(data, mtime=0),
+    "gzip members": lambda data: gzip.compress(data[:700]) + gzip.compress(data[700:]),
+    "zstd": lambda data: zstandard.compress(data),
+}
+
+
+@pytest.mark.parametrize("packing", PACKED)
+def test_a_layer_comes_back_byte_for_byte(store: Store, packing: str) -> None:
+    data = layer_tar()
+    blob = PACKED[packing](data)
+    with store.lease("test") as lease:
+        layer = lease.add_layer(
+            io.BytesIO(blob), diff_id=Digest.of(data), digest=Digest.of(blob), size=len(blob)
+        )
+        with store.layer_tar(layer.diff_id) as again:
+            assert b"".join(iter(lambda: again.read(1000), b"")) == data
+        if packing != "none":
+            assert store.blobs.path(Digest.of(blob)).read_bytes() == blob
+        assert (layer.directory / "d/hard").samefile(layer.directory / "d/file")
+        assert_whole(store)
+
+
+@pytest.mark.parametrize("packing", PACKED)
+def test_what_is_not_as_promised_is_refused_and_leaves_nothing(store: Store, packing: str) -> None:
+    data = layer_tar()
+    blob = PACKED[packing](data)
+    wrong = Digest.of(b"wrong")
+    with store.lease("test") as lease:
+        for promise in (
+            {"diff_id": wrong},
+            {"digest": wrong},
+            {"size": len(blob) - 1, "digest": Digest.of(blob)},
+            {"size": len(blob) + 1, "digest": Digest.of(blob)},
+        ):
+            with pytest.raises(BadContent):
+                lease.add_layer(io.BytesIO(blob), **promise)  # type: ignore[arg-type]
+        for end in (1, 100, len(blob) // 2, len(blob) - 9):
+            with pytest.raises(BadContent):
+                lease.add_layer(io.BytesIO(blob[:end]), digest=Digest.of(blob))
+    assert store.layers() == []
+    assert os.listdir(store.root / "diff") == os.listdir(store.root / "partial") == []
+    assert_whole(store)
+
+
+@given(st.data())
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_damaged_byte_of_a_blob_is_noticed(store: Store, data: st.DataObject) -> None:
+    tar = layer_tar()
+    blob = bytearray(gzip.compress(tar, mtime=0))
+    digest = Digest.of(bytes(blob))
+    start = data.draw(st.integers(0, len(blob) - 1))
+    for at in range(start, min(len(blob), start + data.draw(st.integers(1, 20)))):
+        blob[at] ^= data.draw(st.integers(1, 255))
+    with store.lease("test") as lease, pytest.raises(BadContent):
+        lease.add_layer(io.BytesIO(bytes(blob)), digest=digest, diff_id=Digest.of(tar))
+
+
+def test_an_interrupted_layer_is_gone_on_with(store: Store) -> None:
+    data = os.urandom(300_000)
+    tar = archive(member("noise", data=data))
+    blob = gzip.compress(tar, mtime=0)
+
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell() > 100_000:
+                raise ConnectionResetError
+            return super().read(min(size or 0, 50_000))
+
+    with store.lease("test") as lease, pytest.raises(ConnectionResetError):
+        lease.add_layer(Broken(blob), digest=Digest.of(blob))
+    with store.lease("test") as lease:
+        offset = lease.resume_offset(Digest.of(blob))
+        assert offset > 100_000
+        layer = lease.add_layer(
+            io.BytesIO(blob[offset:]), digest=Digest.of(blob), diff_id=Digest.of(tar), offset=offset
+        )
+        assert (layer.directory / "noise").read_bytes() == data
+        assert_whole(store)
+
+
+def test_a_wrong_continuation_is_forgotten(store: Store) -> None:
+    blob = gzip.compress(layer_tar(), mtime=0)
+    digest = Digest.of(blob)
+    store.partial_path(digest).write_bytes(b"\x1f\x8bnonsense")
+    with store.lease("test") as lease:
+        with pytest.raises(BadContent):
+            lease.add_layer(io.BytesIO(blob[10:]), digest=digest, offset=10)
+        assert lease.resume_offset(digest) == 0
+        lease.add_layer(io.BytesIO(blob), digest=digest)
+
+
+def test_a_shared_layer_is_stored_once(store: Store) -> None:
+    one = add_image(store, layer_tar("a"), layer_tar("b"))
+    two = add_image(store, layer_tar("a"), layer_tar("c"), name="other")
+    assert len(os.listdir(store.root / "diff")) == 3
+    assert one.diff_ids[0] == two.diff_ids[0]
+    text = store.chain_path(chain_ids(one.diff_ids)[1]).read_text()
+    assert text.split() == [diff_id.hex for diff_id in reversed(one.diff_ids)]
+
+
+def test_names_move_and_ids_are_found_by_their_first_digits(store: Store) -> None:
+    one = add_image(store, layer_tar("a"))
+    two = add_image(store, layer_tar("b"))
+    assert store.image("image:1") == two == store.image(two.id.short) == store.image(two.id)
+    assert store.image(one.id).names == ()
+    assert store.find("nope") is None
+    with pytest.raises(NotFound, match="nope"):
+        store.image("nope")
+    for number in range(16):  # 16 first digits and 18 images: two ids share one
+        add_image(store, layer_tar("a"), layer_tar(f"n{number}"), name=f"many:{number}")
+    with pytest.raises(UserError, match="several"):
+        for digit in "0123456789abcdef":
+            store.find(digit)
+
+
+def test_garbage_is_what_nothing_uses(store: Store) -> None:
+    image = add_image(store, layer_tar("a"), layer_tar("b"))
+    keep = add_image(store, layer_tar("a"), name="keep")
+    with store.lease("test") as lease:
+        held = lease.add_layer(io.BytesIO(layer_tar("held")))
+        assert store.collect().layers == []
+        store.delete_image(image)
+        assert store.collect().layers == [image.diff_ids[1]]
+        store.hold_layers("someone", [held.diff_id])
+    assert store.collect().layers == []
+    store.release("someone")
+    assert store.collect().layers == [held.diff_id]
+    assert [layer.diff_id for layer in store.layers()] == list(keep.diff_ids)
+    assert_whole(store)
+
+
+def test_an_image_that_is_used_stays(store: Store) -> None:
+    image = add_image(store, layer_tar())
+    store.hold("container:abc", image)
+    with pytest.raises(Conflict, match="container abc"):
+        remove(store, "image:1")
+    store.release("container:abc")
+    assert remove(store, "image:1") == ["Untagged: image:1", f"Deleted: {image.id}"]
+
+
+def test_config_manifest_and_layers_must_agree(store: Store) -> None:
+    image = add_image(store, layer_tar())
+    with store.lease("test") as lease:
+        missing = ImageConfig(Platform.host(), (Digest.of(b"missing"),))
+        with pytest.raises(BadContent, match="which is not here"):
+            lease.add_image(missing)
+        descriptor = Descriptor(OCI_CONFIG, image.id, 1)
+        manifest = Manifest(OCI_MANIFEST, descriptor, ()).to_json()
+        with pytest.raises(BadContent, match="0 layers, its config 1"):
+            lease.add_image(image.config_bytes, manifest=manifest)
+        with pytest.raises(BadContent, match="another config"):
+            lease.add_image(missing, manifest=manifest)
+
+
+def test_a_newer_store_is_not_touched(root: Path) -> None:
+    Store.open(root).close()
+    with sqlite3.connect(root / "store.db") as database:
+        database.execute("PRAGMA user_version = 99")
+    database.close()
+    with pytest.raises(UserError, match="version 99"):
+        Store.open(root)
+
+
+def test_many_commands_at_once(root: Path) -> None:
+    """Loads, removals and collections of the same image, side by side in several processes."""
+    with Store.open(root) as store:
+        image = add_image(store, layer_tar("a"), layer_tar("b"))
+        with open(root / "archive.tar", "wb") as output:
+            save(store, [Wanted(image, image.names)], "docker-archive", output)
+
+    def work(seed: int) -> None:
+        for turn in range(6):
+            with Store.open(root) as store:
+                if (seed + turn) % 3 == 0:
+                    try:
+                        remove(store, "image:1")
+                    except UserError:
+                        pass
+                    store.collect()
+                else:
+                    with store.lease("test") as lease:
+                        (loaded,) = load(lease, root / "archive.tar")
+                        assert all(one.directory.is_dir() for one in loaded.layers)
+                        assert loaded.layers
+
+    children = []
+    for seed in range(4):
+        child = os.fork()
+        if child == 0:
+            try:
+                work(seed)
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    with Store.open(root) as store:
+        store.collect()
+        assert_whole(store)
+
+
+def test_threads_share_a_store(store: Store) -> None:
+    errors = []
+
+    def work(number: int) -> None:
+        try:
+            add_image(store, layer_tar("same"), layer_tar(str(number)), name=f"image:{number}")
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert len(store.images()) == 6
+    assert_whole(store)
+
+
+class TestKilled:
+    """A command killed at any of its steps leaves a store that is whole, and can be redone."""
+
+    def test_load(self, root: Path) -> None:
+        other = root.with_name(root.name + "-other")
+        with Store.open(other) as store:
+            image = add_image(store, layer_tar("a"), layer_tar("b"))
+            with open(other / "a.tar", "wb") as output:
+                save(store, [Wanted(image, image.names)], "docker-archive", output)
+
+        def action() -> None:
+            with Store.open(root) as store, store.lease("load") as lease:
+                load(lease, other / "a.tar")
+
+        for _ in kill_at_every_step(action, 25):
+            with Store.open(root) as store:
+                assert_whole(store)
+                for one in store.images():
+                    remove(store, one.id)
+                store.collect()
+                assert os.listdir(root / "diff") == os.listdir(root / "staging") == []
+        shutil.rmtree(other)
+
+    def test_commit(self, root: Path) -> None:
+        with Store.open(root) as store:
+            parent = add_image(store, layer_tar("a"))
+        upper = root / "upper"
+        upper.mkdir()
+        (upper / "new").write_text("new")
+
+        def action() -> None:
+            with Store.open(root) as store, store.lease("commit") as lease:
+                commit(lease, upper, store.image(parent.id), names=[Reference.parse("new")])
+
+        for _ in kill_at_every_step(action, 25):
+            with Store.open(root) as store:
+                assert_whole(store)
+                if store.find("new"):
+                    remove(store, "new")
+                store.collect()
+                assert len(os.listdir(root / "diff")) == 1
+
+    def test_rmi(self, root: Path) -> None:
+        def action() -> None:
+            with Store.open(root) as store:
+                remove(store, "image:1")
+                store.collect()
+
+        with Store.open(root) as store:
+            add_image(store, layer_tar("a"), layer_tar("b"))
+        for _ in kill_at_every_step(action, 25):
+            with Store.open(root) as store:
+                store.collect()
+                assert_whole(store)
+                count = len(store.images())
+                assert len(os.listdir(root / "diff")) == 2 * count
+                add_image(store, layer_tar("a"), layer_tar("b"))
+
+
+DAMAGE = {
+    "content": lambda directory: (directory / "d/file").write_bytes(b"y" * 500),
+    "mode": lambda directory: (directory / "d/file").chmod(0o600),
+    "missing": lambda directory: (directory / "link").unlink(),
+    "extra": lambda directory: (directory / "extra").touch(),
+    "whole": lambda directory: shutil.rmtree(directory),
+    "xattr": lambda directory: os.setxattr(directory / "d", "trusted.overlay.opaque", b"y"),
+}
+
+
+class TestCheck:
+    """Damage is found, named with the images it touches, and repaired where that can be."""
+
+    @pytest.mark.parametrize("damage", DAMAGE)
+    def test_a_damaged_layer(self, store: Store, damage: str) -> None:
+        image = add_image(store, gzip.compress(layer_tar()))
+        before = tree(image.layers[0].directory)
+        DAMAGE[damage](image.layers[0].directory)
+        (problem,) = check(store)
+        assert problem.images == ["image:1"]
+        assert image.diff_ids[0].short in problem.what
+        (problem,) = check(store, repair=True)
+        assert problem.repaired
+        assert tree(image.layers[0].directory) == before
+        assert_whole(store)
+
+    def test_a_damaged_blob(self, store: Store) -> None:
+        image = add_image(store, gzip.compress(layer_tar()))
+        (digest, _) = store.layer_blobs(image.diff_ids[0])["gzip"]
+        path = store.blobs.path(digest)
+        data = bytearray(path.read_bytes())
+        data[20] ^= 1
+        path.write_bytes(data)
+        problems = list(check(store))
+        assert digest in problems[0].what and problems[0].images == ["image:1"]
+        with pytest.raises(BadContent), store.layer_tar(image.diff_ids[0]) as stream:
+            while stream.read(1000):
+                pass
+
+    def test_leftovers_and_lists(self, store: Store) -> None:
+        image = add_image(store, layer_tar())
+        (store.root / "diff" / ("0" * 64)).mkdir()
+        assert image.chain_id is not None
+        store.chain_path(image.chain_id).write_text("wrong\n")
+        assert len(list(check(store))) == 2
+        assert all(problem.repaired for problem in check(store, repair=True))
+        assert_whole(store)
+
+
+def test_memory_stays_flat(root: Path) -> None:
+    """300 MB in one layer, in a process that may have 160 MB of everything."""
+    script = f"""
+import io, resource, sys
+from unionimage.store import Store
+from unionimage.changeset import tar
+class Big:
+    left = 300
+    head = tar.header(tar.Entry(b"big", tar.FILE, size=300 << 20))
+    def read(self, size=-1):
+        if self.head:
+            data, self.head = self.head, b""
+            return data
+        if self.left == 0:
+            self.left = -1
+            return tar.END
+        self.left -= self.left > 0
+        return bytes(1 << 20) if self.left >= 0 else b""
+with Store.open({str(root)!r}) as store, store.lease("test") as lease:
+    layer = lease.add_layer(Big())
+    with store.layer_tar(layer.diff_id) as stream:
+        while stream.read(1 << 20): pass
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 100_000
