@@ -1,6 +1,7 @@
 """A small registry on loopback that misbehaves on demand, and remembers what it was asked.
 
-It answers from `manifests` and `blobs` as a registry should, unless a `Trap` is set for a path.
+It answers from `manifests` and `blobs` as a registry should, and takes uploads, unless a `Trap` is
+set for a path.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import re
 import socket
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,6 +51,8 @@ class Hostile:
     asked: list[Asked] = field(default_factory=list)
     traps: list[Trap] = field(default_factory=list)
     ranges: bool = True
+    uploads: dict[str, bytes] = field(default_factory=dict)
+    connections: int = 0
 
     def __enter__(self) -> "Hostile":
         self.stop = threading.Event()
@@ -129,6 +133,12 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
+    def setup(self) -> None:
+        self.hostile.connections += 1
+        super().setup()
+
+    body = b""
+
     def log_message(self, *args: object) -> None:
         pass
 
@@ -166,7 +176,7 @@ class Handler(BaseHTTPRequestHandler):
             if trap is not None:
                 trap.act(self)
                 return
-            asked.body = self.rfile.read(length)
+            asked.body = self.body = self.rfile.read(length)
             self.serve()
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
@@ -174,10 +184,16 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = handle_one
 
     def serve(self) -> None:
-        """What a well-behaved registry would do (reading only)."""
+        """What a well-behaved registry would do."""
         _, _, rest = self.path.partition("/v2/")
         if not rest:
             self.answer(200, b"{}")
+        elif "/blobs/uploads/" in rest:
+            self.serve_upload(rest.rpartition("/")[2])
+        elif self.command == "PUT":
+            tag = rest.rpartition("/")[2]
+            self.hostile.manifests[tag] = (self.headers["Content-Type"], self.body)
+            self.answer(201)
         elif match := re.search(r"/manifests/(.+)$", rest):
             found = self.hostile.manifests.get(match[1])
             if found is None:
@@ -190,6 +206,29 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, json.dumps({"name": "x", "tags": self.hostile.tags}).encode())
         else:
             self.answer(404)
+
+    def serve_upload(self, name: str) -> None:
+        """POST begins, PATCH adds, GET tells how far it is, PUT ends."""
+        uploads = self.hostile.uploads
+        name, _, query = name.partition("?")
+        if self.command == "POST":
+            name = f"u{len(uploads)}"
+            uploads[name] = b""
+        if self.command in ("PATCH", "PUT"):
+            span = self.headers.get("Content-Range")
+            if span and int(span.partition("-")[0]) != len(uploads[name]):
+                self.answer(416)
+                return
+            uploads[name] += self.body
+        if self.command == "PUT":
+            digest = urllib.parse.parse_qs(query)["digest"][0]
+            stored = self.hostile.add_blob(uploads.pop(name))
+            self.answer(201 if stored == digest else 400)
+            return
+        where = f"/v2/team/app/blobs/uploads/{name}"
+        reached = max(0, len(uploads[name]) - 1)
+        code = 204 if self.command == "GET" else 202
+        self.answer(code, Location=where, Range=f"0-{reached}")
 
     def serve_blob(self, data: bytes | None) -> None:
         if data is None:
@@ -242,6 +281,22 @@ def drip(data: bytes, pause: float) -> Callable[[Handler], None]:
     return act
 
 
+def cut_upload(count: int) -> Callable[[Handler], None]:
+    """Take `count` bytes of a PATCH into the upload, then hang up."""
+
+    def act(handler: Handler) -> None:
+        name = handler.path.rpartition("/")[2]
+        handler.hostile.uploads[name] += handler.rfile.read(count)
+        handler.cut()
+
+    return act
+
+
 def status(code: int, body: bytes = b"", **headers: str) -> Callable[[Handler], None]:
     """Answer with a status; header names are written with underscores."""
-    return lambda handler: handler.answer(code, body, **headers)
+
+    def act(handler: Handler) -> None:
+        handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        handler.answer(code, body, **headers)
+
+    return act

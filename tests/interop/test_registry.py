@@ -22,6 +22,8 @@ from unionimage.registry import client, transport
 from unionimage.registry.push import push
 from unionimage.registry.session import Session
 
+# peers of this age know no zstd layers in docker's manifests
+FORMS = [("oci", "gzip"), ("oci", "zstd"), ("oci", "none"), ("docker", "gzip"), ("docker", "none")]
 BASE = layer_tar({"etc": None, "etc/hosts": b"127.0.0.1 localhost\n", "etc/old": b"x" * 5000})
 UPPER = layer_tar({"etc": None, "etc/.wh.old": b"", "etc/new": b"new\n"})
 BIG = layer_tar({"random": os.urandom(6_000_000)})
@@ -58,13 +60,10 @@ def raw_digest(target: str) -> str:
 # -- pull ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["oci", "docker"])
-@pytest.mark.parametrize("compression", ["gzip", "zstd", "none"])
+@pytest.mark.parametrize(("kind", "compression"), FORMS)
 def test_an_image_goes_round_and_stays_the_same(
     registry: Registry, command: Command, tmp_path: Path, kind: str, compression: str
 ) -> None:
-    if (kind, compression) == ("docker", "zstd"):
-        pytest.skip("skopeo knows no such layers")
     layout = OciLayout(tmp_path / "oci")
     entry = layout.image("x", [BASE, UPPER], compression, kind)
     name = f"{registry.host}/round/{kind}-{compression}"

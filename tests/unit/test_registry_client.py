@@ -1,11 +1,12 @@
 """The registry client against a registry that misbehaves."""
 
 import base64
+import io
 import json
 from collections.abc import Iterator
 
 import pytest
-from harness.hostile import Hostile, cut_after, drip, stall_after, status
+from harness.hostile import Handler, Hostile, cut_after, cut_upload, drip, stall_after, status
 from hypothesis import given
 from hypothesis import strategies as st
 from unionimage.digest import Digest
@@ -401,6 +402,126 @@ def test_a_list_of_tags_stays_at_home(hostile: Hostile, elsewhere: Hostile, clie
     with pytest.raises(RegistryError, match="continues its list"):
         list(client.repository.tags())
     assert elsewhere.asked == []
+
+
+# -- uploads ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unionimage.registry.client.UPLOAD_CHUNK", 400_000)
+
+
+def upload(client: Client, data: bytes = BLOB) -> list[int]:
+    """Upload a blob; the progress that was told."""
+    told: list[int] = []
+    client.repository.upload(Digest.of(data), len(data), lambda: io.BytesIO(data), told.append)
+    return told
+
+
+def test_a_small_blob_goes_in_one_put(hostile: Hostile, client: Client) -> None:
+    assert sum(upload(client)) == len(BLOB)
+    assert hostile.blobs[Digest.of(BLOB)] == BLOB
+    assert [one.method for one in hostile.asked_for("uploads")] == ["POST", "PUT"]
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_large_blob_goes_in_chunks(hostile: Hostile, client: Client) -> None:
+    assert sum(upload(client)) == len(BLOB)
+    assert hostile.blobs[Digest.of(BLOB)] == BLOB
+    patches = hostile.asked_for("PATCH")
+    assert [one.headers["Content-Range"] for one in patches] == [
+        *("0-399999", "400000-799999", "800000-1048575")
+    ]
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_cut_chunk_is_gone_on_with_from_where_the_registry_got(
+    hostile: Hostile, client: Client
+) -> None:
+    hostile.trap("PATCH", cut_upload(150_000))
+    assert sum(upload(client)) == len(BLOB)
+    assert hostile.blobs[Digest.of(BLOB)] == BLOB
+    assert hostile.asked_for("PATCH")[1].headers["Content-Range"] == "150000-549999"
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_chunks_that_are_refused_go_whole(hostile: Hostile, client: Client) -> None:
+    hostile.trap("PATCH", status(405, Connection="close"), times=-1)
+    assert sum(upload(client)) == len(BLOB)
+    assert hostile.blobs[Digest.of(BLOB)] == BLOB
+
+
+def test_an_upload_that_broke_is_begun_anew(hostile: Hostile, client: Client) -> None:
+    hostile.trap("PUT", lambda handler: handler.cut())
+    hostile.trap("PUT", status(502, Connection="close"))
+    assert sum(upload(client)) == len(BLOB)
+    assert hostile.blobs[Digest.of(BLOB)] == BLOB
+
+
+def test_an_upload_of_which_only_the_answer_was_lost_is_done(
+    hostile: Hostile, client: Client
+) -> None:
+    def lose(handler: Handler) -> None:
+        handler.body = handler.rfile.read(int(handler.headers["Content-Length"]))
+        hostile.add_blob(handler.body)
+        handler.cut()
+
+    hostile.trap("PUT", lose)
+    assert sum(upload(client)) == len(BLOB)
+    assert len(hostile.asked_for("PUT")) == 1
+
+
+def test_connections_are_used_again(hostile: Hostile, client: Client) -> None:
+    hostile.add_manifest("1", {"schemaVersion": 2})
+    hostile.add_blob(BLOB)
+    client.repository.manifest("1")
+    client.repository.manifest_digest("1")
+    assert client.repository.has_blob(Digest.of(BLOB))
+    read(client)
+    upload(client, b"other")
+    client.repository.put_manifest("2", LAYER, b"{}")
+    list(client.repository.tags())
+    assert client.pauses == []
+    assert hostile.connections <= 2  # the first one asked for TLS
+
+
+def test_an_upload_that_is_refused_is_told_at_once(hostile: Hostile, client: Client) -> None:
+    hostile.trap("POST", status(403, b'{"errors":[{"code":"DENIED","message":"read only"}]}'))
+    with pytest.raises(RegistryStatusError, match="read only"):
+        upload(client)
+    assert client.pauses == []
+
+
+def test_an_upload_sent_elsewhere_gets_no_credentials(hostile: Hostile, elsewhere: Hostile) -> None:
+    client = Client(hostile.host, SECRET)
+    elsewhere.uploads["u0"] = b""
+    hostile.trap("POST", status(401, WWW_Authenticate="Basic"))
+    place = f"http://{elsewhere.host}/v2/team/app/blobs/uploads/u0"
+    hostile.trap("POST", status(202, Location=place))
+    upload(client)
+    assert hostile.asked[-1].headers["Authorization"] == BASIC
+    assert elsewhere.blobs[Digest.of(BLOB)] == BLOB
+    assert all("Authorization" not in one.headers for one in elsewhere.asked)
+    client.close()
+
+
+def test_a_blob_is_mounted_or_the_offered_upload_given_up(hostile: Hostile, client: Client) -> None:
+    digest = Digest.of(BLOB)
+    hostile.trap("POST", status(201))
+    assert client.repository.mount(digest, "other/app")
+    assert f"mount=sha256%3A{digest.hex}&from=other%2Fapp" in hostile.asked[-1].path
+    assert not client.repository.mount(digest, "other/app")
+    assert hostile.asked[-1].method == "DELETE"
+    hostile.trap("POST", status(403))
+    assert not client.repository.mount(digest, "other/app")
+
+
+def test_a_manifest_that_is_stored_as_another_is_told(hostile: Hostile, client: Client) -> None:
+    hostile.trap("PUT", status(201, Docker_Content_Digest="sha256:" + "0" * 64))
+    with pytest.raises(BadContent, match="stored"):
+        client.repository.put_manifest("1", LAYER, b"{}")
+    assert client.repository.put_manifest("2", LAYER, b"{}") == Digest.of(b"{}")
 
 
 # -- small parsers -----------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from unionimage.registry.transport import (
     Pace,
     Response,
     Transport,
+    finish,
     status_error,
 )
 from unionimage.spec import (
@@ -151,7 +152,7 @@ class Repository:
             if error.status == 404:
                 return None
             raise
-        response.release_conn()
+        finish(response)
         text = response.headers.get("Docker-Content-Digest", "")
         try:
             return Digest(text)
@@ -169,7 +170,7 @@ class Repository:
             body=data,
             push=True,
         )
-        response.release_conn()
+        finish(response)
         digest = Digest.of(data)
         stored = response.headers.get("Docker-Content-Digest", digest)
         if stored != digest:
@@ -199,7 +200,7 @@ class Repository:
     def has_blob(self, digest: Digest) -> bool:
         """Whether the repository holds a blob."""
         try:
-            self._request("HEAD", f"blobs/{digest}", 200, push=True).release_conn()
+            finish(self._request("HEAD", f"blobs/{digest}", 200, push=True))
         except RegistryStatusError as error:
             if error.status == 404:
                 return False
@@ -230,7 +231,7 @@ class Repository:
             if error.status in (400, 401, 403, 404, 405):
                 return False
             raise
-        response.release_conn()
+        finish(response)
         if response.status == 201:
             return True
         self._cancel(response.headers.get("Location"))
@@ -267,7 +268,7 @@ class Repository:
             counted = _Counted(progress)
             location = self._begin()
             try:
-                self._request(
+                response = self._request(
                     "PUT",
                     _with_digest(location, digest),
                     201,
@@ -280,13 +281,17 @@ class Repository:
                     body=partial(_pieces, open_blob, 0, size, counted),
                     push=True,
                     attempts=1,
-                ).release_conn()
+                )
+                finish(response)
                 return
             except RegistryError as error:
                 counted.undo()
                 if attempt == attempts or not _is_worth_another(error):
                     raise
                 self.transport.pause(attempt)
+                if self.has_blob(digest):  # only the answer was lost
+                    progress(size)
+                    return
 
     def _upload_chunked(
         self, digest: Digest, size: int, open_blob: OpenBlob, progress: Progress
@@ -312,7 +317,7 @@ class Repository:
                     push=True,
                     attempts=1,
                 )
-                response.release_conn()
+                finish(response)
                 location, done, failures = self._location(response), end, 0
             except RegistryError as error:
                 counted.undo()
@@ -323,21 +328,37 @@ class Repository:
                 location, reached = self._upload_status(location)
                 progress(reached - start)
                 done = reached
-        self._request(
-            "PUT",
-            _with_digest(location, digest),
-            201,
-            202,
-            204,
-            headers={"Content-Length": "0"},
-            push=True,
-        ).release_conn()
+        self._complete(location, digest)
+
+    def _complete(self, location: str, digest: Digest) -> None:
+        """The PUT that ends an upload in chunks."""
+        attempts = self.transport.limits.attempts
+        for attempt in range(1, attempts + 1):
+            try:
+                response = self._request(
+                    "PUT",
+                    _with_digest(location, digest),
+                    201,
+                    202,
+                    204,
+                    headers={"Content-Length": "0"},
+                    push=True,
+                    attempts=1,
+                )
+                finish(response)
+                return
+            except RegistryError as error:
+                if attempt == attempts or not _is_worth_another(error):
+                    raise
+                self.transport.pause(attempt)
+                if self.has_blob(digest):  # only the answer was lost
+                    return
 
     def _begin(self) -> str:
         response = self._request(
             "POST", "blobs/uploads/", 202, headers={"Content-Length": "0"}, push=True
         )
-        response.release_conn()
+        finish(response)
         return self._location(response)
 
     def _location(self, response: Response) -> str:
@@ -359,7 +380,7 @@ class Repository:
     def _upload_status(self, location: str) -> tuple[str, int]:
         """Where a broken upload goes on, and how many bytes of it the registry has."""
         response = self._request("GET", location, 204, 202, 200, push=True)
-        response.release_conn()
+        finish(response)
         match = re.fullmatch(r"(?:bytes=)?0-(\d+)", response.headers.get("Range", "").strip())
         last = int(match.group(1)) if match else 0
         # "0-0" means nothing as well as one byte: begin again, which costs one byte.
@@ -372,7 +393,7 @@ class Repository:
             return
         try:
             url = urljoin(self.transport.base, location)
-            self._request("DELETE", url, 200, 202, 204, push=True, attempts=1).release_conn()
+            finish(self._request("DELETE", url, 200, 202, 204, push=True, attempts=1))
         except RegistryError:
             pass
 
@@ -486,7 +507,7 @@ class BlobReader:
             return data
         self._finished = True
         if self._response is not None:
-            self._response.release_conn()
+            finish(self._response)
             self._response = None
         return b""
 

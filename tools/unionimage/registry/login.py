@@ -7,7 +7,7 @@ from unionimage.registry.auth import parse_challenges
 from unionimage.registry.credentials import Credential
 from unionimage.registry.errors import RegistryError, RegistryStatusError, printable
 from unionimage.registry.session import DOCKER_HUB_HOST, Session
-from unionimage.registry.transport import status_error
+from unionimage.registry.transport import finish, status_error
 
 
 def check_login(session: Session, registry: str, credential: Credential) -> None:
@@ -23,7 +23,7 @@ def check_login(session: Session, registry: str, credential: Credential) -> None
         headers = {"Authorization": used} if used else {}
         response = transport.request("GET", "/v2/", headers=headers)
         if response.status == 200:
-            response.release_conn()
+            finish(response)
             return
         challenges = response.headers.getlist("WWW-Authenticate")
         problem = status_error(response, registry)
@@ -42,7 +42,7 @@ def registry_of(server: str | None) -> str:
     """The registry that a user means by SERVER: `https://HOST/v1/`, `HOST[:PORT]`, or nothing."""
     if not server:
         return DEFAULT_REGISTRY
-    host = (server.partition("://")[2] or server).partition("/")[0].lower()
+    host = (server.partition("://")[2] if "://" in server else server).partition("/")[0].lower()
     if host in ("index.docker.io", "docker.io", DOCKER_HUB_HOST):
         return DEFAULT_REGISTRY
     if not host or "@" in host or not host.isprintable() or " " in host:

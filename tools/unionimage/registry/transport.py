@@ -228,7 +228,7 @@ class Transport:
                 response.status in (307, 308) and self.is_home(target)
             ):
                 return response
-            _discard(response)
+            finish(response)
             if urlsplit(target).scheme not in ("http", "https"):
                 raise InsecureRedirect(target)
             if url.startswith("https:") and target.startswith("http:"):
@@ -279,7 +279,7 @@ class Transport:
             timeout=timeout,
             preload_content=False,
         )
-        _discard(answer)
+        finish(answer)
 
 
 class InsecureRedirect(HTTPError):
@@ -307,7 +307,7 @@ def status_error(response: Response, subject: str) -> RegistryStatusError:
         data = _read(response, ERROR_BODY_LIMIT, ERROR_BODY_SECONDS)
     except (HTTPError, OSError):
         data = b""
-    response.close()
+    finish(response)
     return RegistryStatusError.from_answer(
         subject, response.status, data, wait=_retry_after(response)
     )
@@ -344,8 +344,8 @@ class Pace:
         self.restart()
 
 
-def _discard(response: Response) -> None:
-    """Read the rest of a short body so that its connection can be used again."""
+def finish(response: Response) -> None:
+    """Read the rest of a body, even an empty one, so that its connection can be used again."""
     try:
         if len(_read(response, ERROR_BODY_LIMIT, ERROR_BODY_SECONDS)) < ERROR_BODY_LIMIT:
             response.release_conn()
