@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -148,6 +149,32 @@ def writable_size(container: Container) -> int:
             except OSError:
                 continue
     return total
+
+
+def created_for_mounts(container: Container) -> set[str]:
+    """Paths in the upper, relative to it, that are there only to be mounted over.
+
+    Files that were written to since, and directories that hold anything else, do not count.
+    """
+    try:
+        noted = set((container.directory / "mount-points").read_text().split("\0"))
+    except FileNotFoundError:
+        return set()
+    found: set[str] = set()
+    for path in sorted(noted, key=len, reverse=True):  # children before their parents
+        place = container.upper / path
+        try:
+            status = place.lstat()
+            if stat.S_ISDIR(status.st_mode):
+                inside = {f"{path}/{name}" for name in os.listdir(place)}
+                empty = inside <= found
+            else:
+                empty = stat.S_ISREG(status.st_mode) and status.st_size == 0
+        except OSError:
+            continue
+        if empty:
+            found.add(path)
+    return found
 
 
 def select(

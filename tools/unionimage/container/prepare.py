@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unionimage.container import bundle, files, networks, volumes
+from unionimage.container import bundle, files, networks, users, volumes
 from unionimage.container.bundle import Mount, Namespaces, Surroundings
-from unionimage.container.state import Container, Containers
+from unionimage.container.state import Container, Containers, replace_file
 from unionimage.errors import Conflict, UserError
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def prepare(
         if console_size and container.config.get("Tty"):
             rows, columns = console_size
             spec["process"]["consoleSize"] = {"height": rows, "width": columns}
+        _note_mount_points(container, spec)
         bundle.write(container.bundle, spec)
     except BaseException:
         undo(container)
@@ -105,6 +106,29 @@ def mount_root(container: Container, store: Store) -> None:
         driver=container.record.get("MountDriver"),
         register=False,
     )
+
+
+def _note_mount_points(container: Container, spec: bundle.Spec) -> None:
+    """Remember which mount points are not in the image: the runtime makes them in the upper."""
+    file = container.directory / "mount-points"
+    known = set(file.read_text().split("\0")) if file.exists() else set()
+    made: set[str] = set()
+    destinations = [str(mount["destination"]) for mount in spec["mounts"]]
+    for destination in [*destinations, str(spec["process"]["cwd"])]:
+        path = destination.strip("/")
+        while path and path not in made and not _exists_inside(container.merged, path):
+            made.add(path)
+            path = os.path.dirname(path)
+    if made - known:
+        replace_file(file, "\0".join(sorted(made | known)))
+
+
+def _exists_inside(root: Path, path: str) -> bool:
+    try:
+        os.close(users.open_inside(root, path, os.O_PATH | os.O_NOFOLLOW))
+    except OSError:
+        return False
+    return True
 
 
 def _check_source(point: dict[str, Any], known: volumes.Volumes) -> None:

@@ -1,0 +1,87 @@
+"""Containers on a unionfuse mount, the default: the same as on any other, and what is its own."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness.containers import Box, boxed, leftovers, wait_until
+
+
+@pytest.fixture(scope="module")
+def containers(scratch: Path) -> Iterator[Box]:
+    yield from boxed(scratch / "fuse", "fuse")
+
+
+def daemon_of(box: Box, name: str) -> int:
+    """The pid of the file system's daemon."""
+    mount = str(box.root / "containers" / box.inspect(name)["Id"])
+    merged = box.inspect(name)["GraphDriver"]["Data"]["MergedDir"]
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = entry.read_bytes()
+        except OSError:
+            continue
+        if merged.encode() in line and b"unionfuse" in line:
+            return int(entry.parent.name)
+    raise AssertionError(f"no daemon for {mount}")
+
+
+@pytest.mark.parametrize("runtime", ["crun", "runc"])
+def test_run_on_unionfuse(box: Box, runtime: str) -> None:
+    box.start(
+        "fused",
+        "--runtime",
+        runtime,
+        "-v",
+        "vol:/srv",
+        command="echo x > /file; cat /srv/seed; chmod 600 /etc/passwd; sleep 1000",
+    )
+    wait_until(lambda: box.out("logs", "fused") == "seed\n")
+    assert "fuse.unionfuse" in box.out("exec", "fused", "grep", " / ", "/proc/mounts")
+    box("exec", "fused", "sh", "-c", "ln -s file link; mkdir -p /a/b/c; mv /a /z; rm /etc/group")
+    box("stop", "-t", "0", "fused")
+    assert leftovers(box)["mounts"] == []
+    changes = set(box.out("diff", "fused").splitlines())
+    assert {"A /file", "A /link", "A /z", "D /etc/group", "C /etc/passwd"} <= changes
+    assert not {"A /etc/hosts", "A /etc/resolv.conf", "A /dev/shm"} & changes
+    box("start", "fused")
+    wait_until(lambda: box.out("logs", "fused") == "seed\n" * 2)
+    assert box.out("exec", "fused", "sh", "-c", "cat link; ls /z/b; ls /etc").split()[:2] == [
+        "x",
+        "c",
+    ]
+
+
+def test_commit_export_and_diff(box: Box, tmp_path: Path) -> None:
+    box.start("maker", command="echo made > /made; rm /srv/seed; sleep 1000")
+    wait_until(lambda: (box.directory("maker") / "upper/made").exists())
+    box("commit", "-m", "a change", "-c", 'CMD ["cat", "/made"]', "maker", "made:1")
+    assert box.state("maker")["Status"] == "running"
+    assert box.out("run", "--rm", "--network", "none", "made:1") == "made\n"
+    assert box.out("run", "--rm", "--network", "none", "made:1", "ls", "/srv") == "sub\n"
+    box("export", "-o", str(tmp_path / "out.tar"), "maker")
+    names = subprocess.check_output(["tar", "-tf", str(tmp_path / "out.tar")], text=True)
+    assert "made\n" in names and "srv/seed" not in names
+
+
+def test_a_killed_file_system_daemon(box: Box) -> None:
+    identity = box.start("blind", command="while :; do sleep 0.1; done")
+    os.kill(daemon_of(box, "blind"), signal.SIGKILL)
+    box("exec", "blind", "cat", "/etc/passwd", code=None)
+    box("ps", "-a")
+    box("rm", "-f", "blind")
+    assert leftovers(box, (identity,)) == {"mounts": [], "processes": [], "cgroups": []}
+
+
+def test_a_shared_file_is_cached_once(box: Box) -> None:
+    """Two containers of one image read the same layer file: the kernel keeps one copy of it."""
+    for name in ("left", "right"):
+        box.start(name)
+        assert len(box.out("exec", name, "md5sum", "/bin/busybox").split()) == 2
+    inode = {
+        box.out("exec", name, "stat", "-c", "%i", "/bin/busybox") for name in ("left", "right")
+    }
+    assert len(inode) == 1
