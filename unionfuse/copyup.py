@@ -10,6 +10,7 @@ copied. Who finds that somebody else was faster throws his own copy away.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -203,7 +204,7 @@ class CopyUp:
             if not origin or not upper.privileged:
                 upper.marker.set(upper.work, staged, b"unionfuse.inode", b"%d" % ino)
         except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSPC, errno.E2BIG):
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
                 raise
 
     def _mark_metacopy(self, staged: bytes, node: Node) -> None:
@@ -275,7 +276,7 @@ class CopyUp:
             )
             syscalls.unlink(upper.work, staged)
         elif links > 1 and origin:
-            self._publish_links(node, staged, origin, links)
+            self._publish_in_index(node, staged, origin, links)
         else:
             self._publish_name(node, staged, *node.names[0])
         node.in_upper = True
@@ -284,6 +285,8 @@ class CopyUp:
             assert node.view is not None
             tree.begin_changes(node, node.view, {})
         self._published(node)
+        if node.index_name and not node.deleted:
+            self.link_up(node, *node.names[0])
 
     def _is_metacopy(self, node: Node) -> bool:
         if not self._tree.options.metacopy or not node.is_regular:
@@ -297,13 +300,15 @@ class CopyUp:
             self.copy_up(parent)
         directory = tree.upper_directory(parent)
         times = os.stat(directory)
-        syscalls.rename(upper.work, staged, directory, name)
-        syscalls.utimens(directory, b"", (times.st_atime_ns, times.st_mtime_ns))
         tree.load(parent)
         assert parent.changes is not None
+        syscalls.rename(upper.work, staged, directory, name)
         parent.changes[name] = node.kind
+        # What is visible stays: a time that the parent does not get back is no reason to fail.
+        with contextlib.suppress(OSError):
+            syscalls.utimens(directory, b"", (times.st_atime_ns, times.st_mtime_ns))
 
-    def _publish_links(self, node: Node, staged: bytes, origin: bytes, links: int) -> None:
+    def _publish_in_index(self, node: Node, staged: bytes, origin: bytes, links: int) -> None:
         """A file with several lower names: the index keeps it for those not copied up yet."""
         tree, upper = self._tree, self._tree.upper
         assert upper is not None
@@ -315,8 +320,6 @@ class CopyUp:
         syscalls.rename(upper.work, staged, index, name)
         upper.index_names.add(name)
         tree.remember_links(node, view.entry_status(index, name))
-        node.in_upper = True
-        self.link_up(node, *node.names[0])
 
     def link_up(self, node: Node, parent: Directory, name: bytes) -> None:
         """Give an indexed file that upper has under other names this lower name of it, too.
@@ -333,15 +336,15 @@ class CopyUp:
         directory = tree.upper_directory(parent)
         times = os.stat(directory)
         source, old = tree.location(node)
+        tree.load(parent)
+        assert parent.changes is not None
         links = tree.status(node).st_nlink + node.link_offset
         self._note_lower_count(node, source, old, links)
         syscalls.link(source, old, directory, name)
         node.link_offset -= 1
+        parent.changes[name] = node.kind
         upper.marker.set(directory, name, b"nlink", b"U%+d" % node.link_offset)
         syscalls.utimens(directory, b"", (times.st_atime_ns, times.st_mtime_ns))
-        tree.load(parent)
-        assert parent.changes is not None
-        parent.changes[name] = node.kind
 
     def _note_lower_count(self, node: Node, directory: int, name: bytes, links: int) -> None:
         """Write down the link count of an indexed file as a difference to the lower file's."""

@@ -90,7 +90,7 @@ class Renaming:
         source = self._tree.upper_directory(parent)
         goal = self._tree.upper_directory(new_parent)
         hidden = self._tree.below(parent, name) is not None
-        self._rename_on_disk(
+        whiteout_stays = self._rename_on_disk(
             source,
             name,
             goal,
@@ -101,7 +101,7 @@ class Renaming:
         )
         if target is not None:
             self._upper.lose_name(target, new_parent, new_name)
-        self._upper.erase(parent, name, hidden)
+        self._upper.erase(parent, name, whiteout_stays)
         self._upper.record(new_parent, new_name, node.kind)
         self._relabel(node, parent, name, new_parent, new_name)
 
@@ -128,19 +128,26 @@ class Renaming:
         hidden: bool,
         is_directory: bool,
         over_whiteout: bool,
-    ) -> None:
-        """The one rename, leaving a whiteout where the old name would show through."""
+    ) -> bool:
+        """The one rename, leaving a whiteout where the old name would show through.
+
+        Returns whether there is one.
+        """
         if over_whiteout and is_directory:
             # A directory cannot replace a device: swap them, which puts the whiteout in place.
             if hidden:
                 self._upper.store.marker.allow_whiteouts(source)
             syscalls.rename(source, name, goal, new_name, RENAME_EXCHANGE)
             if not hidden:
-                syscalls.unlink(source, name)
+                try:
+                    syscalls.unlink(source, name)
+                except OSError:  # the rename has been made; a whiteout over nothing is harmless
+                    return True
         elif not hidden:
             syscalls.rename(source, name, goal, new_name)
         else:
             self._rename_and_whiteout(source, name, goal, new_name)
+        return hidden
 
     def _rename_and_whiteout(self, source: int, name: bytes, goal: int, new_name: bytes) -> None:
         if self._upper.store.marker.devices:

@@ -9,6 +9,7 @@ The layout is kernel overlayfs's, so that either can go on where the other stopp
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -144,8 +145,13 @@ class UpperDirectory:
         return b"#%x" % next(self._names)
 
     def discard(self, name: bytes) -> None:
-        """Throw away something staged, whatever it is; not being there is fine."""
-        remove_tree(self.work, name)
+        """Throw away something staged, whatever it is; not being there is fine.
+
+        What cannot be removed now is removed at the end: the change that it was staged for has
+        been made, or has failed, already.
+        """
+        with contextlib.suppress(OSError):
+            remove_tree(self.work, name)
 
     def _leave_volatile_mark(self) -> None:
         os.mkdir(b"incompat", 0o700, dir_fd=self.work)

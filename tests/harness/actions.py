@@ -73,8 +73,11 @@ class Actor:
         return f"{self._root}/{path}"
 
     def read(self, path: str) -> bytes:
-        with open(self._at(path), "rb") as file:
-            return file.read()
+        descriptor = os.open(self._at(path), os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            return os.read(descriptor, 1 << 20)
+        finally:
+            os.close(descriptor)
 
     def stat(self, path: str) -> tuple[Any, ...]:
         info = os.lstat(self._at(path))
