@@ -96,6 +96,7 @@ def unionmount(suite: Path, program: MountProgram, only: Sequence[str]) -> Outco
     outcome: Outcome = {}
     with tempfile.TemporaryDirectory(prefix="conformance-", dir="/var/tmp") as scratch:
         base = Path(scratch)
+        base.chmod(0o755)  # some tests run as an ordinary user
         environment = os.environ | {"UNIONMOUNT_BASEDIR": str(base / "base")}
         (base / "base").mkdir()
         kind = ["--verify"]

@@ -14,7 +14,6 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from unionfuse import mounting
 from unionfuse.channel import Channel
@@ -24,9 +23,6 @@ from unionfuse.index import LookupIndex, LookupIndexError
 from unionfuse.layer import LayerError, LayerStack
 from unionfuse.options import Invocation, MountOptions
 from unionfuse.union import Union
-
-if TYPE_CHECKING:
-    from unionfuse.serving import Server
 
 _LOCK_PATIENCE = 5.0  # seconds that a daemon which is just ending may take
 
@@ -57,7 +53,10 @@ def _run_detached(invocation: Invocation) -> int:
             _redirect(0)
 
             def ready() -> None:
-                os.write(writer, b"\n")
+                try:
+                    os.write(writer, b"\n")
+                except BrokenPipeError:  # whoever asked for the mount did not wait for it
+                    os.kill(os.getpid(), signal.SIGTERM)
                 os.close(writer)
                 _redirect(1, 2)
 
@@ -98,8 +97,7 @@ def _live(invocation: Invocation, ready: Callable[[], None]) -> int:
         _say(str(refusal))
         return 1
     try:
-        server = _begin(channel, union, options, mountpoint)
-        return server.serve(log, ready)
+        return _serve(channel, union, options, mountpoint, log, ready)
     except protocol.ProtocolError as error:
         mounting.detach(mountpoint, lazy=True)
         _say(f"{os.fsdecode(mountpoint)}: {error}; run a newer kernel")
@@ -110,12 +108,22 @@ def _live(invocation: Invocation, ready: Callable[[], None]) -> int:
             os.close(lock)
 
 
-def _begin(channel: int, union: Union, options: MountOptions, mountpoint: bytes) -> Server:
-    """Answer INIT; only then import what is slow to import."""
+def _serve(
+    channel: int,
+    union: Union,
+    options: MountOptions,
+    mountpoint: bytes,
+    log: int | None,
+    ready: Callable[[], None],
+) -> int:
+    """Answer INIT, and only then import what is slow to import; serve until the end."""
     door = Lane(channel, union, options) if options.express else Channel(channel, options)
+    if isinstance(door, Lane):
+        ready()  # it answers already
     from unionfuse.serving import Server
 
-    return Server(door, union, options, mountpoint)
+    server = Server(door, union, options, mountpoint)
+    return server.serve(log, ready if isinstance(door, Channel) else lambda: None)
 
 
 # --- checks and preparations ----------------------------------------------------------------

@@ -70,7 +70,8 @@ class Server:
     def status(self) -> str:
         """One line: what the union holds and what was asked of it."""
         nodes, handles = self._union.status()
-        requests = self._requests + Counter(self._channel.counts())
+        counts = self._channel.counts()
+        requests = self._requests + Counter({name.upper(): n for name, n in counts.items()})
         line = f"nodes={nodes} open={handles} requests={requests.total()}"
         if self._options.stats:
             line += "".join(f" {name}={count}" for name, count in requests.most_common())
@@ -83,17 +84,11 @@ class Server:
     async def _run(self, ready: Callable[[], None]) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._listen)
-            nursery.start_soon(self._call_when_served, ready)
+            ready()
             token = trio.lowlevel.current_trio_token()
             self._channel.when_ended(lambda: _soon(token, nursery.cancel_scope.cancel))
             await pyfuse3.main()
             nursery.cancel_scope.cancel()
-
-    async def _call_when_served(self, ready: Callable[[], None]) -> None:
-        try:
-            ready()
-        except BrokenPipeError:  # whoever asked for the mount did not wait for it
-            await self._end()
 
     async def _listen(self, task_status: trio.TaskStatus[None]) -> None:
         """SIGUSR1 logs a line; the others unmount, a second one without waiting for open files."""
