@@ -51,7 +51,10 @@ def open_context(text: str, file: str | None, lease: BuildLease) -> Opened:
         return _from_directory(path, file)
     if path.is_file():
         with open(path, "rb") as archive:
-            return _from_tar(archive, file, lease, text)
+            opened = _from_tar(archive, file, lease, text)
+        if opened is None:
+            raise UserError(f"the build context {text} is neither a directory nor a tar")
+        return opened
     raise UserError(
         f"the build context {text!r} is not there: it is a directory, a tar file, - or a git URL"
     )
@@ -81,28 +84,27 @@ def _from_stdin(file: str | None, lease: BuildLease) -> Opened:
         copy.seek(0)
         head = copy.read(512)
         copy.seek(0)
-        if _is_tar(copy):
-            return _from_tar(copy, file, lease, "standard input")
+        opened = _from_tar(copy, file, lease, "standard input")
+        if opened is not None:
+            return opened
         copy.seek(0)
         if b"\0" in head or file is not None:
             raise UserError("standard input is neither a tar nor a Dockerfile")
         return _with_dockerfile(lease.scratch(), copy.read(LARGEST_DOCKERFILE), None)
 
 
-def _is_tar(file: BinaryIO) -> bool:
-    from unionimage.dockerfile.extract import is_archive
+def _from_tar(file: BinaryIO, name: str | None, lease: BuildLease, shown: str) -> Opened | None:
+    """The context in an archive; None where it is none."""
+    from unionimage.dockerfile.extract import extract, open_archive
+    from unionimage.dockerfile.place import Style
 
-    return is_archive(file)
-
-
-def _from_tar(file: BinaryIO, name: str | None, lease: BuildLease, shown: str) -> Opened:
-    from unionimage.dockerfile.extract import extract_context
-
+    archive = open_archive(file)
+    if archive is None:
+        return None
     directory = lease.scratch()
     root = os.open(directory, os.O_PATH | os.O_DIRECTORY)
     try:
-        if not extract_context(file, root):
-            raise UserError(f"the build context {shown} is neither a directory nor a tar")
+        extract(archive, root, Style())
     finally:
         os.close(root)
     return _in_place(directory, name, f"the archive {shown}")

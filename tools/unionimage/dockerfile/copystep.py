@@ -243,12 +243,12 @@ def _unpack(target: Target, tree: Tree, found: Found, destination: bytes) -> boo
 
     if found.is_directory:
         return False
-    with open_file(tree.root, found.entries[0]) as file, extract.open_archive(file) as archive:
+    with open_file(tree.root, found.entries[0]) as file:
+        archive = extract.open_archive(file)
         if archive is None:
             return False
         target.make_directories(destination)
-        place = destination.strip(b"/")
-        root = open_in(target.root, place, os.O_PATH | os.O_DIRECTORY)
+        root = open_in(target.root, destination.strip(b"/"), os.O_PATH | os.O_DIRECTORY)
         try:
             extract.extract(archive, root, target.style)
         finally:

@@ -215,7 +215,7 @@ class Target:
         return Owner(status.st_uid, status.st_gid) if tree.keeps_owners else Owner(0, 0)
 
     @staticmethod
-    def _own(directory: int, name: bytes, owner: Owner) -> None:
+    def _own(directory: int, name: bytes, owner: tuple[int, int]) -> None:
         if name:
             os.chown(name, *owner, dir_fd=directory, follow_symlinks=False)
         else:

@@ -9,17 +9,17 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tarfile
 from dataclasses import replace
-from typing import BinaryIO, cast
 
-from unionimage.dockerfile.extract import Extraction
+from unionimage.changeset import tar
+from unionimage.digest import Readable
+from unionimage.dockerfile.extract import Extraction, clean
 from unionimage.dockerfile.kitchen import Kitchen
 from unionimage.dockerfile.place import Style
 from unionimage.spec import History, ImageConfig
 
-_WHITEOUT = ".wh."
-_OPAQUE = ".wh..wh..opq"
+_WHITEOUT = b".wh."
+_OPAQUE = b".wh..wh..opq"
 
 
 def squash(kitchen: Kitchen, base: ImageConfig, built: ImageConfig, now: str) -> ImageConfig:
@@ -39,7 +39,7 @@ def squash(kitchen: Kitchen, base: ImageConfig, built: ImageConfig, now: str) ->
         try:
             for diff_id in added:
                 with kitchen.store.layer_tar(diff_id) as stream:
-                    _replay(cast(BinaryIO, stream), root)
+                    _replay(stream, root)
         finally:
             os.close(root)
     layer = kitchen.lease.begin().commit_upper(upper, base.diff_ids)
@@ -55,42 +55,37 @@ def squash(kitchen: Kitchen, base: ImageConfig, built: ImageConfig, now: str) ->
     return merged_config.with_step(note, None if layer is None else layer.diff_id)
 
 
-def _replay(stream: BinaryIO, root: int) -> None:
+def _replay(stream: Readable, root: int) -> None:
     target = _Replay(root, Style())
-    with tarfile.open(fileobj=stream, mode="r|") as archive:
-        for member in archive:
-            target.add(archive, member)
+    archive = tar.Reader(stream)
+    for entry in archive:
+        target.add(archive, entry)
     target.finish()
 
 
 class _Replay(Extraction):
-    """Applies a changeset: whiteouts take away, a directory's own attributes count."""
+    """Applies a changeset: whiteouts take away, and a file may replace a directory."""
 
-    def add(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        parent, _, name = member.name.strip("/").rpartition("/")
+    def add(self, archive: tar.Reader, entry: tar.Entry) -> None:
+        parent, _, name = clean(entry.name).rpartition(b"/")
         if name == _OPAQUE:
-            self._empty(os.fsencode(parent))
+            self._take_away(parent, None)
         elif name.startswith(_WHITEOUT):
-            with self._opened(os.fsencode(parent)) as directory:
-                _remove(directory, name.removeprefix(_WHITEOUT))
+            self._take_away(parent, name.removeprefix(_WHITEOUT))
         else:
-            if not member.isdir():
-                self._make_way(member.name)
-            super().add(archive, member)
+            if entry.kind != tar.DIRECTORY:
+                self._take_away(parent, name)
+            super().add(archive, entry)
 
-    def _make_way(self, path: str) -> None:
-        """A file of the changeset replaces a directory that is there."""
-        parent, _, name = path.strip("/").rpartition("/")
-        with contextlib.suppress(FileNotFoundError), self._opened(os.fsencode(parent)) as directory:
-            _remove(directory, name)
-
-    def _empty(self, path: bytes) -> None:
+    def _take_away(self, path: bytes, name: bytes | None) -> None:
+        """Remove a name from a directory, or all that is in it."""
         with contextlib.suppress(FileNotFoundError), self._opened(path) as directory:
-            for name in os.listdir(directory):
-                _remove(directory, name)
+            names = map(os.fsencode, os.listdir(directory)) if name is None else [name]
+            for each in names:
+                _remove(directory, each)
 
 
-def _remove(directory: int, name: str) -> None:
+def _remove(directory: int, name: bytes) -> None:
     try:
         os.unlink(name, dir_fd=directory)
     except IsADirectoryError:
