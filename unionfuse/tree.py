@@ -11,6 +11,7 @@ import errno
 import itertools
 import os
 import stat
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -32,10 +33,11 @@ from unionfuse.owners import Owners, acl_group_bits
 from unionfuse.upperdir import UpperDirectory
 
 if TYPE_CHECKING:
-    from unionfuse.index import LookupIndex
+    from unionfuse.index import LookupIndex, NodeInfo
 
 ROOT_ID = 1
 _FIRST_FRESH_ID = 1 << 62
+_IDLE_DIRECTORIES = 2048
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -69,6 +71,7 @@ class Tree:
         self.upper = upper
         self.options = options
         self.owners = Owners(options)
+        self._idle: OrderedDict[int, Directory] = OrderedDict()
         self._fresh_ids = itertools.count(_FIRST_FRESH_ID)
         self._lower_links: dict[tuple[int, int], Node] = {}  # (st_dev, st_ino) of lower links
         self._upper_links: dict[int, Node] = {}  # st_ino of upper files with several links
@@ -103,20 +106,53 @@ class Tree:
         """Make the node that the index has under a number, and those above it, anew."""
         if self.index is None or not 0 < number <= self._indexed_ids:
             raise failure(errno.ESTALE)
+        missing = []
+        above = number
+        while above not in self.nodes:
+            info = self.index.info(above)
+            missing.append((above, info))
+            above = info.parent
+        node: Node | None = self.nodes[above]
+        for record, info in reversed(missing):
+            node = self._adopt_record(node, record, info)
+            if node is None:
+                return self._by_other_name(number)
+        assert node is not None
+        return node
+
+    def _adopt_record(self, parent: Node | None, record: int, info: NodeInfo) -> Node | None:
+        """Make the node of a record; None where its name means something else by now."""
+        assert self.index is not None
+        if not isinstance(parent, Directory) or parent.record != info.parent:
+            return None
+        if parent.in_upper or (self.upper is not None and self.upper.index_names):
+            found = self.find(parent, info.name) if self.exists(parent, info.name) else None
+            return found if found is not None and found.id == record else None
+        status = self.index.status(record)
+        node: Node
+        if stat.S_ISDIR(status.st_mode):
+            node = Directory()
+            layers = self.stack.layers
+            node.lowers = tuple(Place(layers[n], path) for n, path in self.index.places(record))
+        else:
+            node = Node(stat.S_IFMT(status.st_mode))
+            path = next(p.path for p in parent.lowers if p.layer.number == info.layer)
+            node.lower = Place(self.stack.layers[info.layer], path, info.name)
+            if status.st_nlink > 1:
+                node.lower_key = (-1, record)
+                self._lower_links[node.lower_key] = node
+        node.record, node.ino = record, status.st_ino
+        return self.adopt(node, parent, info.name)
+
+    def _by_other_name(self, number: int) -> Node:
+        """The node of a record whose first name is gone: it may have others, as hard links do."""
+        assert self.index is not None
         for parent, name in self.index.names(number):
-            missing = [(number, name)]
-            while parent not in self.nodes:
-                missing.append((parent, self.index.info(parent).name))
-                parent = self.index.info(parent).parent
-            node: Node = self.nodes[parent]
-            for expected, component in reversed(missing):
-                if not isinstance(node, Directory) or not self.exists(node, component):
-                    break
-                node = self.find(node, component)
-                if node.id != expected:
-                    break
-            else:
-                return node
+            directory = self.directory(parent)
+            if self.exists(directory, name):
+                node = self.find(directory, name)
+                if node.id == number:
+                    return node
         raise failure(errno.ESTALE)
 
     def is_indexed(self, node: Node) -> bool:
@@ -514,28 +550,46 @@ class Tree:
 
     def release_if_unused(self, node: Node) -> None:
         """Let go of a node that neither the kernel nor anyone else needs, and of its parents."""
-        while node is not self.root and node.lookups <= 0 and node.opened == 0:
-            if isinstance(node, Directory) and node.children:
-                return
-            if node.in_upper and self.is_indexed(node) and not node.deleted:
-                return  # the kernel may know it, and nobody counts
-            if self.nodes.pop(node.id, None) is None:
-                return
-            if node.unnamed >= 0:
-                os.close(node.unnamed)
-                node.unnamed = -1
-            self._forget_links(node)
-            parents = [parent for parent, _ in node.names]
-            for parent, name in node.names:
-                if parent.children.get(name) is node:
-                    del parent.children[name]
-            if isinstance(node, Directory):
-                self.stack.cache.discard(("upper", node.id))
-            if not parents:
-                return
-            for parent in parents[1:]:
-                self.release_if_unused(parent)
-            node = parents[0]
+        waiting = [node]
+        while waiting:
+            node = waiting.pop()
+            if self._is_unused(node) and not self._keep_idle(node):
+                waiting += self._let_go(node)
+
+    def _is_unused(self, node: Node) -> bool:
+        if node is self.root or node.lookups > 0 or node.opened or node.id not in self.nodes:
+            return False
+        if isinstance(node, Directory) and node.children:
+            return False
+        # A changed node of the index stays: the kernel may know it, and nobody counts.
+        return not (node.in_upper and self.is_indexed(node) and not node.deleted)
+
+    def _keep_idle(self, node: Node) -> bool:
+        """Keep the index's directories that were used last: each costs a walk to make again."""
+        if not isinstance(node, Directory) or not self.is_indexed(node) or node.deleted:
+            return False
+        self._idle[node.id] = node
+        self._idle.move_to_end(node.id)
+        if len(self._idle) > _IDLE_DIRECTORIES:
+            _, oldest = self._idle.popitem(last=False)
+            if self._is_unused(oldest):
+                for parent in self._let_go(oldest):
+                    self.release_if_unused(parent)
+        return True
+
+    def _let_go(self, node: Node) -> list[Directory]:
+        """Forget a node; returns the directories that may not be needed any more either."""
+        del self.nodes[node.id]
+        if node.unnamed >= 0:
+            os.close(node.unnamed)
+            node.unnamed = -1
+        self._forget_links(node)
+        for parent, name in node.names:
+            if parent.children.get(name) is node:
+                del parent.children[name]
+        if isinstance(node, Directory):
+            self.stack.cache.discard(("upper", node.id))
+        return [parent for parent, _ in node.names]
 
     def _forget_links(self, node: Node) -> None:
         if node.lower_key is not None:
