@@ -8,6 +8,7 @@ to import than all the rest, are imported while the kernel is already content.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import resource
 import signal
@@ -21,6 +22,7 @@ from unionfuse.express import protocol
 from unionfuse.express.lane import Lane
 from unionfuse.index import LookupIndex, LookupIndexError
 from unionfuse.layer import LayerError, LayerStack
+from unionfuse.logs import log_to
 from unionfuse.options import Invocation, MountOptions
 from unionfuse.union import Union
 
@@ -61,6 +63,8 @@ def _run_detached(invocation: Invocation) -> int:
                 _redirect(1, 2)
 
             code = _live(invocation, ready)
+        except Exception:
+            logging.getLogger(__name__).exception("the daemon ends")
         finally:
             os._exit(code)
     os.close(writer)
@@ -88,6 +92,7 @@ def _live(invocation: Invocation, ready: Callable[[], None]) -> int:
     except (LayerError, mounting.MountError) as refusal:
         _say(str(refusal))
         return 1
+    log_to(log, options)
     # Until the event loop listens, a signal waits: ended in between, the mount would stay behind.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
     try:
@@ -97,11 +102,14 @@ def _live(invocation: Invocation, ready: Callable[[], None]) -> int:
         _say(str(refusal))
         return 1
     try:
-        return _serve(channel, union, options, mountpoint, log, ready)
+        return _serve(channel, union, options, mountpoint, ready)
     except protocol.ProtocolError as error:
         mounting.detach(mountpoint, lazy=True)
         _say(f"{os.fsdecode(mountpoint)}: {error}; run a newer kernel")
         return 1
+    except Exception:
+        mounting.detach(mountpoint, lazy=True)
+        raise
     finally:
         union.close()
         for lock in locks:
@@ -113,7 +121,6 @@ def _serve(
     union: Union,
     options: MountOptions,
     mountpoint: bytes,
-    log: int | None,
     ready: Callable[[], None],
 ) -> int:
     """Answer INIT, and only then import what is slow to import; serve until the end."""
@@ -123,7 +130,7 @@ def _serve(
     from unionfuse.serving import Server
 
     server = Server(door, union, options, mountpoint)
-    return server.serve(log, ready if isinstance(door, Channel) else lambda: None)
+    return server.serve(ready if isinstance(door, Channel) else lambda: None)
 
 
 # --- checks and preparations ----------------------------------------------------------------

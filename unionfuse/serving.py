@@ -1,4 +1,4 @@
-"""The event loop of a mount: pyfuse3 on trio, signals, and the log.
+"""The event loop of a mount: pyfuse3 on trio, and signals.
 
 Imported late: trio and pyfuse3 take longer to import than a mount takes to be made.
 """
@@ -9,8 +9,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
-import syslog
 from collections import Counter
 from collections.abc import Callable
 
@@ -45,9 +43,8 @@ class Server:
         self._mountpoint = mountpoint
         self._requests: Counter[str] = Counter()
 
-    def serve(self, log_file: int | None, ready: Callable[[], None]) -> int:
+    def serve(self, ready: Callable[[], None]) -> int:
         """Run until the mount has ended; 0 after a clean end, 1 after a failure of our own."""
-        _log_to(log_file, self._options)
         operations = Operations(
             self._union, trace=self._options.debug, started=self._channel.started
         )
@@ -122,29 +119,3 @@ def _soon(token: trio.lowlevel.TrioToken, function: Callable[[], None]) -> None:
     """Have a function called in the event loop, from another thread."""
     with contextlib.suppress(trio.RunFinishedError):
         token.run_sync_soon(function)
-
-
-class _Syslog(logging.Handler):
-    _PRIORITIES = ((logging.ERROR, syslog.LOG_ERR), (logging.WARNING, syslog.LOG_WARNING))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        reached = (number for level, number in self._PRIORITIES if record.levelno >= level)
-        priority = next(reached, syslog.LOG_INFO)
-        for line in self.format(record).splitlines():
-            syslog.syslog(priority, line)
-
-
-def _log_to(file: int | None, options: MountOptions) -> None:
-    handler: logging.Handler
-    if file is not None:
-        handler = logging.StreamHandler(os.fdopen(file, "a", encoding="utf-8"))
-    elif options.foreground:
-        handler = logging.StreamHandler(sys.stderr)
-    else:
-        syslog.openlog("unionfuse", syslog.LOG_PID, syslog.LOG_DAEMON)
-        handler = _Syslog()
-    if not isinstance(handler, _Syslog):
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.INFO)
-    if options.debug:
-        logging.getLogger(__package__).setLevel(logging.DEBUG)
