@@ -294,7 +294,7 @@ class Upper:
         if node.metacopy:
             self.keep_redirect(node)
         if node.index_name:
-            self._keep_link_count(node)
+            self.keep_link_count(node)
         source, old = self._tree.location(node)
         if self._tree.below(parent, name) is not None:
             staged = self.store.staging_name()
