@@ -8,10 +8,9 @@ from types import FrameType
 from typing import Any
 
 # Whatever changes something outside of the process.
-STEPS = frozenset(
-    "rename mkdir open unlink rmdir link symlink mknod write execute executemany utime fchmod flock"
-    " truncate setxattr close".split(" ")
-)
+STEPS = {"rename", "mkdir", "open", "unlink", "rmdir", "link", "symlink", "mknod", "write"} | {
+    "execute", "executemany", "utime", "fchmod", "flock", "truncate", "setxattr", "close",
+}  # fmt: skip
 
 
 def kill_at_every_step(action: Callable[[], object], most: int) -> Iterator[int]:

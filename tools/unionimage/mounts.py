@@ -20,6 +20,7 @@ from unionimage.config import DRIVERS
 from unionimage.digest import Digest
 from unionimage.errors import Conflict, UserError
 from unionimage.store import Image, Store
+from unionimage.store.indexes import chain_index
 
 _MS_RDONLY = 1
 _PAGE = 4095  # bytes of options that mount(2) takes
@@ -58,6 +59,7 @@ def mount_chain(
     step: int | None = None,
     options: Sequence[str] = (),
     register: bool = True,
+    index: bool = True,
 ) -> Mount:
     """Mount layers at a directory; usable when this returns.
 
@@ -70,6 +72,7 @@ def mount_chain(
         options: more `-o` options for the driver.
         register: note it in the store, so that `mounts` lists it and its layers are held. Without,
             the caller holds the layers and unmounts by itself.
+        index: with driver `fuse`, make the chain's lookup index if there is none yet.
 
     Raises:
         UserError: the target is missing or in use, or the caller may not mount.
@@ -92,7 +95,11 @@ def mount_chain(
         if driver == "overlay":
             _mount_overlay(store, lowers, pair, target, options)
         else:
-            _mount_fuse(store, lowers, pair, target, options)
+            words = list(options)
+            if index and not any(word.startswith("lookup_index") for word in words):
+                found = chain_index(store, diff_ids)
+                words += [f"lookup_index={_escaped(found, ',')}"] if found else []
+            _mount_fuse(store, lowers, pair, target, words)
     except BaseException:
         if register:
             _unregister(store, target)

@@ -20,6 +20,7 @@ from unionimage.errors import UserError
 from unionimage.spec import ImageConfig, Manifest
 from unionimage.store import cleanup
 from unionimage.store.files import hide, remove
+from unionimage.store.indexes import index_path
 from unionimage.store.layer_tar import open_layer_tar
 from unionimage.store.lease import Lease
 from unionimage.store.model import Layer
@@ -59,6 +60,7 @@ def check(store: Store, *, repair: bool = False) -> Iterator[Problem]:
         yield from checker.layers()
         yield from checker.images()
         yield from checker.chains()
+        yield from checker.indexes()
         yield from checker.leftovers()
 
 
@@ -193,6 +195,35 @@ class _Checker:
                     self._store.write_chains(image.diff_ids, self._lease.scratch())
                     problem.repaired = True
                 yield problem
+
+    def indexes(self) -> Iterator[Problem]:
+        """An index that is not what its layers say is made again at the next mount."""
+        from unionfuse.index import LookupIndex, LookupIndexError
+        from unionfuse.index_check import damage, differences
+        from unionfuse.layer import LayerStack
+
+        for image in self._images:
+            for count, chain_id in enumerate(chain_ids(image.diff_ids), 1):
+                path = index_path(self._store, chain_id)
+                if not path.exists():
+                    continue
+                directories = self._store.chain_directories(image.diff_ids[:count])
+                try:
+                    index = LookupIndex.open(os.fspath(path))
+                    stack = LayerStack.open([os.fsencode(one) for one in directories])
+                    try:
+                        faults = [*damage(index)] or [*differences(index, stack.layers)]
+                    finally:
+                        stack.close()
+                        index.close()
+                except LookupIndexError as error:
+                    faults = [error.reason]
+                if faults:
+                    problem = Problem(f"{path}: {faults[0]}", [image.title])
+                    if self._repair:
+                        path.unlink(missing_ok=True)
+                        problem.repaired = True
+                    yield problem
 
     def leftovers(self) -> Iterator[Problem]:
         with self._store.database.write() as database:
