@@ -71,6 +71,8 @@ class Tree:
         self.upper = upper
         self.options = options
         self.owners = Owners(options)
+        # A lower file never changes, and who finds one wants its attributes next: one stat for both.
+        self._just_seen: tuple[Node | None, os.stat_result | None] = (None, None)
         self._idle: OrderedDict[int, Directory] = OrderedDict()
         self._fresh_ids = itertools.count(_FIRST_FRESH_ID)
         self._lower_links: dict[tuple[int, int], Node] = {}  # (st_dev, st_ino) of lower links
@@ -359,10 +361,9 @@ class Tree:
 
     def _from_lower(self, directory: Directory, name: bytes, stub: view.Stub) -> Node:
         assert directory.view is not None
-        places = _stub_places(directory.view, stub, name)
         if stub.kind == stat.S_IFDIR:
             child = Directory()
-            child.lowers = tuple(places)
+            child.lowers = tuple(_stub_places(directory.view, stub, name))
             child.record = stub.record
             child.ino = self._directory_inode(child)
             return self.adopt(child, directory, name)
@@ -383,6 +384,7 @@ class Tree:
         if key is not None:
             node.lower_key = key
             self._lower_links[key] = node
+        self._just_seen = (node, status)
         return self.adopt(node, directory, name)
 
     def _lower_status(
@@ -601,6 +603,10 @@ class Tree:
 
     def status(self, node: Node) -> os.stat_result:
         """lstat of what a node is on disk."""
+        seen, status = self._just_seen
+        if seen is node and not node.in_upper and status is not None:
+            self._just_seen = (None, None)
+            return status
         if node.record and not node.in_upper and node.unnamed < 0 and self.index is not None:
             return cast(os.stat_result, self.index.status(node.record))
         directory, name = self.location(node)
