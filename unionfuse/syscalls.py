@@ -40,6 +40,7 @@ OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 MOUNT_ATTR_RDONLY = 0x01
 MOUNT_ATTR_NOATIME = 0x10
 MNT_DETACH = 2
+CLONE_NEWNS = 0x20000
 
 # linux/fs.h
 _FICLONE = 0x40049409
@@ -397,6 +398,13 @@ def mount(source: bytes, target: bytes, kind: bytes, flags: int, data: bytes) ->
 def umount(target: bytes, flags: int = 0) -> None:
     """umount2(2)."""
     if _libc.umount2(target, flags) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def unshare(flags: int) -> None:
+    """unshare(2): leave namespaces of this process for new ones."""
+    if _libc.unshare(flags) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
 
