@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import selectors
@@ -12,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 import termios
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,14 +65,13 @@ def run(container: Container, request: Request, chosen: runtime.Runtime) -> int:
     with _files(container, request) as directory:
         log = f"{directory}/log"
         console = f"{directory}/console" if request.tty else None
-        command = chosen.exec_command(
-            container.id, f"{directory}/process.json", console_socket=console, log=log
+        start = functools.partial(
+            chosen.exec, container.id, f"{directory}/process.json", console_socket=console, log=log
         )
         if console is None:
-            stdin = None if request.interactive else subprocess.DEVNULL
-            code, said = _plain(command, stdin)
+            code, said = _plain(start(stdin=None if request.interactive else subprocess.DEVNULL))
         else:
-            code, said = _on_terminal(command, console, request)
+            code, said = _on_terminal(start, console, request)
         if code != 0 and (message := runtime.last_error(log)):
             raise runtime.failure(message)
         os.write(2, said)
@@ -82,11 +82,17 @@ def run_detached(container: Container, request: Request, chosen: runtime.Runtime
     """Start it and leave it. Raises RuntimeFailure when it does not start."""
     with _files(container, request) as directory:
         log = f"{directory}/log"
-        command = chosen.exec_command(
-            container.id, f"{directory}/process.json", detach=True, log=log
-        )
         null = subprocess.DEVNULL
-        if subprocess.call(command, stdin=null, stdout=null, stderr=null) != 0:
+        process = chosen.exec(
+            container.id,
+            f"{directory}/process.json",
+            detach=True,
+            log=log,
+            stdin=null,
+            stdout=null,
+            stderr=null,
+        )
+        if process.wait() != 0:
             raise runtime.failure(runtime.last_error(log) or "exec failed")
 
 
@@ -120,8 +126,7 @@ def _require_command(container: Container, spec: bundle.Spec) -> None:
     raise runtime.RuntimeFailure(f'exec: "{command}": {reason}', exit_code=127)
 
 
-def _plain(command: Sequence[str], stdin: int | None) -> tuple[int, bytes]:
-    process = subprocess.Popen(list(command), stdin=stdin)
+def _plain(process: subprocess.Popen[bytes]) -> tuple[int, bytes]:
     while True:
         try:
             code = process.wait()
@@ -131,14 +136,14 @@ def _plain(command: Sequence[str], stdin: int | None) -> tuple[int, bytes]:
     return (code if code >= 0 else 128 - code), b""
 
 
-def _on_terminal(command: Sequence[str], console: str, request: Request) -> tuple[int, bytes]:
+def _on_terminal(
+    start: Callable[..., subprocess.Popen[bytes]], console: str, request: Request
+) -> tuple[int, bytes]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
         listener.bind(console)
         listener.listen(1)
-        process = subprocess.Popen(
-            list(command), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
+        null = subprocess.DEVNULL
+        process = start(stdin=null, stdout=null, stderr=subprocess.PIPE, start_new_session=True)
         assert process.stderr is not None
         master = _receive_terminal(listener, process)
         if master is not None:

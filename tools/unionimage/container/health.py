@@ -75,8 +75,9 @@ class Checker:
         file.write_text(json.dumps(spec))
         self._run_since = now()
         with open(self._output, "wb") as output:
-            self._process = subprocess.Popen(
-                self._runtime.exec_command(self._container.id, file),
+            self._process = self._runtime.exec(
+                self._container.id,
+                file,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -12,6 +12,7 @@ Both runc and crun follow the OCI runtime command line. Where they differ:
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -19,17 +20,21 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from unionfuse import syscalls
 from unionimage.errors import UserError
 
 # In order of preference: crun starts in a third of the time that runc takes.
 CANDIDATES = ("crun", "runc")
 PROBE_COMMAND = "/unionfuse-probe"
 HIDE_AND_EXEC = 'umount "$0" && exec "$@"'
+
+MS_SLAVE, MS_REC = 1 << 19, 1 << 14
 
 COMMAND_FAILED = 125  # the tool or the runtime failed, the command never ran
 NOT_EXECUTABLE = 126
@@ -51,13 +56,16 @@ class Runtime:
     state: str  # its --root
     hidden: str | None = None  # the cgroup2 mount that it must not see
 
-    def command(self, *arguments: str) -> list[str]:
-        """The full argument vector for `arguments`, to be started as it is."""
+    def spawn(self, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+        """Start the runtime's command line; `options` are those of subprocess.Popen."""
         command = [self.path, "--root", self.state, *arguments]
         if self.hidden is None:
-            return command
+            return subprocess.Popen(command, **options)
+        if threading.active_count() == 1:  # what runs between fork and exec suffers no threads
+            hide = functools.partial(_hide, os.fsencode(self.hidden))
+            return subprocess.Popen(command, preexec_fn=hide, **options)
         wrapper = ["unshare", "-m", "--propagation", "slave", "sh", "-c", HIDE_AND_EXEC]
-        return [*wrapper, self.hidden, *command]
+        return subprocess.Popen([*wrapper, self.hidden, *command], **options)
 
     def run(
         self,
@@ -75,9 +83,7 @@ class Runtime:
         """
         with _log_file() as log:
             arguments = ("--log", log, "--log-format", "json", "run", "-b", str(bundle), container)
-            process = subprocess.Popen(
-                self.command(*arguments), stdin=stdin, stdout=stdout, stderr=stderr
-            )
+            process = self.spawn(*arguments, stdin=stdin, stdout=stdout, stderr=stderr)
             try:
                 code = process.wait()
             except BaseException:
@@ -101,7 +107,6 @@ class Runtime:
         stdin: Stream = subprocess.DEVNULL,
         stdout: Stream = subprocess.DEVNULL,
         stderr: Stream = subprocess.DEVNULL,
-        preserve_fds: int = 0,
     ) -> int:
         """Create a container, start it unless `create_only`, and return its pid on this host.
 
@@ -113,17 +118,9 @@ class Runtime:
         verb += ["--bundle", str(bundle), "--pid-file", str(pid_file)]
         if console_socket is not None:
             verb += ["--console-socket", console_socket]
-        if preserve_fds:
-            verb += ["--preserve-fds", str(preserve_fds)]
         with _log_file() as log:
-            command = self.command("--log", log, "--log-format", "json", *verb, container)
-            code = subprocess.call(
-                command,
-                stdin=stdin,
-                stdout=stdout,
-                stderr=stderr,
-                pass_fds=range(3, 3 + preserve_fds),
-            )
+            arguments = ("--log", log, "--log-format", "json", *verb, container)
+            code = self.spawn(*arguments, stdin=stdin, stdout=stdout, stderr=stderr).wait()
             message = last_error(log)
         if code != 0:
             self.delete(container, force=True)
@@ -141,7 +138,7 @@ class Runtime:
     def delete(self, container: str, *, force: bool = False) -> None:
         """Remove the runtime's state and the cgroup; with `force` kill first and never complain."""
         if force:
-            self._silent("delete", "--force", container)
+            self._ask("delete", "--force", container)
         else:
             self._call("delete", container)
 
@@ -159,48 +156,46 @@ class Runtime:
 
     def status(self, container: str) -> str | None:
         """created, running, paused or stopped as the runtime sees it; None when it is unknown."""
-        done = self._silent("state", container)
-        if done.returncode != 0:
-            return None
-        return str(json.loads(done.stdout)["status"])
+        code, out, _ = self._ask("state", container)
+        return str(json.loads(out)["status"]) if code == 0 else None
 
-    def exec_command(
+    def exec(
         self,
         container: str,
         process_file: str | Path,
         *,
         detach: bool = False,
-        pid_file: str | Path | None = None,
         console_socket: str | None = None,
         log: str | None = None,
-    ) -> list[str]:
-        """The argument vector that runs the OCI process object in `process_file` in a container."""
-        options = ["--log", log, "--log-format", "json"] if log else []
-        verb = ["exec", "--process", str(process_file)]
+        **options: Any,
+    ) -> subprocess.Popen[bytes]:
+        """Start the OCI process object in `process_file` in a running container."""
+        arguments = ["--log", log, "--log-format", "json"] if log else []
+        arguments += ["exec", "--process", str(process_file)]
         if detach:
-            verb.append("--detach")
-        if pid_file is not None:
-            verb += ["--pid-file", str(pid_file)]
+            arguments.append("--detach")
         if console_socket is not None:
-            verb += ["--console-socket", console_socket]
-        return self.command(*options, *verb, container)
+            arguments += ["--console-socket", console_socket]
+        return self.spawn(*arguments, container, **options)
 
-    def _call(self, *arguments: str, text: str | None = None) -> str:
-        done = subprocess.run(
-            self.command(*arguments),
-            input=text,
-            stdin=subprocess.DEVNULL if text is None else None,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode != 0:
-            raise failure(done.stderr.strip() or f"exit code {done.returncode}")
-        return done.stdout
+    def _call(self, *arguments: str, text: str = "") -> None:
+        code, _, said = self._ask(*arguments, text=text)
+        if code != 0:
+            raise failure(said.strip() or f"exit code {code}")
 
-    def _silent(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(*arguments), stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )
+    def _ask(self, *arguments: str, text: str = "") -> tuple[int, str, str]:
+        """Exit code, output and errors."""
+        pipe = subprocess.PIPE
+        process = self.spawn(*arguments, stdin=pipe, stdout=pipe, stderr=pipe)
+        out, said = process.communicate(text.encode())
+        return process.returncode, out.decode(errors="replace"), said.decode(errors="replace")
+
+
+def _hide(mount: bytes) -> None:
+    """Leave the host's mount namespace and take one mount away in the new one."""
+    syscalls.unshare(syscalls.CLONE_NEWNS)
+    syscalls.mount(b"none", b"/", b"", MS_REC | MS_SLAVE, b"")
+    syscalls.umount(mount)
 
 
 def run_directory() -> Path:
@@ -286,14 +281,8 @@ def _try(runtime: Runtime, directory: Path) -> str:
         config = _probe_config(f"{bundle}/rootfs")
         Path(bundle, "config.json").write_text(json.dumps(config))
         name = os.path.basename(bundle)
-        done = subprocess.run(
-            runtime.command("run", "-b", bundle, name),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
+        _, _, said = runtime._ask("run", "-b", bundle, name)
         runtime.delete(name, force=True)
-    said = done.stderr.strip()
     return "" if PROBE_COMMAND in said else readable(said) or "it says nothing"
 
 
@@ -383,9 +372,3 @@ def failure(message: str) -> RuntimeFailure:
     """A RuntimeFailure for what a runtime said."""
     line = readable(message)
     return RuntimeFailure(line, exit_code=classify(line))
-
-
-def exec_into(command: Sequence[str]) -> int:
-    """Run a runtime's command on this process's own streams and return its exit code."""
-    code = subprocess.call(list(command))
-    return code if code >= 0 else 128 - code

@@ -10,7 +10,6 @@ Facts: docker's documentation ("Seccomp security profiles for Docker") and its p
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -198,5 +197,5 @@ def _allow(name: str, index: int, value: int, comparison: str) -> Rule:
 
 
 def _architecture(machine: str | None) -> str:
-    machine = machine or platform.machine()
+    machine = machine or os.uname().machine
     return MACHINES.get(machine, machine)
