@@ -563,8 +563,12 @@ class Tree:
             return False
         if isinstance(node, Directory) and node.children:
             return False
-        # A changed node of the index stays: the kernel may know it, and nobody counts.
-        return not (node.in_upper and self.is_indexed(node) and not node.deleted)
+        if not self.is_indexed(node):
+            return True
+        # Nobody counts whether the kernel knows a node of the index. What upper has could not be
+        # made anew from the index; what is deleted goes when the kernel forgets it, which it
+        # does once.
+        return node.lookups < 0 if node.deleted else not node.in_upper
 
     def _keep_idle(self, node: Node) -> bool:
         """Keep the index's directories that were used last: each costs a walk to make again."""

@@ -175,7 +175,8 @@ class Union:
         with self.lock:
             node = self.tree.nodes.get(number)
             if node is not None:
-                node.lookups -= count
+                if node.deleted or not self.tree.is_indexed(node):
+                    node.lookups -= count
                 self.tree.release_if_unused(node)
 
     def getattr(self, number: int, handle: int | None = None) -> Attributes:

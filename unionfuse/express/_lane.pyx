@@ -385,11 +385,10 @@ cdef class Loop:
         cdef const char *body = thread.request + HEADER
         cdef uint32_t opcode = header.opcode
         cdef uint64_t node = header.nodeid
-        cdef bint known
         size -= HEADER
         reply.error, reply.data, reply.length = 0, NULL, 0
         if opcode == FORGET:
-            return SILENT if 0 < node <= self.count else FOR_PYTHON
+            return SILENT if self.is_as_indexed(node) else FOR_PYTHON
         if opcode == BATCH_FORGET:
             return self.batch_forget(body, size)
         if opcode == INTERRUPT:
@@ -406,8 +405,7 @@ cdef class Loop:
             return ANSWERED
         if opcode == READ:
             return self.read_data(thread, body, size, reply)
-        known = 0 < node <= self.count and not self.dirty[node] & CHANGED
-        if not known:
+        if not self.is_as_indexed(node):
             return FOR_PYTHON
         if opcode == LOOKUP:
             return self.lookup(thread, node, body, size, reply)
@@ -420,6 +418,10 @@ cdef class Loop:
         if opcode == GETXATTR or opcode == LISTXATTR:
             return self.xattr(thread, node, opcode == LISTXATTR, body, size, reply)
         return FOR_PYTHON
+
+    cdef bint is_as_indexed(self, uint64_t node) noexcept nogil:
+        """Whether a node is what the index says."""
+        return 0 < node <= self.count and not self.dirty[node] & CHANGED
 
     cdef int fail(self, Reply *reply, int error) noexcept nogil:
         reply.error, reply.data, reply.length = error, NULL, 0
@@ -526,7 +528,7 @@ cdef class Loop:
         return self.fail(reply, ENODATA)
 
     cdef int batch_forget(self, const char *body, size_t size) noexcept nogil:
-        """Nodes of the index need no counting: silence unless another one is among them."""
+        """Nodes of the index need no counting until they change: silence if all are such."""
         cdef const fuse_forget_one *one
         cdef uint32_t i
         if size < sizeof(fuse_batch_forget_in):
@@ -536,7 +538,7 @@ cdef class Loop:
         for i in range((<const fuse_batch_forget_in *>body).count):
             if i >= size:
                 break
-            if not 0 < one[i].nodeid <= self.count:
+            if not self.is_as_indexed(one[i].nodeid):
                 return FOR_PYTHON
         return SILENT
 

@@ -218,10 +218,6 @@ class Lane:
 
     # --- what Requests asks of the lane -------------------------------------------------------
 
-    def is_indexed(self, node: int) -> bool:
-        """Whether a node's lookups are not counted because the index answers them."""
-        return self._union.index is not None and node <= self._union.index.count
-
     def keep_statfs(self, answer: bytes) -> None:
         """Let the loop answer STATFS with this for a moment."""
         self._loop.keep_statfs(answer)

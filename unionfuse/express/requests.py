@@ -79,9 +79,7 @@ class Requests:
             return self._negative
 
     def _forget(self, call: Call) -> None:
-        (lookups,) = protocol.FORGET_IN.unpack_from(call.body)
-        if not self._lane.is_indexed(call.node):
-            self._union.forget(call.node, lookups)
+        self._union.forget(call.node, *protocol.FORGET_IN.unpack_from(call.body))
 
     def _batch_forget(self, call: Call) -> None:
         count, _ = protocol.BATCH_FORGET_IN.unpack_from(call.body)
@@ -89,8 +87,7 @@ class Requests:
         body = call.body[protocol.BATCH_FORGET_IN.size : end]
         body = body[: len(body) // protocol.FORGET_ONE.size * protocol.FORGET_ONE.size]
         for node, lookups in protocol.FORGET_ONE.iter_unpack(body):
-            if not self._lane.is_indexed(node):
-                self._union.forget(node, lookups)
+            self._union.forget(node, lookups)
 
     def _getattr(self, call: Call) -> bytes:
         return self._attributes(call.node, self._union.getattr(call.node))
@@ -195,13 +192,9 @@ class Requests:
             if self._copied_up_later(call, moved):
                 return None
         finally:
-            self._forget_lookup(moved)
+            self._union.forget(moved, 1)
         self._union.rename(call.node, old, new_parent, new, flags)
         return b""
-
-    def _forget_lookup(self, node: int) -> None:
-        if not self._lane.is_indexed(node):
-            self._union.forget(node, 1)
 
     def _link(self, call: Call) -> bytes | None:
         (node,) = protocol.LINK_IN.unpack_from(call.body)
@@ -337,7 +330,7 @@ class Requests:
                 if not full:
                     out += record
                 if full or not plus:
-                    self._forget_lookup(entry.node)  # only what READDIRPLUS emits is a lookup
+                    self._union.forget(entry.node, 1)  # only what READDIRPLUS emits is a lookup
                 if full:
                     break
         return bytes(out)
