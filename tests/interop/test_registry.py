@@ -485,3 +485,38 @@ def test_a_foreign_or_unknown_layer_gets_a_clear_error(command: Command, media_t
         hostile.add_manifest("1", table)
         error = command("pull", f"{hostile.host}/x:1", code=1)
         assert media_type in error and error.count("\n") == 1
+
+
+def test_an_interrupted_push_ends_at_once(command: Command) -> None:
+    with Hostile() as hostile:
+        make_image(command, f"{hostile.host}/team/app:1", [BIG])
+        hostile.trap("PUT", lambda handler: handler.hostile.stop.wait(30) and None)
+        command.environment["UNIONFUSE_REGISTRY_TIMEOUT"] = "30"
+        with subprocess.Popen(
+            command.line("push", f"{hostile.host}/team/app:1"),
+            env=command.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as process:
+            deadline = time.monotonic() + 20
+            while not hostile.asked_for("PUT"):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            begun = time.monotonic()
+            _, errors = process.communicate(timeout=40)
+        assert time.monotonic() - begun < 5
+        assert process.returncode == 130 and b"Traceback" not in errors
+
+
+def test_an_image_that_did_not_change_costs_one_request(command: Command) -> None:
+    with Hostile() as hostile:
+        digest = hostile.add_image("1", BASE)
+        hostile.trap("HEAD .*/manifests/1", status(200, Docker_Content_Digest=digest), times=-1)
+        command("pull", f"{hostile.host}/x:1")
+        before = len(hostile.asked)
+        assert "Image is up to date" in command("pull", f"{hostile.host}/x:1")
+        assert [one.method for one in hostile.asked_for("/manifests/")[-1:]] == ["HEAD"]
+        assert len(hostile.asked) == before + 1
+        assert "Image is up to date" in command("pull", f"{hostile.host}/x@{digest}")
+        assert len(hostile.asked) == before + 1

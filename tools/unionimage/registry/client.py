@@ -454,7 +454,6 @@ class BlobReader:
         self._failures = 0
         self._pace = Pace(repository.transport.limits.stall)
         self._finished = False
-        self._aborted = False
         self.position = offset
 
     def __enter__(self) -> BlobReader:
@@ -462,16 +461,6 @@ class BlobReader:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def abort(self) -> None:
-        """Let a `read` that waits in another thread, and all later ones, fail at once."""
-        self._aborted = True
-        response = self._response
-        if response is not None:
-            try:
-                response.shutdown()
-            except (RuntimeError, ValueError, OSError):
-                pass  # it has just ended by itself
 
     def close(self) -> None:
         """Give up the connection; harmless when all was read."""
@@ -489,8 +478,6 @@ class BlobReader:
         if size == 0 or self._finished:
             return b""
         while True:
-            if self._aborted:
-                raise RegistryError(str(self._repository), "the transfer was stopped")
             try:
                 data = self._some(size)
                 break
@@ -560,9 +547,10 @@ class BlobReader:
         """Note a cut; wait before the next attempt, or give up after too many in a row."""
         self.close()
         self._failures += 1
-        if self._aborted or self._failures >= self._repository.transport.limits.attempts:
+        transport = self._repository.transport
+        if transport.aborted or self._failures >= transport.limits.attempts:
             raise problem from cause
-        self._repository.transport.pause(self._failures)
+        transport.pause(self._failures)
 
     def _bad(self, reason: str) -> BadContent:
         self.close()

@@ -74,6 +74,8 @@ def pull(
     wanted = reference.digest or reference.tag
     assert wanted is not None
     report.line(f"{wanted}: Pulling from {reference.path}")
+    if (unchanged := _unchanged(store, session, reference, platform)) is not None:
+        return unchanged
     found = _find(session, reference, wanted, platform)
     with store.lease(f"pull {reference.familiar}") as lease:
         before = store.find(str(reference)) if reference.tag else None
@@ -104,6 +106,29 @@ def pull_all(
         raise RegistryError(reference.familiar_repository, "has no tags", "check the name")
     for tag in tags:
         yield pull(store, session, replace(reference, tag=tag, digest=None), report, platform)
+
+
+def _unchanged(
+    store: Store, session: Session, reference: Reference, platform: Platform | None
+) -> Pulled | None:
+    """The image that is here already, if the registry still means it by this name.
+
+    It is asked by HEAD alone, which public registries do not count as a pull.
+    """
+    image = store.find(str(reference))
+    if image is None or not image.config.platform.satisfies(platform or Platform.host()):
+        return None
+    digest = reference.digest
+    if digest is None and reference.tag:
+        try:
+            digest = session.sources(reference)[0].manifest_digest(reference.tag)
+        except UserError:
+            return None
+    known = Reference(reference.registry, reference.path, None, digest)
+    if digest is None or known not in image.digests:
+        return None
+    store.touch(image)
+    return Pulled(reference, image, digest, is_new=False)
 
 
 def _find(
@@ -180,18 +205,17 @@ def _fetch_layer(
 ) -> None:
     offset = lease.resume_offset(layer.digest)
     try:
-        _stream_layer(session, repository, lease, layer, diff_id, task, offset)
+        _stream_layer(repository, lease, layer, diff_id, task, offset)
     except BadContent:
         if not offset or session.stopped.is_set():
             raise
         # What an earlier pull left may be what is wrong.
         task.advance(-offset)
-        _stream_layer(session, repository, lease, layer, diff_id, task, 0)
+        _stream_layer(repository, lease, layer, diff_id, task, 0)
     task.done("Pull complete")
 
 
 def _stream_layer(
-    session: Session,
     repository: Repository,
     lease: Lease,
     layer: Descriptor,
@@ -201,7 +225,7 @@ def _stream_layer(
 ) -> None:
     task.status("Resuming" if offset else "Downloading")
     task.advance(offset)
-    with session.follow(repository.blob(layer, task.advance, offset)) as reader:
+    with repository.blob(layer, task.advance, offset) as reader:
         lease.add_layer(
             reader,
             diff_id=diff_id,

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from unionimage.config import Config
 from unionimage.reference import DEFAULT_REGISTRY, Reference
 from unionimage.registry.auth import Authorizer
-from unionimage.registry.client import BlobReader, Repository
+from unionimage.registry.client import Repository
 from unionimage.registry.credentials import Credential, CredentialFile
 from unionimage.registry.errors import RegistryError
 from unionimage.registry.transport import Transport
@@ -46,8 +46,6 @@ class Session:
         self._insecure = insecure
         self._credentials = credentials or CredentialFile()
         self._open: dict[str, tuple[Transport, Authorizer]] = {}
-        self._readers: set[BlobReader] = set()
-        self._lock = threading.Lock()
         self.stopped = threading.Event()
 
     def __enter__(self) -> Session:
@@ -92,18 +90,11 @@ class Session:
         self._open[host] = transport, authorizer
         return transport, authorizer
 
-    def follow(self, reader: BlobReader) -> BlobReader:
-        """Let `stop` end this reader too."""
-        with self._lock:
-            self._readers.add(reader)
-        return reader
-
     def stop(self) -> None:
-        """End what other threads wait for: pauses and reads fail at once."""
+        """End what other threads wait for: pauses, reads and sends fail at once."""
         self.stopped.set()
-        with self._lock:
-            for reader in self._readers:
-                reader.abort()
+        for transport, _ in self._open.values():
+            transport.abort()
 
     def side_by_side(
         self, work: Callable[[Job], Result], jobs: Iterable[Job], workers: int = SIDE_BY_SIDE

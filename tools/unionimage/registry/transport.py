@@ -11,8 +11,10 @@ import email.utils
 import ipaddress
 import os
 import random
+import socket
 import ssl
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,9 +105,21 @@ class Transport:
     def __post_init__(self) -> None:
         self.lenient = self.insecure or is_loopback(self.host)
         self._scheme: str | None = None
-        self._pool = _pool_manager(self.host, self.lenient)
+        self.aborted = False
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._pool = _pool_manager(self.host, self.lenient, self._sockets)
         # Hosts that a redirect leads to get strict TLS, whatever this registry's is.
         self._strict_pool: urllib3.PoolManager | None = None if self.lenient else self._pool
+
+    def abort(self) -> None:
+        """End every connection, in whatever thread it waits; nothing is sent or tried any more."""
+        self.aborted = True
+        for connected in list(self._sockets):
+            try:
+                with socket.socket(fileno=os.dup(connected.fileno())) as same:
+                    same.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it has just ended by itself
 
     def close(self) -> None:
         """Drop all idle connections."""
@@ -149,6 +163,8 @@ class Transport:
         attempt = 0
         while True:
             attempt += 1
+            if self.aborted:
+                raise RegistryError(self.host, "the transfer was stopped")
             try:
                 response = self._follow(method, url, dict(headers or {}), body)
             except (HTTPError, OSError) as error:
@@ -255,7 +271,7 @@ class Transport:
         if self.lenient and is_loopback(urlsplit(url).netloc):
             return self._pool
         if self._strict_pool is None:
-            self._strict_pool = _pool_manager(urlsplit(url).netloc, lenient=False)
+            self._strict_pool = _pool_manager(urlsplit(url).netloc, False, self._sockets)
         return self._strict_pool
 
     def _find_scheme(self) -> str:
@@ -402,8 +418,35 @@ def _explain_tls(host: str, error: Exception) -> RegistryError:
     )
 
 
-def _pool_manager(host: str, lenient: bool) -> urllib3.PoolManager:
-    """A pool for `host`, through the proxy that the environment names (never for loopback)."""
+def _pool_manager(
+    host: str, lenient: bool, sockets: weakref.WeakSet[socket.socket]
+) -> urllib3.PoolManager:
+    """A pool for `host`, through the proxy that the environment names (never for loopback).
+
+    Args:
+        sockets: is told of every connection.
+    """
+    manager = _plain_manager(host, lenient)
+    manager.pool_classes_by_scheme = {
+        scheme: _noting(pool, sockets) for scheme, pool in manager.pool_classes_by_scheme.items()
+    }
+    return manager
+
+
+def _noting(pool: Any, sockets: weakref.WeakSet[socket.socket]) -> type[Any]:
+    """The same kind of pool, whose connections note their sockets."""
+
+    base: Any = pool.ConnectionCls
+
+    class Connection(base):  # type: ignore[misc]
+        def connect(self) -> None:
+            super().connect()
+            sockets.add(self.sock)
+
+    return type(pool.__name__, (pool,), {"ConnectionCls": Connection})
+
+
+def _plain_manager(host: str, lenient: bool) -> urllib3.PoolManager:
     context = _tls_context(host, lenient)
     proxy = None if is_loopback(host) else _proxy(host)
     if proxy is None:
