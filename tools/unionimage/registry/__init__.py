@@ -2,8 +2,10 @@
 
     cli/{pull,push,login,logout,copy,tags}.py
         └─ pull.py, push.py      what to move, and in which order
+             ├─ outgoing.py      which blobs and manifest stand for an image
              └─ session.py       a reference → its repository, through the configured mirrors
-                  └─ client.py       the distribution specification: manifests, blobs, uploads, tags
+                  └─ client.py       the distribution specification: manifests, uploads, tags
+                       ├─ blob.py        a blob as a stream that survives cuts
                        ├─ auth.py        challenges and tokens
                        │    └─ credentials.py   docker's config.json and credential helpers
                        └─ transport.py   HTTP: time limits, back-off, redirects
