@@ -85,3 +85,33 @@ def test_a_shared_file_is_cached_once(box: Box) -> None:
         box.out("exec", name, "stat", "-c", "%i", "/bin/busybox") for name in ("left", "right")
     }
     assert len(inode) == 1
+
+
+@pytest.mark.parametrize("runtime", ["crun", "runc"])
+def test_a_user_namespace_of_its_own(box: Box, runtime: str) -> None:
+    box.start(
+        "mapped",
+        "--userns",
+        "auto",
+        "--runtime",
+        runtime,
+        "-v",
+        "filled:/srv",
+        "-v",
+        "fresh:/fresh",
+        command="touch /made /srv/made /fresh/made; chown tester /made; sleep 1000",
+    )
+    pid = box.state("mapped")["Pid"]
+    inside, outside, size = Path(f"/proc/{pid}/uid_map").read_text().split()
+    assert (inside, int(size) >= 65536) == ("0", True) and int(outside) > 0
+    assert Path(f"/proc/{pid}").stat().st_uid == int(outside)
+    assert os.readlink(f"/proc/{pid}/ns/user") != os.readlink("/proc/self/ns/user")
+    wait_until(lambda: (box.root / "volumes/fresh/_data/made").exists())
+    out = box.out("exec", "mapped", "stat", "-c", "%u", "/", "/made", "/srv/seed", "/fresh/made")
+    assert out.split() == ["0", "1000", "0", "0"]
+    # on the disk the layer holds the owners as the image has them
+    upper = box.directory("mapped") / "upper"
+    wait_until(lambda: (upper / "made").stat().st_uid == 1000)
+    assert (
+        "fuse" in box("run", "--userns", "auto", "--driver", "overlay", "busybox", code=125).stderr
+    )

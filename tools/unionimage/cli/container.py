@@ -19,6 +19,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     prune.add_argument("--filter", action="append", default=[], metavar="label=NAME")
     what = "start those with --restart always or unless-stopped (after a boot)"
     verbs.add_parser("autostart", help=what, description=what)
+    what = "stop all that run (before a shutdown); autostart starts them again"
+    verbs.add_parser("stop-all", help=what, description=what)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,6 +39,9 @@ def run(args: argparse.Namespace) -> int:
                 print(f"unionfuse: {container.name}: {error.message}", file=sys.stderr)
                 code = 1
         return code
+    if args.action == "stop-all":
+        engine.shut_down()
+        return 0
     wanted = filters(args.filter, ("label",))
     if not args.force and not confirm("This removes all containers that do not run."):
         return 1

@@ -505,8 +505,35 @@ def _namespaces(args: argparse.Namespace, result: Record, containers: Containers
     if mode.startswith("container:"):
         other = containers.find(mode.partition(":")[2])
         host_config["NetworkMode"] = result["NetworkMode"] = f"container:{other.id}"
+    if host_config["UsernsMode"] == "auto":
+        _user_namespace(args, result)
     if host_config["UTSMode"] == "host" and args.hostname:
         raise UserError("--hostname cannot go together with --uts host")
+
+
+def _user_namespace(args: argparse.Namespace, result: Record) -> None:
+    if args.driver == "overlay":
+        raise UserError("--userns auto needs the driver fuse, which translates owners")
+    if args.privileged:
+        raise UserError("--userns auto cannot go together with --privileged")
+    for option, mode in (("--network", result["NetworkMode"]), ("--pid", args.pid)):
+        if mode and (mode == "host" or mode.startswith("container:")):
+            raise UserError(f"--userns auto cannot go together with {option} {mode}")
+    result["MountDriver"] = "fuse"
+    result["IdMappings"] = [[0, *_subordinate_ids()]]
+
+
+def _subordinate_ids() -> tuple[int, int]:
+    """The first of the host's ids for containers, and how many there are (subuid(5))."""
+    try:
+        lines = Path("/etc/subuid").read_text().splitlines()
+    except FileNotFoundError:
+        lines = []
+    ranges = {line.split(":")[0]: line.split(":")[1:] for line in lines if line.count(":") == 2}
+    for name in ("containers", "unionfuse", "root"):
+        if name in ranges:
+            return int(ranges[name][0]), int(ranges[name][1])
+    return 100_000, 65_536
 
 
 def _check(result: Record) -> None:

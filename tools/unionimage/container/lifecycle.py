@@ -402,6 +402,17 @@ class Engine:
                 wanted.append(container)
         return wanted
 
+    def shut_down(self) -> None:
+        """Stop all that run, side by side; `to_autostart` finds them again."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        running = [one for one in self.all() if one.state()["Status"] in ALIVE]
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(self.stop, running))
+        for container in running:
+            with contextlib.suppress(NotFound), container.locked():
+                container.write_state(container.state() | {"StoppedByUser": False})
+
     def connect(
         self, container: Container, name: str, address: str | None, aliases: Sequence[str]
     ) -> None:

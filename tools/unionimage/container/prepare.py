@@ -48,7 +48,7 @@ def prepare(
             reserve(container, known, containers)
         mount_root(container, store)
         for point in container.record["Mounts"]:
-            volumes.fill(point, container.merged)
+            volumes.fill(point, container.merged, _owner_of_root(container))
         _write_files(container, known, containers)
         spec = bundle.container(
             container.config, container.host_config, _surroundings(container, containers)
@@ -104,8 +104,18 @@ def mount_root(container: Container, store: Store) -> None:
         upper=container.upper,
         work=container.work,
         driver=container.record.get("MountDriver"),
+        options=[
+            f"{kind}=" + ":".join(f"{inside}:{outside}:{size}" for inside, outside, size in table)
+            for kind in ("uidmapping", "gidmapping")
+            if (table := container.record["IdMappings"])
+        ],
         register=False,
     )
+
+
+def _owner_of_root(container: Container) -> int:
+    """Who on the host is the container's root."""
+    return next((outside for inside, outside, _ in container.record["IdMappings"] if not inside), 0)
 
 
 def _note_mount_points(container: Container, spec: bundle.Spec) -> None:

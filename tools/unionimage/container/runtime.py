@@ -260,7 +260,7 @@ def _known(name: str, path: str, directory: Path) -> tuple[Runtime | None, str]:
 
 
 def _probe(runtime: Runtime, directory: Path) -> tuple[Runtime | None, str]:
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory.mkdir(mode=0o711, parents=True, exist_ok=True)
     tries = [runtime]
     hybrid = _hybrid_cgroup2()
     if hybrid is not None:

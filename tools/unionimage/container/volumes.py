@@ -258,16 +258,21 @@ def mount_of(point: Mapping[str, Any]) -> Mount:
     return Mount("bind", point["Source"], point["Destination"], ["rbind", access, propagation])
 
 
-def fill(point: Mapping[str, Any], root: Path) -> None:
+def fill(point: Mapping[str, Any], root: Path, owner: int = 0) -> None:
     """Fill an empty volume from what the image has at its place, as docker does.
 
-    Owner and mode of the directory itself are taken over too. A volume that holds anything, and
-    one mounted with `nocopy`, stays as it is.
+    Owner and mode of the directory itself are taken over too; where the image has nothing, it
+    becomes `owner`'s. A volume that holds anything stays as it is.
     """
-    if point["Type"] != "volume" or "nocopy" in point["Mode"].split(","):
+    if point["Type"] != "volume":
         return
     data = point["Source"]
-    if any(os.scandir(data)):
+    with os.scandir(data) as entries:
+        if any(entries):
+            return
+    if owner:
+        os.chown(data, owner, owner)
+    if "nocopy" in point["Mode"].split(","):
         return
     try:
         descriptor = users.open_inside(root, point["Destination"].lstrip("/"), os.O_DIRECTORY)
