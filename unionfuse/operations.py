@@ -75,7 +75,7 @@ class Operations(pyfuse3.Operations):
     ) -> None:
         super().__init__()
         self._union = union
-        self._negative = union.options.timeout
+        self._timeout = union.options.timeout
         self.requests: Counter[str] = Counter()
         self.trace = trace
         self._started = started
@@ -89,12 +89,15 @@ class Operations(pyfuse3.Operations):
     @answering
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         try:
-            return _entry(self._union.lookup(parent_inode, name))
+            return self._entry(self._union.lookup(parent_inode, name))
         except FileNotFoundError:
             missing = EntryAttributes()
             missing.st_ino = cast(Any, 0)
-            missing.entry_timeout = self._negative
+            missing.entry_timeout = self._timeout
             return missing
+
+    def _entry(self, entry: Entry) -> EntryAttributes:
+        return _entry(entry, self._timeout)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for node, count in inode_list:
@@ -106,7 +109,7 @@ class Operations(pyfuse3.Operations):
     @answering
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         attributes = self._union.getattr(inode)
-        return _attributes(inode, attributes, self._union.attr_valid(inode))
+        return _attributes(attributes, self._union.attr_valid(inode))
 
     @answering
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
@@ -153,7 +156,7 @@ class Operations(pyfuse3.Operations):
         if changes.size != 0:
             await self._copied_up(inode, data=changes.size is not None)
         attributes = self._union.setattr(inode, changes, fh)
-        return _attributes(inode, attributes, self._union.attr_valid(inode))
+        return _attributes(attributes, self._union.attr_valid(inode))
 
     def _without_privileges(self, inode: int, changes: Changes, ctx: RequestContext) -> Changes:
         """What a setattr means that the kernel sends for a write.
@@ -175,29 +178,30 @@ class Operations(pyfuse3.Operations):
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
-        return _entry(self._union.mknod(parent_inode, name, mode, rdev, _caller(ctx)))
+        return self._entry(self._union.mknod(parent_inode, name, mode, rdev, _caller(ctx)))
 
     @answering
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext
     ) -> EntryAttributes:
-        return _entry(self._union.mkdir(parent_inode, name, mode, _caller(ctx)))
+        return self._entry(self._union.mkdir(parent_inode, name, mode, _caller(ctx)))
 
     @answering
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext
     ) -> EntryAttributes:
-        return _entry(self._union.symlink(parent_inode, name, target, _caller(ctx)))
+        return self._entry(self._union.symlink(parent_inode, name, target, _caller(ctx)))
 
     @answering
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext
     ) -> EntryAttributes:
         await self._copied_up(inode)
-        return _entry(self._union.link(inode, new_parent_inode, new_name))
+        return self._entry(self._union.link(inode, new_parent_inode, new_name))
 
     @answering
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        await self._copied_up(self._union.linked(parent_inode, name))
         self._union.unlink(parent_inode, name)
 
     @answering
@@ -219,6 +223,7 @@ class Operations(pyfuse3.Operations):
             await self._copied_up(moved)
         finally:
             self._union.forget(moved, 1)
+        await self._copied_up(self._union.linked(parent_inode_new, name_new))
         self._union.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
 
     # --- files ---------------------------------------------------------------------------
@@ -235,7 +240,7 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         entry, handle = self._union.create(parent_inode, name, mode, flags, _caller(ctx))
-        return _file_info(handle), _entry(entry)
+        return _file_info(handle), self._entry(entry)
 
     @answering
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -269,11 +274,11 @@ class Operations(pyfuse3.Operations):
         for cookie, dot in ((1, b"."), (2, b"..")):
             if start_id < cookie:
                 node = directory if cookie == 1 else self._union.parent(directory)
-                answer = _attributes(node, self._union.getattr(node), 0)
+                answer = _attributes(self._union.getattr(node), 0)
                 pyfuse3.readdir_reply(token, cast(Any, dot), answer, cookie)
         with self._union.lock:
             for name, cookie, entry in self._union.listing(directory, start_id):
-                taken = pyfuse3.readdir_reply(token, cast(Any, name), _entry(entry), cookie)
+                taken = pyfuse3.readdir_reply(token, cast(Any, name), self._entry(entry), cookie)
                 if not taken:
                     self._union.forget(entry.node, 1)
                     break
@@ -314,8 +319,9 @@ def _file_info(handle: int) -> FileInfo:
     return FileInfo(fh=cast(Any, handle), keep_cache=True)
 
 
-def _entry(entry: Entry) -> EntryAttributes:
-    answer = _attributes(entry.node, entry.attributes, entry.attr_valid)
+def _entry(entry: Entry, timeout: float) -> EntryAttributes:
+    answer = _attributes(entry.attributes, entry.attr_valid)
+    answer.entry_timeout = timeout
     if entry.node != entry.attributes.ino:
         # pyfuse3 has one field for node id and st_ino: let stat(2) ask for the true one.
         answer.st_ino = cast(Any, entry.node)
@@ -323,11 +329,10 @@ def _entry(entry: Entry) -> EntryAttributes:
     return answer
 
 
-def _attributes(node: int, attributes: Attributes, valid: float) -> EntryAttributes:
+def _attributes(attributes: Attributes, valid: float) -> EntryAttributes:
     answer = EntryAttributes()
     answer.st_ino = cast(Any, attributes.ino)
     answer.generation = 0
-    answer.entry_timeout = valid
     answer.attr_timeout = valid
     answer.st_mode = cast(Any, attributes.mode)
     answer.st_nlink = attributes.nlink

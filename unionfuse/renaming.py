@@ -20,6 +20,9 @@ from unionfuse.tree import Tree, failure
 from unionfuse.upper import Upper
 from unionfuse.upperdir import remove_tree
 
+_LONGEST_REDIRECT = 2048
+"""Bytes; an xattr of ext4 holds less than 4096 in all."""
+
 
 class Renaming:
     """Renames in one union."""
@@ -182,12 +185,16 @@ class Renaming:
         self._tree.load(node)
         directory = self._tree.upper_directory(node)
         if node.lowers:
-            if self._tree.options.redirect_dir == "on" and self._upper.store.privileged:
+            if self._may_redirect(node):
                 self._set_redirect(node, directory, parent is new_parent)
             else:
                 self._detach(node)
         elif not node.opaque and self._hides_directory(new_parent, new_name):
             self._cut_off(node, directory)
+
+    def _may_redirect(self, node: Directory) -> bool:
+        short = len(node.lowers[0].path) < _LONGEST_REDIRECT
+        return self._tree.options.redirect_dir == "on" and self._upper.store.privileged and short
 
     def _hides_directory(self, parent: Directory, name: bytes) -> bool:
         stub = self._tree.below(parent, name)

@@ -71,7 +71,7 @@ class Tree:
         self.upper = upper
         self.options = options
         self.owners = Owners(options)
-        # A lower file never changes, and who finds one wants its attributes next: one stat for both.
+        # A lower file never changes, and who finds one wants its attributes next: one stat.
         self._just_seen: tuple[Node | None, os.stat_result | None] = (None, None)
         self._idle: OrderedDict[int, Directory] = OrderedDict()
         self._fresh_ids = itertools.count(_FIRST_FRESH_ID)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import os
 import stat
 import threading
@@ -28,6 +29,8 @@ from unionfuse.upperdir import UpperDirectory
 
 if TYPE_CHECKING:
     from unionfuse.index import LookupIndex
+
+log = logging.getLogger(__name__)
 
 LAYER_ATTRIBUTE = b"user.unionfuse.layer"
 """Names the layer directory that a file comes from; shown only to who asks for it by name."""
@@ -367,11 +370,24 @@ class Union:
         what it was asked for; otherwise that would hold the lock while it copies.
         """
         with self.lock:
-            node = self.tree.nodes.get(number)
-            if node is None or self._upper is None:
+            if self._upper is None or not number:
                 return 0
+            node = self.tree.node(number)
             size = self._copy.size(node, data)
             return size if size > INLINE_SIZE else 0
+
+    def linked(self, parent: int, name: bytes) -> int:
+        """The node under a name if it is a lower file with more names, else 0.
+
+        Such a file is copied up before one of its names goes, so that the link count of the
+        others stays right.
+        """
+        with self.lock:
+            directory = self.tree.directory(parent)
+            if self._upper is None or not self.tree.exists(directory, name):
+                return 0
+            node = self.tree.find(directory, name)
+            return node.id if node.lower_key is not None and not node.in_upper else 0
 
     def copy_up(self, number: int, data: bool = True) -> None:
         """Copy a node up; for a thread that may wait. Two at once cause one copy."""
@@ -503,8 +519,10 @@ class Union:
         for name, next_cookie in self.tree.names_after(directory, cookie):
             try:
                 entry = self._entry(self.tree.find(directory, name))
-            except FileNotFoundError:
-                continue  # gone behind our back
+            except OSError as error:
+                # Gone behind our back, or broken below: that must not hide the other names.
+                log.warning("%r in a listing: %s", name, error.strerror)
+                continue
             yield name, next_cookie, entry
 
     def parent(self, number: int) -> int:
