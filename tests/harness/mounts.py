@@ -298,6 +298,7 @@ class Workshop:
         self.directory, self.kind = directory, kind
         self._trees: list[Mounted] = []
         self._layers: dict[Path, Tree] = {}
+        self._hashed = True
 
     def __call__(
         self,
@@ -323,14 +324,18 @@ class Workshop:
         kind: str | None = None,
         options: Options | None = None,
         environment: Mapping[str, str] | None = None,
-        watch_layers: bool = True,
+        watch: str = "content",
     ) -> Mounted:
-        """Mount a stack that is there. Without `watch_layers` nobody looks whether the layers
-        are unchanged afterwards: for layers that are big."""
+        """Mount a stack that is there.
+
+        `watch` says how the layers are compared after the test: "content", "times" (for big ones:
+        all but the content) or "nothing".
+        """
         tree = Mounted(kind or self.kind, stack, options or {})
-        if watch_layers:
+        if watch != "nothing":
+            self._hashed = watch == "content"
             for layer in stack.lowers:
-                self._layers.setdefault(layer, fingerprint(layer))
+                self._layers.setdefault(layer, fingerprint(layer, content=self._hashed))
         self._trees.append(tree)
         tree.mount(environment=environment)
         return tree
@@ -346,7 +351,8 @@ class Workshop:
                 if is_mounted(tree.root) and tree.kind != "plain" and not failed:
                     tree.unmount()
             for layer, before in self._layers.items():
-                assert_equal(before, fingerprint(layer), (f"{layer.name} before", "after the test"))
+                after = fingerprint(layer, content=self._hashed)
+                assert_equal(before, after, (f"{layer.name} before", "after the test"))
         finally:
             for tree in self._trees:
                 tree.discard()
@@ -360,9 +366,9 @@ class Workshop:
         )
 
 
-def fingerprint(layer: Path) -> Tree:
+def fingerprint(layer: Path, *, content: bool = True) -> Tree:
     """A snapshot of a layer with everything that must not change: times and inode numbers too."""
-    return snapshot(layer, times=("mtime_ns", "ctime_ns"), inodes=True)
+    return snapshot(layer, content=content, times=("mtime_ns", "ctime_ns"), inodes=True)
 
 
 def remove_tree(directory: Path) -> None:

@@ -317,7 +317,7 @@ def test_unions_nest(workshop: Workshop) -> None:
     )  # fmt: skip
     inner_stack.base.mkdir()
     # kernel overlayfs takes no overlayfs as upper: unionfuse inside of either
-    inner = workshop.mount(inner_stack, kind="unionfuse", watch_layers=False)
+    inner = workshop.mount(inner_stack, kind="unionfuse", watch="nothing")
     os.unlink(inner / "d/x")
     (inner / "f").write_text("changed")
     os.rename(inner / "d", inner / "e")
