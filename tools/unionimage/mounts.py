@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,10 @@ from unionimage.store.indexes import chain_index
 _MS_RDONLY = 1
 _PAGE = 4095  # bytes of options that mount(2) takes
 _PATIENCE = 30.0  # seconds; a daemon that still writes back a large mapped file takes a few
+
+
+Start = Callable[[Sequence[str]], tuple[int, str]]
+"""Runs the mount program with these words; its exit code, and what it said on stderr."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,7 @@ def mount_chain(
     options: Sequence[str] = (),
     register: bool = True,
     index: bool = True,
+    start: Start | None = None,
 ) -> Mount:
     """Mount layers at a directory; usable when this returns.
 
@@ -73,6 +78,7 @@ def mount_chain(
         register: note it in the store, so that `mounts` lists it and its layers are held. Without,
             the caller holds the layers and unmounts by itself.
         index: with driver `fuse`, make the chain's lookup index if there is none yet.
+        start: runs the mount program of driver fuse; None: as a program of its own.
 
     Raises:
         UserError: the target is missing or in use, or the caller may not mount.
@@ -99,7 +105,7 @@ def mount_chain(
             if index and not any(word.startswith("lookup_index") for word in words):
                 found = chain_index(store, diff_ids)
                 words += [f"lookup_index={_escaped(found, ',')}"] if found else []
-            _mount_fuse(store, lowers, pair, target, words)
+            _mount_fuse(store, lowers, pair, target, words, start or _start)
     except BaseException:
         if register:
             _unregister(store, target)
@@ -246,6 +252,7 @@ def _mount_fuse(
     pair: tuple[Path, Path] | None,
     target: Path,
     options: Sequence[str],
+    start: Start,
 ) -> None:
     directories = list(lowers) or [_empty(store, 1)]
     words = ["lowerdir=" + ":".join(_escaped(path, ":,") for path in directories)]
@@ -253,17 +260,21 @@ def _mount_fuse(
         words += [f"upperdir={_escaped(pair[0], ',')}", f"workdir={_escaped(pair[1], ',')}"]
     if os.geteuid() != 0 and not any(word.startswith("xattr_permissions") for word in options):
         words.append("xattr_permissions=2")
-    command = [sys.executable, "-m", "unionfuse", "-o", ",".join([*words, *options]), str(target)]
+    code, said = start(["-o", ",".join([*words, *options]), str(target)])
+    if code:
+        lines = said.strip().splitlines() or ["it does not say why"]
+        raise UserError(lines[-1].removeprefix("unionfuse: "))
+
+
+def _start(words: Sequence[str]) -> tuple[int, str]:
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", "unionfuse", *words],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         check=False,
     )
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["it does not say why"]
-        raise UserError(lines[-1].removeprefix("unionfuse: "))
+    return done.returncode, done.stderr.decode(errors="replace")
 
 
 def _mount_overlay(

@@ -131,11 +131,13 @@ class Build:
             stage.take_cached()
         if not target.finished:
             self.kitchen.enter_private_namespace()
+            unfinished = [stage for stage in self.stages.values() if not stage.finished]
             try:
-                self._run_stages([stage for stage in self.stages.values() if not stage.finished])
+                if self.kitchen.driver != "overlay" and any(s.will_run for s in unfinished):
+                    self.kitchen.helper.prepare()
+                self._run_stages(unfinished)
             finally:
-                if self._environment is not None:
-                    self._environment.running.close()
+                self.kitchen.close()
         return target.config
 
     def _run_stages(self, stages: Sequence[StageBuild]) -> None:
@@ -181,8 +183,9 @@ class Build:
         from unionimage.dockerfile.runstep import Environment, Running
 
         if self._environment is None:
+            running = Running(self.settings.runtime, self.kitchen.helper)
             self._environment = Environment(
-                self.kitchen, Running(self.settings.runtime), self.settings.secrets, self.stack_of
+                self.kitchen, running, self.settings.secrets, self.stack_of
             )
         return self._environment
 
@@ -213,6 +216,11 @@ class StageBuild:
     @property
     def finished(self) -> bool:
         return self._trail != "" and self.done == len(self.plan.steps)
+
+    @property
+    def will_run(self) -> bool:
+        """Whether a RUN step is left."""
+        return any(isinstance(step.action, RunAction) for step in self.plan.steps[self.done :])
 
     def take_cached(self) -> None:
         """Go as far as the cache takes it, if all stages that are needed are there."""

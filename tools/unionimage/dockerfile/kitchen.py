@@ -20,6 +20,7 @@ from unionimage.dockerfile.select import Tree
 from unionimage.errors import UserError
 
 if TYPE_CHECKING:
+    from unionimage.dockerfile.helper import Helper
     from unionimage.store import Lease, Store
 
 _CLONE_NEWNS = 0x20000
@@ -98,6 +99,7 @@ class Kitchen:
         self.driver = driver
         self._lock = threading.Lock()
         self._private = False
+        self._helper: Helper | None = None
 
     def enter_private_namespace(self) -> None:
         """Leave the host's mount namespace; before the first mount and the first thread."""
@@ -145,6 +147,8 @@ class Kitchen:
             driver=driver,
             options=("volatile",) if upper is not None else (),
             register=False,
+            index=False,  # it would be made for one step; what the step reads is merged as it goes
+            start=self._start_daemon,
         )
         try:
             yield target
@@ -153,6 +157,26 @@ class Kitchen:
                 syscalls.umount(os.fsencode(target))
             else:
                 unmount(self.store, target)
+
+    @property
+    def helper(self) -> Helper:
+        """The process that mounts and cleans up for this build; started when first asked for."""
+        from unionimage.dockerfile.helper import Helper
+
+        with self._lock:
+            if self._helper is None:
+                self._helper = Helper(str(self.lease.scratch().parent))
+            return self._helper
+
+    def _start_daemon(self, words: Sequence[str]) -> tuple[int, str]:
+        return self.helper.mount(words)
+
+    def close(self) -> None:
+        """No more steps."""
+        with self._lock:
+            if self._helper is not None:
+                self._helper.close()
+                self._helper = None
 
     def _quick_driver(self) -> str:
         """For a look or a few files: kernel overlayfs where it may be mounted, if not said."""

@@ -34,7 +34,7 @@ from unionimage.errors import UserError
 if TYPE_CHECKING:
     from unionimage.container.bundle import Mount
     from unionimage.container.runtime import Runtime
-    from unionimage.dockerfile.guard import Guard
+    from unionimage.dockerfile.helper import Helper
 
 _MS_NOSUID, _MS_NODEV = 2, 4
 _HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
@@ -60,11 +60,12 @@ class Secret(NamedTuple):
 class Running:
     """The containers that run now, so that a build that ends can end them."""
 
-    def __init__(self, runtime_choice: str | None) -> None:
+    def __init__(self, runtime_choice: str | None, helper: Helper) -> None:
+        """Args: `helper` ends them should the build be killed."""
         self._choice = runtime_choice
+        self._helper = helper
         self._lock = threading.Lock()
         self._runtime: Runtime | None = None
-        self._guard: Guard | None = None
         self._names: set[str] = set()
         self._stopped = False
 
@@ -78,33 +79,20 @@ class Running:
                 self._runtime = runtime.find(self._choice)
             return self._runtime
 
-    def run(self, name: str, bundle: Path, output: int, staging: Path) -> int:
-        """Run a container to its end; its output goes to the descriptor.
-
-        Should the build be killed, its guard deletes the container and detaches what is mounted
-        in `staging`.
-        """
-        from unionimage.dockerfile.guard import Guard
-
+    def run(self, name: str, bundle: Path, output: int) -> int:
+        """Run a container to its end; its output goes to the descriptor."""
         runtime = self.runtime
         with self._lock:
             if self._stopped:
                 raise UserError("the build was stopped")
-            if self._guard is None:
-                self._guard = Guard(runtime, str(staging))
             self._names.add(name)
-        self._guard.note("+", name)
+        self._helper.begin(name, runtime)
         try:
             return runtime.run(name, bundle, stdout=output, stderr=output)
         finally:
             with self._lock:
                 self._names.discard(name)
-            self._guard.note("-", name)
-
-    def close(self) -> None:
-        """The build is over."""
-        if self._guard is not None:
-            self._guard.close()
+            self._helper.end(name)
 
     def stop(self) -> None:
         """Kill what runs; nothing is started any more."""
@@ -153,8 +141,7 @@ def run(
         bundle.mkdir()
         _write_bundle(bundle, name, action, merged, mounts, step.secret_variables)
         with _collected(output) as descriptor:
-            staging = private.parent
-            code = shared.running.run(name, bundle, descriptor, staging)
+            code = shared.running.run(name, bundle, descriptor)
     step.stubs.remove(upper)
     return code
 
