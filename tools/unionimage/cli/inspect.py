@@ -19,7 +19,9 @@ unionfuse inspect --format '{{.Config.Env}}' web
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--format", metavar="TEMPLATE", help="json or a template: '{{.Id}}'")
-    parser.add_argument("--json", dest="format", action="store_const", const="json")
+    parser.add_argument(
+        "--json", dest="format", action="store_const", const="json", help="a JSON list"
+    )
     parser.add_argument("--type", choices=("container", "image"), help="only this kind")
     parser.add_argument("-s", "--size", action="store_true", help="sizes of containers as well")
     parser.add_argument("name", nargs="+", metavar="NAME|ID")

@@ -21,7 +21,9 @@ unionfuse save --format oci-dir -o debian.oci debian:12
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="FILE", help="write here (default: stdout)")
-    parser.add_argument("--format", choices=FORMATS, default="docker-archive")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="docker-archive", help="default: docker-archive"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
     parser.add_argument("image", nargs="+", metavar="IMAGE", help="names or ids")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unionfuse.whiteout import is_whiteout
 from unionimage.changeset.unpack import unpack
 from unionimage.digest import CHUNK, Digest, chain_ids
 from unionimage.errors import UserError
@@ -255,6 +256,8 @@ def _compare(layer: bytes, fresh: bytes, path: bytes) -> str | None:
 def _compare_entry(one: bytes, other: bytes, path: bytes) -> str | None:
     shown = repr(os.fsdecode(path))
     was, now = os.lstat(other), os.lstat(one)
+    if is_whiteout(was) and is_whiteout(now):
+        return None  # nothing else about it is in the tar
     for key in _COMPARED:
         if getattr(was, key) != getattr(now, key):
             return f"{shown} has another {key[3:].removesuffix('_ns')}"
