@@ -1,7 +1,6 @@
 """The image verbs as users type them: output, exit codes, mistakes."""
 
 import importlib
-import io
 import json
 import os
 import shutil
@@ -9,23 +8,13 @@ import stat
 import subprocess
 import tarfile
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 from harness.command import Command, make_command
+from harness.inside import Inside
 from harness.tars import archive, member
-from unionimage.cli import ALIASES, VERBS, load_verb, main, parser_of
-
-
-class Inside(Command):
-    """Runs the command in this process: much faster than starting Python for each."""
-
-    def run(self, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        out, err = io.StringIO(), io.StringIO()
-        with redirect_stdout(out), redirect_stderr(err):
-            code = main(["--root", str(self.root), *words])
-        return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+from unionimage.cli import ALIASES, VERBS, load_verb, parser_of
 
 
 @pytest.fixture
