@@ -43,13 +43,13 @@ def test_images_go_to_podman_and_back(podman: Podman, tmp_path: Path) -> None:
         "RUN mkdir /data && echo built > /data/file && rm /etc/group\n"
         "RUN rm -r /data && mkdir /data && echo again > /data/new\n"
         'WORKDIR /data\nUSER app\nENTRYPOINT ["/bin/sh", "-c"]\n'
-        'CMD ["echo $GREETING; id -u; pwd; ls; ls /etc/group 2>&1"]\n'
+        'CMD ["echo $GREETING; id -u; pwd; ls; ls /etc/group 2>&1; true"]\n'
     )
     image = builder.build(context, "-t", "localhost/app:1")
     archive = tmp_path / "app.tar"
     builder.run("save", "-o", archive, "localhost/app:1")
     podman.run("load", "-i", archive)
-    options = ["--network=none", "--ulimit=host", "--rm"]
+    options = ["--network=none", "--ulimit=nofile=256:256", "--ulimit=nproc=256:256", "--rm"]
     said = podman.run("run", *options, "localhost/app:1")
     assert said.split("\n") == [
         "hello",

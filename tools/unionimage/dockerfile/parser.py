@@ -97,7 +97,7 @@ def _directives(text: str) -> dict[str, str]:
 
 
 def _command(found: official.Command, lines: list[str]) -> Command:
-    original = found.original.rstrip("\n")
+    original = (found.original or "").rstrip("\n")
     if found.sub_cmd and "<<" in original:  # the heredocs of a trigger are not told otherwise
         original = "\n".join(lines[found.start_line - 1 : found.end_line]) + "\n"
     return Command(
