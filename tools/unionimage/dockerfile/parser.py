@@ -101,7 +101,7 @@ def _command(found: official.Command, lines: list[str]) -> Command:
     if found.sub_cmd and "<<" in original:  # the heredocs of a trigger are not told otherwise
         original = "\n".join(lines[found.start_line - 1 : found.end_line]) + "\n"
     return Command(
-        name=found.cmd.upper(),
+        name=(found.cmd or "").upper(),  # a file of one backslash has a command without a name
         flags=found.flags,
         arguments=found.value,
         json=found.json,
