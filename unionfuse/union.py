@@ -444,6 +444,11 @@ class Union:
         """The descriptor to read from now; it stays open until `release`."""
         return self._file(handle).descriptor
 
+    def is_settled(self, handle: int) -> bool:
+        """Whether no copy-up will ever give this open file another descriptor."""
+        node = self._file(handle).node
+        return self._store is None or (node.in_upper and not node.metacopy)
+
     def read(self, handle: int, offset: int, size: int) -> bytes:
         """Bytes from an open file."""
         return os.pread(self.descriptor(handle), size, offset)

@@ -22,9 +22,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 
-from unionfuse.express import protocol
+from unionfuse.express import passthrough, protocol
 from unionfuse.express._lane import Loop
-from unionfuse.express.protocol import InitFlag, Opcode, OpenFlag, Wanted
+from unionfuse.express.passthrough import Passthrough
+from unionfuse.express.protocol import InitFlag, Opcode, Wanted
 from unionfuse.express.requests import MALFORMED, Call, Requests
 from unionfuse.options import MountOptions
 from unionfuse.union import Union
@@ -92,9 +93,22 @@ class Lane:
         flags = protocol.ALWAYS | InitFlag.SETXATTR_EXT
         if self._options.noacl:
             flags &= ~InitFlag.POSIX_ACL
-        answer = protocol.negotiate(request[protocol.IN_HEADER.size :], Wanted(flags))
+        depth = 0
+        if self._passes_files_through() and passthrough.is_permitted():
+            flags |= InitFlag.PASSTHROUGH
+            depth = 1
+        body = request[protocol.IN_HEADER.size :]
+        wanted = Wanted(flags, max_stack_depth=depth)
+        granted = wanted.granted(protocol.parse_init(body))
+        self._passthrough = Passthrough(self._fuse, bool(granted & InitFlag.PASSTHROUGH))
+        answer = protocol.negotiate(body, wanted)
         os.write(self._fuse, protocol.reply(header.unique, answer))
         self._pair.send(protocol.init_for_libfuse(request))
+
+    def _passes_files_through(self) -> bool:
+        if self._options.upperdir is None:
+            return self._options.passthrough == "auto"  # "upper" means no lower files
+        return self._options.passthrough != "off"
 
     def started(self) -> None:
         """libfuse has shaken hands: nothing is to be done, it goes on with its end of the pair."""
@@ -124,6 +138,7 @@ class Lane:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=1)
+        self._passthrough.close()
         os.close(self._fuse)
 
     # --- threads ------------------------------------------------------------------------------
@@ -224,10 +239,14 @@ class Lane:
 
     def opened(self, node: int, handle: int) -> tuple[int, int]:
         """(open_flags, backing id) for the reply to an OPEN."""
-        return OpenFlag.KEEP_CACHE, 0
+        with self._union.lock:  # a copy-up in between would change the file
+            descriptor = self._union.descriptor(handle)
+            settled = self._union.is_settled(handle)
+            return self._passthrough.opened(node, handle, descriptor, settled)
 
     def released(self, node: int, handle: int) -> None:
         """A handle is about to be closed."""
+        self._passthrough.released(node, handle)
         self._loop.read_from(handle, -1)
         with self._lock:
             handles = self._direct.get(node)

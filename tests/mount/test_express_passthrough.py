@@ -1,0 +1,237 @@
+"""Open files that the kernel reads and writes by itself, next to those that it does not.
+
+Trap 1 of passthrough: all opens of an inode must agree on the backing file. A naive lane makes a
+write land in the lower layer, or fails an open with EIO; `workshop` compares the layers afterwards.
+"""
+
+import itertools
+import mmap
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+from harness.layers import File
+from harness.mounts import Mounted, Workshop
+
+pytestmark = pytest.mark.on("unionfuse")
+
+LOWER = b"lower".ljust(5000, b".")
+
+
+def counts(tree: Mounted) -> dict[str, int]:
+    """Requests by opcode, from the line that SIGUSR1 has logged."""
+    assert tree.daemon is not None
+    before = len(tree.daemon.messages())
+    tree.daemon.process.send_signal(signal.SIGUSR1)
+    while True:
+        lines = tree.daemon.messages()[before:].splitlines(keepends=True)
+        if lines and lines[0].endswith("\n"):
+            words = [word.split("=") for word in lines[0].split() if "=" in word]
+            return {key: int(value) for key, value in words if value.isdigit()}
+
+
+def test_files_in_upper_are_read_and_written_by_the_kernel(workshop: Workshop) -> None:
+    tree = workshop({"lower": LOWER}, options={"stats": None})
+    with open(tree / "new", "wb+", buffering=0) as file:
+        for _ in range(20):
+            file.write(b"x" * 4096)
+        file.seek(0)
+        assert file.read() == b"x" * 20 * 4096
+        assert os.fstat(file.fileno()).st_size == 20 * 4096
+    with open(tree / "new", "ab") as file:
+        file.write(b"end")
+    assert (tree / "new").read_bytes() == b"x" * 20 * 4096 + b"end"
+    asked = counts(tree)
+    assert asked.get("WRITE", 0) == 0 and asked.get("READ", 0) == 0
+    assert (tree / "lower").read_bytes() == LOWER
+    assert counts(tree)["READ"] >= 1  # it may yet be copied up: not passed through
+
+
+def test_without_upper_lower_files_are_passed_through(workshop: Workshop) -> None:
+    tree = workshop({"f": LOWER}, options={"stats": None}, writable=False)
+    assert (tree / "f").read_bytes() == LOWER
+    with open(tree / "f", "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
+        assert view[:5] == b"lower"
+    assert counts(tree).get("READ", 0) == 0
+
+
+@pytest.mark.parametrize("mode", ["off", "upper"])
+def test_modes(workshop: Workshop, mode: str) -> None:
+    tree = workshop({"f": LOWER}, options={"stats": None, "passthrough": mode})
+    (tree / "new").write_bytes(b"x")
+    assert (tree / "new").read_bytes() == b"x"
+    assert (counts(tree).get("WRITE", 0) == 0) == (mode == "upper")
+    tree.remount(options={"stats": None, "passthrough": mode})
+    assert (tree / "f").read_bytes() == LOWER
+
+
+def read_open(tree: Mounted) -> int:
+    return os.open(tree / "f", os.O_RDONLY)
+
+
+def write_open(tree: Mounted) -> int:
+    return os.open(tree / "f", os.O_RDWR)
+
+
+Step = Callable[[Mounted], int | None]
+STEPS: dict[str, Step] = {
+    "read-open": read_open,
+    "write-open": write_open,
+    "chmod": lambda tree: os.chmod(tree / "f", 0o600),
+    "truncate": lambda tree: os.truncate(tree / "f", 4000),
+    "unlink": lambda tree: os.unlink(tree / "f"),
+}
+
+
+@pytest.mark.parametrize("where", ["lower", "upper"])
+def test_every_order_of_three_steps(workshop: Workshop, where: str) -> None:
+    """After each order all descriptors that are open read and write one and the same file."""
+    orders = [order for order in itertools.permutations(STEPS, 3) if "unlink" not in order[:-1]]
+    layer = {f"{number}/f": LOWER for number in range(len(orders))}
+    tree = workshop(layer)
+    for number, order in enumerate(orders):
+        place = tree.root / str(number)
+        if where == "upper":
+            (place / "f").write_bytes(LOWER)
+        here = type("Place", (), {"__truediv__": lambda self, name, place=place: place / name})()
+        opened = [STEPS[step](here) for step in order]
+        descriptors = [descriptor for descriptor in opened if descriptor is not None]
+        check_agreement(descriptors, order)
+
+
+def check_agreement(descriptors: list[int], order: tuple[str, ...]) -> None:
+    for descriptor in descriptors:
+        try:
+            os.pwrite(descriptor, b"WRITTEN", 100)
+        except OSError:
+            continue  # a reader
+        for other in descriptors:
+            assert os.pread(other, 7, 100) == b"WRITTEN", order
+            assert os.fstat(other).st_size in (4000, 5000), order
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def test_a_mapped_lower_file_shows_what_a_writer_writes(workshop: Workshop) -> None:
+    tree = workshop({"f": LOWER})
+    with (
+        open(tree / "f", "rb") as reader,
+        mmap.mmap(reader.fileno(), 0, prot=mmap.PROT_READ) as view,
+    ):
+        assert view[:5] == b"lower"
+        with open(tree / "f", "r+b", buffering=0) as writer:
+            writer.write(b"UPPER")
+            assert view[:5] == b"UPPER" and reader.read(5) == b"UPPER"
+    assert (tree.upper / "f").read_bytes()[:5] == b"UPPER"
+
+
+def test_shared_mappings_of_a_passed_through_file(workshop: Workshop) -> None:
+    """Trap 7: the map outlives the descriptor, and times must not be stale for ever."""
+    tree = workshop({"f": LOWER})
+    (tree / "g").write_bytes(LOWER)
+    with open(tree / "g", "r+b") as file:
+        view = mmap.mmap(file.fileno(), 0)
+    before = os.stat(tree / "g").st_mtime_ns
+    view[:4] = b"MAPS"
+    view.flush()
+    view.close()
+    assert (tree / "g").read_bytes()[:4] == b"MAPS"
+    os.utime(tree / "f")
+    with open(tree / "g", "rb") as file:
+        os.fsync(file.fileno())
+    time.sleep(1.1)  # the kernel may keep attributes of a file once written to for a second
+    assert os.stat(tree / "g").st_mtime_ns >= before
+    assert os.stat(tree / "g").st_mtime_ns == os.stat(tree.upper / "g").st_mtime_ns
+
+
+def test_a_file_mounted_over_a_name_stays_mounted(workshop: Workshop) -> None:
+    """Trap 1: a node that changes under a mount point would take the mount away."""
+    tree = workshop({"hosts": LOWER, "over": "OVER"}, {"bind": LOWER})
+    script = f"""
+import os, subprocess
+def run(*words): subprocess.run(words, check=True)
+run("mount", "--bind", "{tree.root}/over", "{tree.root}/hosts")
+run("mount", "--bind", "{tree.root}/bind", "{tree.root}/over2")
+reader = os.open("{tree.root}/bind", os.O_RDONLY)
+with open("{tree.root}/over2", "r+") as file: file.write("written through the bind mount")
+assert os.pread(reader, 7, 0) == b"written"
+again = os.open(f"/proc/self/fd/{{reader}}", os.O_RDWR)
+os.pwrite(again, b"WRITTEN", 0)
+assert os.pread(reader, 7, 0) == b"WRITTEN"
+os.rename("{tree.root}/other", "{tree.root}/another")
+os.chmod("{tree.root}/over", 0o600)
+assert open("{tree.root}/hosts").read() == "OVER"
+assert "{tree.root}/hosts" in open("/proc/self/mounts").read()
+"""
+    (tree / "over2").touch()
+    (tree / "other").touch()
+    subprocess.run(
+        ["unshare", "-m", sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    assert (tree / "bind").read_bytes().startswith(b"WRITTEN")
+    assert (tree / "hosts").read_bytes() == LOWER
+
+
+def test_backing_files_are_given_back(workshop: Workshop) -> None:
+    tree = workshop({"f": LOWER})
+    assert tree.daemon is not None
+    descriptors = f"/proc/{tree.daemon.process.pid}/fd"
+    before = len(os.listdir(descriptors))
+    for number in range(200):
+        path = tree / f"new{number % 7}"
+        first = os.open(path, os.O_RDWR | os.O_CREAT)
+        second = os.open(path, os.O_RDONLY)
+        os.write(first, b"x")
+        assert os.read(second, 1) == b"x"
+        os.close(first)
+        third = os.open(path, os.O_RDWR)
+        for descriptor in (second, third):
+            os.close(descriptor)
+        os.unlink(path)
+    assert len(os.listdir(descriptors)) < before + 50  # cached directories, the last few files
+    free = os.statvfs(tree.upper).f_bavail
+    with open(tree / "big", "wb") as file:
+        file.write(bytes(8 << 20))
+        file.flush()
+        os.unlink(tree / "big")
+    assert os.statvfs(tree.upper).f_bavail > free - (6 << 20) // 4096
+
+
+def test_setuid_goes_when_somebody_else_writes(workshop: Workshop) -> None:
+    """Trap 5, in a file that is passed through."""
+    tree = workshop({"x": ""})
+    (tree / "f").write_bytes(b"program")
+    os.chmod(tree / "f", 0o6777)
+    script = (
+        f"import os; os.setgid(1000); os.setuid(1000); open({str(tree / 'f')!r}, 'r+').write('y')"
+    )
+    os.chmod(tree.root, 0o755)
+    for parent in tree.root.parents:
+        os.chmod(parent, os.stat(parent).st_mode | 0o055) if str(parent) != "/" else None
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert os.stat(tree / "f").st_mode & 0o7777 == 0o777
+    assert os.stat(tree.upper / "f").st_mode & 0o7777 == 0o777
+
+
+def test_acls_are_enforced(workshop: Workshop) -> None:
+    """Trap 6: a group that an ACL denies does not get in by way of the mask."""
+
+    def acl(*entries: tuple[int, int, int]) -> bytes:
+        return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+    nobody = 0xFFFFFFFF
+    denied = acl((1, 6, nobody), (2, 6, 2000), (4, 0, nobody), (16, 6, nobody), (32, 0, nobody))
+    name = "system.posix_acl_access"
+    tree = workshop({"f": File(data="secret", mode=0o640, gid=1000, xattrs={name: denied})})
+    script = (
+        f"import os; os.setgroups([]); os.setgid(1000); os.setuid(1000); open({str(tree / 'f')!r})"
+    )
+    for parent in tree.root.parents:
+        os.chmod(parent, os.stat(parent).st_mode | 0o055) if str(parent) != "/" else None
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "PermissionError" in found.stderr
