@@ -10,6 +10,7 @@ from harness.tars import archive, member, tree, unpack_to
 from harness.users import NOBODY, as_user
 from unionimage.chain import Chain
 from unionimage.changeset import tar
+from unionimage.changeset.limits import Limits
 from unionimage.changeset.pack import pack_upper
 from unionimage.errors import BadContent
 
@@ -134,10 +135,10 @@ def test_a_file_as_a_directory_is_refused(tmp_path: Path) -> None:
 def test_limits_stop_bombs(tmp_path: Path) -> None:
     many = archive(*[member(f"f{number}") for number in range(30)])
     with pytest.raises(BadContent, match="more than 20 entries"):
-        unpack_to(tmp_path / "many", many, limits=tar.Limits(entries=20))
+        unpack_to(tmp_path / "many", many, limits=Limits(entries=20))
     with pytest.raises(BadContent, match="more than 1000000 bytes"):
         big = archive(member("f", data=bytes(2_000_000)))
-        unpack_to(tmp_path / "big", big, limits=tar.Limits(size=1_000_000))
+        unpack_to(tmp_path / "big", big, limits=Limits(size=1_000_000))
 
 
 def test_names_of_255_bytes_and_not_utf8(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ class Config:
         mirrors: registry -> registries that are asked first.
         short_names: what a user types -> full repository name.
         token_realms: registry -> hosts of token servers elsewhere that may see its password.
-        layer_size, layer_entries: see `changeset.tar.Limits`.
+        layer_size, layer_entries: see `changeset.limits.Limits`.
     """
 
     root: str | None = None

@@ -17,6 +17,9 @@ _FORM = re.compile(r"sha256:[0-9a-f]{64}\Z")
 CHUNK = 1 << 20
 """Bytes read at once wherever content streams through."""
 
+MAX_JSON = 4 << 20
+"""Bytes of a manifest, index or config that are read at most; registries have the same limit."""
+
 
 class Readable(Protocol):
     """A binary stream that can only be read forward; `read` may return less than asked for."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from unionimage.digest import Digest, chain_ids
+from unionimage.digest import MAX_JSON, Digest, chain_ids
 from unionimage.errors import BadContent
 
 T = TypeVar("T")
@@ -39,9 +39,6 @@ DOCKER_FOREIGN = "application/vnd.docker.image.rootfs.foreign.diff.tar"
 MANIFESTS = (OCI_MANIFEST, DOCKER_MANIFEST)
 INDEXES = (OCI_INDEX, DOCKER_LIST)
 CONFIGS = (OCI_CONFIG, DOCKER_CONFIG)
-
-MAX_JSON = 4 << 20
-"""Bytes of a manifest, index or config that are read at most; registries have the same limit."""
 
 NO_MAP: Mapping[str, Any] = MappingProxyType({})
 

@@ -17,10 +17,9 @@ from typing import IO, BinaryIO, Protocol, cast
 from unionfuse import syscalls
 from unionimage.changeset import compression as compressions
 from unionimage.changeset.paths import RESOLVE_BENEATH
-from unionimage.digest import CHUNK, Digest, Readable
+from unionimage.digest import CHUNK, MAX_JSON, Digest, Readable
 from unionimage.errors import BadContent, UserError
 from unionimage.progress import Reporter
-from unionimage.spec import MAX_JSON
 from unionimage.store import Layer, Lease
 
 _MAX_MEMBERS = 100_000

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from unionimage.changeset.limits import Limits
 from unionimage.digest import CHUNK, Readable
 from unionimage.errors import BadContent
 
@@ -27,19 +28,6 @@ _ZEROS = bytes(BLOCK)
 _XATTR = b"SCHILY.xattr."
 _MAX_EXTENDED = 1 << 20
 _MAX_PATH = 4096
-
-
-@dataclass(slots=True)
-class Limits:
-    """What one layer may cost at most; against archives that are small and unpack without end.
-
-    Attributes:
-        size: bytes of the uncompressed archive.
-        entries: entries in it.
-    """
-
-    size: int = 256 << 30
-    entries: int = 10_000_000
 
 
 @dataclass(slots=True)

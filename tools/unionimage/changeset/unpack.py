@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 from unionfuse import syscalls, whiteout
 from unionimage.changeset import tar
+from unionimage.changeset.limits import Limits
 from unionimage.changeset.paths import OVERRIDE_STAT, RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS
 from unionimage.changeset.recipe import RecipeWriter
 from unionimage.digest import Readable
@@ -61,7 +62,7 @@ def unpack(
     *,
     displaced: int | None = None,
     recipe: RecipeWriter | None = None,
-    limits: tar.Limits | None = None,
+    limits: Limits | None = None,
     rootless: bool | None = None,
     what: str = "layer",
 ) -> Unpacked:

@@ -10,7 +10,7 @@ import time
 from datetime import UTC
 from typing import BinaryIO
 
-from unionimage.changeset.tar import Limits
+from unionimage.changeset.limits import Limits
 from unionimage.errors import UserError
 from unionimage.store import Store
 
@@ -107,7 +107,7 @@ def binary_output(path: str | None) -> BinaryIO:
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
-    """Add the options that bound what one layer may cost; see `changeset.tar.Limits`."""
+    """Add the options that bound what one layer may cost; see `changeset.limits.Limits`."""
     parser.add_argument(
         "--max-layer-size",
         type=parse_size,

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import Any, NoReturn
 
 from unionimage.errors import UserError
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    """Knows the width of the terminal; argparse would import all of shutil to find it out."""
+    try:
+        width = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns)
+    except (OSError, ValueError):
+        width = 80
+    return argparse.RawDescriptionHelpFormatter(prog, width=max(width, 40) - 2)
 
 
 class VerbParser(argparse.ArgumentParser):
@@ -24,7 +34,7 @@ class VerbParser(argparse.ArgumentParser):
             prog=prog,
             description=description,
             epilog=f"Example:\n{lines}" if lines else None,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_formatter,
             allow_abbrev=False,
             add_help=False,
             **options,

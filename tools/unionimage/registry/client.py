@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
-from unionimage.digest import CHUNK, Digest, Readable
+from unionimage.digest import CHUNK, MAX_JSON, Digest, Readable
 from unionimage.errors import BadContent
 from unionimage.registry.auth import Authorizer, parse_challenges
 from unionimage.registry.blob import BlobReader, Progress
@@ -32,7 +32,6 @@ from unionimage.spec import (
     DOCKER_MANIFEST,
     INDEXES,
     MANIFESTS,
-    MAX_JSON,
     OCI_INDEX,
     OCI_MANIFEST,
     Descriptor,

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from unionimage.digest import CHUNK, Digest
+from unionimage.digest import CHUNK, MAX_JSON, Digest
 from unionimage.errors import BadContent, UserError
 from unionimage.progress import Reporter
 from unionimage.reference import Reference
 from unionimage.registry.errors import RegistryError, printable
 from unionimage.registry.outgoing import AS_IT_IS, Outgoing, Wanted
-from unionimage.spec import MAX_JSON, Descriptor, ImageConfig, compression_of, load_object
+from unionimage.spec import Descriptor, ImageConfig, compression_of, load_object
 from unionimage.store import Image, Lease, Store
 
 MARK = b"unionfuse-copy-1 "

@@ -7,9 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from unionimage.digest import Digest, VerifyingReader
+from unionimage.digest import MAX_JSON, Digest, VerifyingReader
 from unionimage.errors import BadContent, NotFound
-from unionimage.spec import MAX_JSON
 from unionimage.store.database import Database
 
 

@@ -8,10 +8,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 from unionimage.digest import Digest, chain_ids
-from unionimage.store.files import hide, remove
+from unionimage.store.files import hide, new_id, remove
 from unionimage.store.locks import FileLock
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ def end_dead_leases(store: Store) -> int:
 
 def sweep(store: Store) -> None:
     """Remove files that no row speaks of: leftovers of processes that were killed."""
-    trash = store.root / "staging" / f"trash-{uuid4().hex}"
+    trash = store.root / "staging" / f"trash-{new_id()}"
     with store.database.write() as database:
         for path in orphans(store, database):
             hide(path, trash)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+
+
+def new_id() -> str:
+    """A name that nobody else has."""
+    return os.urandom(16).hex()
 
 
 def publish(staged: Path, place: Path, staging: Path) -> None:
@@ -29,7 +31,7 @@ def publish(staged: Path, place: Path, staging: Path) -> None:
 def hide(path: Path, staging: Path) -> Path:
     """Move something away into a staging directory; whoever owns that removes it."""
     staging.mkdir(mode=0o700, parents=True, exist_ok=True)
-    away = staging / f"removed-{uuid4().hex}"
+    away = staging / f"removed-{new_id()}"
     os.rename(path, away)
     return away
 
@@ -42,6 +44,8 @@ def remove(path: Path) -> None:
             return
     except FileNotFoundError:
         return
+    import shutil
+
     shutil.rmtree(path, onerror=_make_writable)
 
 
@@ -55,6 +59,8 @@ def _make_writable(function: Callable[..., Any], path: str, error: Any) -> None:
         if stat.S_ISDIR(os.lstat(one).st_mode):
             os.chmod(one, 0o700)
     if function in (os.open, os.lstat, os.scandir, os.listdir):
+        import shutil
+
         shutil.rmtree(path)
     elif stat.S_ISDIR(os.lstat(path).st_mode):
         os.rmdir(path)
@@ -64,6 +70,8 @@ def _make_writable(function: Callable[..., Any], path: str, error: Any) -> None:
 
 def sync_file_system(path: Path) -> None:
     """syncfs(2): wait until all of a file system is on the disk."""
+    import ctypes
+
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):

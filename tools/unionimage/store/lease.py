@@ -19,6 +19,7 @@ from unionimage.chain import Chain
 from unionimage.changeset import compression as compressions
 from unionimage.changeset import recipe as recipes
 from unionimage.changeset import tar
+from unionimage.changeset.limits import Limits
 from unionimage.changeset.pack import pack_upper
 from unionimage.changeset.paths import PieceStream
 from unionimage.changeset.unpack import Unpacked, unpack
@@ -142,7 +143,7 @@ class Lease:
         size: int | None = None,
         offset: int = 0,
         progress: Progress | None = None,
-        limits: tar.Limits | None = None,
+        limits: Limits | None = None,
     ) -> Layer:
         """Store and unpack a layer. Its compression is found out by looking.
 
@@ -205,7 +206,7 @@ class Lease:
         return None
 
     def _unpack(
-        self, stream: Readable, work: Path, keep_recipe: bool, limits: tar.Limits | None, what: str
+        self, stream: Readable, work: Path, keep_recipe: bool, limits: Limits | None, what: str
     ) -> Unpacked:
         with ExitStack() as stack:
             directories = []

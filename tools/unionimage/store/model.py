@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from unionimage.digest import Digest
 from unionimage.reference import Reference
-from unionimage.spec import History, ImageConfig, Manifest
 
 if TYPE_CHECKING:
+    from unionimage.spec import History, ImageConfig, Manifest
     from unionimage.store.store import Store
 
 
@@ -75,6 +75,8 @@ class Image:
 
     @cached_property
     def config(self) -> ImageConfig:
+        from unionimage.spec import ImageConfig  # listings do without it
+
         return ImageConfig.from_json(self.config_bytes)
 
     @property
@@ -86,6 +88,8 @@ class Image:
         return None if self.manifest_digest is None else self.store.blobs.read(self.manifest_digest)
 
     def manifest(self) -> Manifest | None:
+        from unionimage.spec import Manifest
+
         data = self.manifest_bytes()
         return None if data is None else Manifest.from_json(data)
 

@@ -9,17 +9,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from unionimage import config as configuration
-from unionimage.changeset import tar
+from unionimage.changeset.limits import Limits
 from unionimage.digest import Digest, Readable, chain_ids
 from unionimage.errors import Conflict, NotFound, UserError
 from unionimage.reference import Reference
 from unionimage.store import cleanup
 from unionimage.store.blobs import Blobs
 from unionimage.store.database import Database
-from unionimage.store.files import remove
+from unionimage.store.files import new_id, remove
 from unionimage.store.locks import FileLock
 from unionimage.store.model import Image, Layer
 
@@ -44,7 +43,7 @@ class Store:
         self.root = root
         self.config = config
         self.thread_lock = threading.RLock()
-        self.limits = tar.Limits(config.layer_size, config.layer_entries)
+        self.limits = Limits(config.layer_size, config.layer_entries)
         _prepare(root)
         self.database = Database(root / "store.db")
         self.blobs = Blobs(root, self.database)
@@ -156,7 +155,7 @@ class Store:
             path = self.chain_path(chain_id)
             if not path.exists():
                 staging.mkdir(mode=0o700, exist_ok=True)
-                staged = staging / f"chain-{uuid4().hex}"
+                staged = staging / f"chain-{new_id()}"
                 names = [directory.name for directory in self.chain_directories(diff_ids[:count])]
                 staged.write_text("".join(name + "\n" for name in names))
                 os.rename(staged, path)
@@ -411,7 +410,7 @@ class Store:
         """
         from unionimage.store.lease import Lease
 
-        identity = uuid4().hex
+        identity = new_id()
         lock = FileLock.try_take(self.root / "locks" / f"{identity}.lease")
         assert lock is not None
         with self.database.write() as database:
