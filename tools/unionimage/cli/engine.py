@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -23,6 +24,11 @@ def open_engine(args: argparse.Namespace) -> Engine:
     from unionimage.container.lifecycle import Engine
 
     root = Path(args.root or config.load().root or config.default_root()).absolute()
+
+    if os.geteuid() != 0:
+        from unionimage.container import rootless
+
+        rootless.enter(root)
 
     def open_store() -> Store:
         from unionimage.store import Store

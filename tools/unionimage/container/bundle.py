@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unionimage.container import capabilities, limits, seccomp, users
+from unionimage.container import capabilities, limits, rootless, seccomp, users
 from unionimage.errors import UserError
 
 Spec = dict[str, Any]
@@ -142,6 +142,8 @@ def container(
             "sysctl": _sysctls(host_config, here.namespaces),
         },
     }
+    if not limits.host().controllers:
+        del spec["linux"]["cgroupsPath"]  # none can be made: the process stays in the caller's
     if here.namespaces.uts == "host":
         del spec["hostname"]
     if propagation := _propagation(here.mounts):
@@ -241,6 +243,7 @@ def environment_of(config: Mapping[str, Any], user: users.User, hostname: str) -
     return first + given
 
 
+TTY_GROUP = 5
 INIT_INSIDE = "/sbin/docker-init"
 
 
@@ -252,7 +255,7 @@ def _system_mounts(
     quiet = ("nosuid", "noexec", "nodev")
     sys_options = (*quiet, "rw" if privileged else "ro")
     pts = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]
-    if here.namespaces.user == "host" or _maps(here.id_mappings, 5):
+    if _maps(here.id_mappings or rootless.group_map(), TTY_GROUP):
         pts.append("gid=5")
     mounts = [
         Mount("proc", "proc", "/proc", quiet),
@@ -263,7 +266,8 @@ def _system_mounts(
         mounts.append(Mount("none", "/sys", "/sys", ("rbind", *sys_options)))
     else:
         mounts.append(Mount("sysfs", "sysfs", "/sys", sys_options))
-        mounts.append(Mount("cgroup", "cgroup", "/sys/fs/cgroup", (*sys_options, "relatime")))
+        if limits.host().controllers:
+            mounts.append(Mount("cgroup", "cgroup", "/sys/fs/cgroup", (*sys_options, "relatime")))
     mounts.append(Mount("mqueue", "mqueue", "/dev/mqueue", quiet))
     if here.namespaces.ipc in ("", "private", "shareable"):
         mounts.append(Mount("tmpfs", "shm", "/dev/shm", (*quiet, "mode=1777", f"size={shm}")))
@@ -365,7 +369,8 @@ def _sysctls(host_config: Mapping[str, Any], spaces: Namespaces) -> dict[str, st
     own_network = spaces.network != "host" and spaces.user == "host"
     if own_network and not host_config.get("Privileged"):
         given.setdefault("net.ipv4.ip_unprivileged_port_start", "0")
-        given.setdefault("net.ipv4.ping_group_range", "0 2147483647")
+        if not rootless.active():  # not all group ids of that range exist there
+            given.setdefault("net.ipv4.ping_group_range", "0 2147483647")
     return given
 
 

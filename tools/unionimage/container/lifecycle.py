@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unionimage.container import monitor, networks, prepare, runtime, volumes, wire
+from unionimage.container import monitor, networks, prepare, rootless, runtime, slirp, volumes, wire
 from unionimage.container.events import Events
 from unionimage.container.state import ALIVE, Container, Containers, Record, now, remove_tree
 from unionimage.errors import Conflict, NotFound, UserError
@@ -92,7 +92,7 @@ class Engine:
     def _kill_leftovers(self, container: Container, state: Record) -> None:
         pid = int(state.get("Pid") or 0)
         alive = monitor.started_by(pid, state.get("PidStart"))
-        if networks.live(container)["Networks"]:
+        if networks.live(container)["Networks"] and not rootless.active():
 
             def teardown(namespace: str) -> None:
                 with contextlib.suppress(UserError):
@@ -251,9 +251,14 @@ class Engine:
 
     def _hooks(self, container: Container) -> monitor.Hooks:
         namespace = -1
+        rootless_network: slirp.Connection | None = None
 
         def connect(pid: int) -> None:
-            nonlocal namespace
+            nonlocal namespace, rootless_network
+            if rootless.active():
+                ports = networks.live(container)["PortMappings"]
+                rootless_network = slirp.Connection.start(pid, container.run, ports)
+                return
             # kept open: the addresses are taken away when the process is long gone
             namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             if not networks.live(container)["Networks"]:
@@ -261,7 +266,10 @@ class Engine:
             networks.connect(container, self.networks, f"/proc/{os.getpid()}/fd/{namespace}")
 
         def disconnect() -> None:
-            nonlocal namespace
+            nonlocal namespace, rootless_network
+            if rootless_network is not None:
+                rootless_network.stop()
+                rootless_network = None
             if namespace >= 0:
                 with contextlib.suppress(UserError):
                     path = f"/proc/{os.getpid()}/fd/{namespace}"

@@ -52,16 +52,21 @@ def host() -> Host:
         where = Path(fields.split(" ")[4])
         if kind == "cgroup":
             for option in options.split(","):
-                if option not in ("rw", "ro") and "=" not in option:
+                if option not in ("rw", "ro") and "=" not in option and _writable(where):
                     legacy.setdefault(option, where)
         elif kind == "cgroup2":
             unified = where
     if "memory" in legacy or "pids" in legacy or "cpu" in legacy:
         return Host(1, legacy)
-    if unified is not None:
+    if unified is not None and _writable(unified):
         names = (unified / "cgroup.controllers").read_text().split()
         return Host(2, dict.fromkeys(names, unified))
     return Host(0, {})
+
+
+def _writable(where: Path) -> bool:
+    """Whether we may make cgroups there; without root it has to be delegated to us."""
+    return os.access(where, os.W_OK)
 
 
 def parse_size(text: str, option: str) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unionimage.container import bundle, files, networks, users, volumes
+from unionimage.container import bundle, files, networks, rootless, slirp, users, volumes
 from unionimage.container.bundle import Mount, Namespaces, Surroundings
 from unionimage.container.state import Container, Containers, replace_file
 from unionimage.errors import Conflict, UserError
@@ -44,7 +44,7 @@ def prepare(
         _check_source(point, known_volumes)
     try:
         if container.record["NetworkMode"] == "engine":
-            networks.engine()
+            (slirp.program if rootless.active() else networks.engine)()
             reserve(container, known, containers)
         mount_root(container, store)
         for point in container.record["Mounts"]:
@@ -105,9 +105,13 @@ def mount_root(container: Container, store: Store) -> None:
         work=container.work,
         driver=container.record.get("MountDriver"),
         options=[
-            f"{kind}=" + ":".join(f"{inside}:{outside}:{size}" for inside, outside, size in table)
-            for kind in ("uidmapping", "gidmapping")
-            if (table := container.record["IdMappings"])
+            *(["xattr_permissions=2"] if rootless.active() else []),
+            *(
+                f"{kind}="
+                + ":".join(f"{inside}:{outside}:{size}" for inside, outside, size in table)
+                for kind in ("uidmapping", "gidmapping")
+                if (table := container.record["IdMappings"])
+            ),
         ],
         register=False,
     )
@@ -186,6 +190,18 @@ def _entry(
     asked: Mapping[str, Any],
     entries: Mapping[str, Any],
 ) -> dict[str, Any]:
+    if rootless.active():
+        if network["Name"] != networks.DEFAULT:
+            raise UserError(
+                f"network {network['Name']} needs root: without it there are bridge, none and host"
+            )
+        return {
+            "IPAddress": slirp.ADDRESS,
+            "Aliases": [],
+            "Interface": "eth0",
+            "Gateway": slirp.GATEWAY,
+            "NetworkID": network["Id"],
+        }
     taken = {entry["Interface"] for entry in entries.values()}
     return {
         "IPAddress": known.take_address(network, others, asked.get("WantedIP")),
@@ -272,9 +288,9 @@ def _write_files(container: Container, known: networks.Networks, containers: Con
             shutil.copyfile(other.directory / name, container.directory / name)
         return
     entries = networks.live(container)["Networks"]
-    servers = []
+    servers = [slirp.NAME_SERVER] if entries and rootless.active() else []
     for name, entry in entries.items():
-        if known.find(name).get("DNS") and networks.names_program():
+        if not servers and known.find(name).get("DNS") and networks.names_program():
             servers.append(entry["Gateway"])
     addresses = [entry["IPAddress"] for entry in entries.values()]
     if mode == "none":

@@ -22,11 +22,12 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from unionfuse import syscalls
+from unionimage.container import limits
 from unionimage.errors import UserError
 
 # In order of preference: crun starts in a third of the time that runc takes.
@@ -55,10 +56,14 @@ class Runtime:
     path: str
     state: str  # its --root
     hidden: str | None = None  # the cgroup2 mount that it must not see
+    cgroups: bool = True  # False where we may make none: rootless and nothing delegated
 
     def spawn(self, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start the runtime's command line; `options` are those of subprocess.Popen."""
-        command = [self.path, "--root", self.state, *arguments]
+        command = [self.path, "--root", self.state]
+        if self.name == "crun" and not self.cgroups:
+            command += ["--cgroup-manager", "disabled"]
+        command += arguments
         if self.hidden is None:
             return subprocess.Popen(command, **options)
         if threading.active_count() == 1:  # what runs between fork and exec suffers no threads
@@ -195,7 +200,10 @@ def _hide(mount: bytes) -> None:
     """Leave the host's mount namespace and take one mount away in the new one."""
     syscalls.unshare(syscalls.CLONE_NEWNS)
     syscalls.mount(b"none", b"/", b"", MS_REC | MS_SLAVE, b"")
-    syscalls.umount(mount)
+    try:
+        syscalls.umount(mount)
+    except OSError:  # in a user namespace the host's mounts cannot be taken apart, but covered
+        syscalls.mount(b"none", mount, b"tmpfs", 0, b"size=4k")
 
 
 def run_directory() -> Path:
@@ -248,23 +256,25 @@ def _known(name: str, path: str, directory: Path) -> tuple[Runtime | None, str]:
     try:
         kept = json.loads(memory.read_text())
         if kept["key"] == key:
-            return Runtime(name, path, state, kept["hidden"]), ""
+            return Runtime(name, path, state, kept["hidden"], kept["cgroups"]), ""
     except (OSError, ValueError, KeyError):
         pass
     runtime, reason = _probe(Runtime(name, path, state), directory)
     if runtime is not None:
         staged = memory.with_suffix(f".{os.getpid()}")
-        staged.write_text(json.dumps({"key": key, "hidden": runtime.hidden}))
+        kept = {"key": key, "hidden": runtime.hidden, "cgroups": runtime.cgroups}
+        staged.write_text(json.dumps(kept))
         staged.replace(memory)
     return runtime, reason
 
 
 def _probe(runtime: Runtime, directory: Path) -> tuple[Runtime | None, str]:
     directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+    runtime = replace(runtime, cgroups=bool(limits.host().controllers))
     tries = [runtime]
     hybrid = _hybrid_cgroup2()
     if hybrid is not None:
-        tries.append(Runtime(runtime.name, runtime.path, runtime.state, hybrid))
+        tries.append(replace(runtime, hidden=hybrid))
     reason = ""
     for candidate in tries:
         reason = _try(candidate, directory)
@@ -288,17 +298,12 @@ def _try(runtime: Runtime, directory: Path) -> str:
 
 def _probe_config(root: str) -> dict[str, Any]:
     spaces: list[dict[str, str]] = [{"type": kind} for kind in ("pid", "mount", "ipc", "uts")]
-    linux: dict[str, Any] = {"namespaces": spaces}
-    if os.geteuid() != 0:
-        spaces.append({"type": "user"})
-        for kind, host in (("uidMappings", os.geteuid()), ("gidMappings", os.getegid())):
-            linux[kind] = [{"containerID": 0, "hostID": host, "size": 1}]
     return {
         "ociVersion": "1.0.2",
         "process": {"args": [PROBE_COMMAND], "cwd": "/", "user": {"uid": 0, "gid": 0}},
         "root": {"path": root},
         "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
-        "linux": linux,
+        "linux": {"namespaces": spaces},
     }
 
 
