@@ -353,7 +353,7 @@ def _records(data: bytes, what: str) -> Iterator[tuple[bytes, bytes]]:
         end = position + int(digits)
         record = data[space + 1 : end - 1]
         key, equals, value = record.partition(b"=")
-        if end > len(data) or data[end - 1 : end] != b"\n" or not equals or not key:
+        if end > len(data) or data[end - 1 : end] != b"\n" or not equals or not key or b"\0" in key:
             break
         yield key, value
         position = end

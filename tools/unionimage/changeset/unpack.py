@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import stat
 from collections import OrderedDict
 from collections.abc import Callable
@@ -34,7 +33,15 @@ _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _RESOLVE = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS
 _CLOSED_TO_OTHERS = 0o700
 _KIND_NAMES = {tar.FIFO: "pipe", tar.CHAR: "char", tar.BLOCK_DEVICE: "block"}
-_BAD_ENTRY = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.EINVAL)
+_BAD_ENTRY = (
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.E2BIG,
+    errno.ERANGE,
+)
 _NO_XATTR = (errno.EOPNOTSUPP, errno.EPERM, errno.EACCES)
 
 
@@ -362,6 +369,8 @@ class _Unpack:
             for other in [one for one in self._files if one == path or one.startswith(below)]:
                 self._displace(name, other[len(path) :], self._files.pop(other))
         elif is_directory:
+            import shutil  # rare, and slow to import
+
             shutil.rmtree(base, dir_fd=parent)
         else:
             os.unlink(base, dir_fd=parent)
