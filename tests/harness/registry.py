@@ -33,11 +33,13 @@ class Registry:
         root: an empty directory for its data.
         password: for the user `jo`; None: no authentication.
         tls: whether to serve with a certificate that nobody knows.
+        auth: the `auth` section of its configuration, in place of `password`.
     """
 
     root: Path
     password: str | None = None
     tls: bool = False
+    auth: dict[str, Any] | None = None
     host: str = field(default="", init=False)
 
     def __enter__(self) -> "Registry":
@@ -57,6 +59,8 @@ class Registry:
             )
             (self.root / "htpasswd").write_bytes(entry.stdout)
             config["auth"] = {"htpasswd": {"realm": "test", "path": str(self.root / "htpasswd")}}
+        if self.auth is not None:
+            config["auth"] = self.auth
         if self.tls:
             make_certificate(self.root)
             config["http"]["tls"] = {

@@ -13,6 +13,7 @@ import pytest
 from harness.command import Command, make_command, make_image
 from harness.hostile import Hostile, cut_after, stall_after, status
 from harness.registry import OciLayout, Registry, compress, layer_tar, sha256, skopeo
+from harness.tokens import TokenServer
 from unionimage import config
 from unionimage.digest import Digest
 from unionimage.errors import UserError
@@ -309,6 +310,56 @@ def test_a_password_is_in_no_process_list_and_no_message(
     assert done.returncode == 1
     assert "s3cret" not in done.stdout + done.stderr
     assert "am86czNjcmV0" not in done.stdout + done.stderr
+
+
+def test_bearer_tokens_of_a_real_registry(
+    layout: OciLayout, command: Command, tmp_path: Path
+) -> None:
+    with (
+        TokenServer(tmp_path / "tokens", "s3cret") as tokens,
+        Registry(tmp_path / "registry", auth=tokens.registry_config()) as registry,
+    ):
+        mine, other = f"{registry.host}/jo/app:1", f"{registry.host}/jo/other:1"
+        layout.push("one", mine, "--dest-creds=jo:s3cret")
+        denied = command("pull", mine, code=1)
+        assert "pull access denied" in denied
+        # a repository for everybody: no credentials, an anonymous token
+        error = command("pull", f"{registry.host}/public/none:1", code=1)
+        assert "not found" in error or "denied" in error
+        wrong = command("login", "-u", "jo", "--password-stdin", registry.host, stdin="x", code=1)
+        assert "incorrect username or password" in wrong
+        command("login", "-u", "jo", "--password-stdin", registry.host, stdin="s3cret")
+        tokens.asked.clear()
+        command("pull", mine)
+        assert len(tokens.asked) == 1  # one token for the manifest, the config and all layers
+        assert tokens.asked[0]["scope"] == ["repository:jo/app:pull"]
+        command.tag(mine, other)
+        assert "Mounted from jo/app" in command("push", other)
+        assert ["repository:jo/other:pull,push", "repository:jo/app:pull"] in [
+            query.get("scope") for query in tokens.asked
+        ]
+        assert command("tags", f"{registry.host}/jo/other") == "1\n"
+        command.tag(mine, f"{registry.host}/public/app:1")
+        denied = command("push", f"{registry.host}/public/app:1", code=1)
+        assert "push access to" in denied and "is denied" in denied
+
+
+def test_a_token_that_ends_during_a_push_is_renewed(command: Command, tmp_path: Path) -> None:
+    with (
+        TokenServer(tmp_path / "tokens", "s3cret", life=1) as tokens,
+        Registry(tmp_path / "registry", auth=tokens.registry_config()) as registry,
+    ):
+        command("login", "-u", "jo", "--password-stdin", registry.host, stdin="s3cret")
+        layers = [layer_tar({f"f{n}": os.urandom(200_000)}) for n in range(6)]
+        make_image(command, f"{registry.host}/jo/app:1", layers)
+        tokens.asked.clear()
+        command("push", f"{registry.host}/jo/app:1")
+        time.sleep(1)
+        other = Command(tmp_path / "other", command.environment)
+        other("pull", f"{registry.host}/jo/app:1")
+        assert other.image_id(f"{registry.host}/jo/app:1") == command.image_id(
+            f"{registry.host}/jo/app:1"
+        )
 
 
 # -- TLS and mirrors -----------------------------------------------------------------------------
