@@ -386,6 +386,13 @@ def test_tags_are_listed_page_by_page(hostile: Hostile, client: Client) -> None:
     assert list(client.repository.tags()) == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("tag", ["../x", "\x1b[2J", "a b", "a@sha256:1", "", 7, None, "x" * 200])
+def test_a_tag_that_is_none_is_refused(hostile: Hostile, client: Client, tag: object) -> None:
+    hostile.trap("GET .*tags", status(200, json.dumps({"tags": ["a", tag]}).encode()))
+    with pytest.raises(BadContent, match="holds something else"):
+        list(client.repository.tags())
+
+
 def test_a_list_of_tags_that_never_ends_is_left(hostile: Hostile, client: Client) -> None:
     hostile.trap(
         "GET .*tags",

@@ -16,7 +16,8 @@ from functools import partial
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 from unionimage.digest import CHUNK, MAX_JSON, Digest, Readable
-from unionimage.errors import BadContent
+from unionimage.errors import BadContent, UserError
+from unionimage.reference import Reference
 from unionimage.registry.auth import Authorizer, parse_challenges
 from unionimage.registry.blob import BlobReader, Progress
 from unionimage.registry.errors import RegistryError, RegistryStatusError, printable
@@ -411,7 +412,7 @@ class Repository:
             link = response.headers.get("Link", "")
             data = self.transport.read_all(response, MAX_JSON, f"{self}: list of tags")
             listed = load_object(data, f"{self}: list of tags").get("tags") or []
-            if not isinstance(listed, list) or not all(isinstance(tag, str) for tag in listed):
+            if not isinstance(listed, list) or not all(_is_tag(tag) for tag in listed):
                 raise BadContent(f"{self}: the list of tags holds something else")
             count += len(listed)
             yield from listed
@@ -429,6 +430,14 @@ class Repository:
                 "tell its operator",
             )
         return target
+
+
+def _is_tag(value: object) -> bool:
+    """Whether a registry's word for a tag is one, and may be shown and asked for."""
+    try:
+        return isinstance(value, str) and Reference.parse(f"x:{value}").tag == value
+    except UserError:
+        return False
 
 
 class _Counted:
