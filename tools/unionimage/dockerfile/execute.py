@@ -130,8 +130,9 @@ class Build:
         for stage in self.stages.values():
             stage.take_cached()
         if not target.finished:
-            self.kitchen.enter_private_namespace()
             unfinished = [stage for stage in self.stages.values() if not stage.finished]
+            if any(stage.will_make_files for stage in unfinished):
+                self.kitchen.enter_private_namespace()
             try:
                 if self.kitchen.driver != "overlay" and any(s.will_run for s in unfinished):
                     self.kitchen.helper.prepare()
@@ -216,6 +217,11 @@ class StageBuild:
     @property
     def finished(self) -> bool:
         return self._trail != "" and self.done == len(self.plan.steps)
+
+    @property
+    def will_make_files(self) -> bool:
+        """Whether a step is left that may make a layer."""
+        return any(step.action is not None for step in self.plan.steps[self.done :])
 
     @property
     def will_run(self) -> bool:

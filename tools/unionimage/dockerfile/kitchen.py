@@ -98,13 +98,13 @@ class Kitchen:
         self.context = context
         self.driver = driver
         self._lock = threading.Lock()
-        self._private = False
         self._helper: Helper | None = None
+        self._quick = "overlay"  # for a look or a few files
 
     def enter_private_namespace(self) -> None:
         """Leave the host's mount namespace; before the first mount and the first thread."""
-        if self._private or os.geteuid() != 0:
-            return
+        if os.geteuid() != 0:
+            raise UserError("making layers needs root, to mount and to give files away; use sudo")
         import ctypes
 
         libc = ctypes.CDLL(None, use_errno=True)
@@ -113,7 +113,6 @@ class Kitchen:
         syscalls.mount(b"none", b"/", b"none", _MS_REC | _MS_SLAVE, b"")
         # Shared with the namespaces of the containers: what is unmounted here goes there too.
         syscalls.mount(b"none", b"/", b"none", _MS_REC | _MS_SHARED, b"")
-        self._private = True
 
     def scratch(self, *names: str) -> Path:
         """A fresh directory on the store's file system, with directories in it."""
@@ -132,28 +131,38 @@ class Kitchen:
         """
         from unionimage.mounts import mount_chain, unmount
 
-        if not diff_ids and os.geteuid() == 0:  # others may give files away through a mount only
+        if not diff_ids:
             yield upper or self.scratch()
             return
         place = self.scratch("merged", "work")
         target = place / "merged"
-        driver = driver or self._quick_driver()
-        mount_chain(
-            self.store,
-            diff_ids,
-            target,
-            upper=upper,
-            work=place / "work",
-            driver=driver,
-            options=("volatile",) if upper is not None else (),
-            register=False,
-            index=False,  # it would be made for one step; what the step reads is merged as it goes
-            start=self._start_daemon,
-        )
+        wanted = driver or self.driver or self._quick
+
+        def mount(driver: str) -> None:
+            mount_chain(
+                self.store,
+                diff_ids,
+                target,
+                upper=upper,
+                work=place / "work",
+                driver=driver,
+                options=("volatile",) if upper is not None else (),
+                register=False,
+                index=False,  # it would be made for one step; what that reads is merged as it goes
+                start=self._start_daemon,
+            )
+
+        try:
+            mount(wanted)
+        except UserError:
+            if driver or self.driver or wanted == "fuse":
+                raise
+            self._quick = wanted = "fuse"  # such as a store that itself lies on an overlay
+            mount(wanted)
         try:
             yield target
         finally:
-            if driver == "overlay":
+            if wanted == "overlay":
                 syscalls.umount(os.fsencode(target))
             else:
                 unmount(self.store, target)
@@ -177,12 +186,6 @@ class Kitchen:
             if self._helper is not None:
                 self._helper.close()
                 self._helper = None
-
-    def _quick_driver(self) -> str:
-        """For a look or a few files: kernel overlayfs where it may be mounted, if not said."""
-        if self.driver is not None:
-            return self.driver
-        return "overlay" if os.geteuid() == 0 else "fuse"
 
     @contextlib.contextmanager
     def tree(self, diff_ids: Sequence[Digest]) -> Iterator[Tree]:
