@@ -120,11 +120,66 @@ def unionmount(suite: Path, program: MountProgram, only: Sequence[str]) -> Outco
     return outcome
 
 
+def ltp(suite: Path, program: MountProgram, only: Sequence[str]) -> Outcome:
+    """System call checks of the Linux Test Project: those in runtest/syscalls that were built.
+
+    Build before, for instance: make autotools && ./configure && make -C lib &&
+    make -C testcases/kernel/syscalls/rename. What makes file systems of its own is left out.
+    """
+    syscalls = suite / "testcases" / "kernel" / "syscalls"
+    built = {
+        path.name: path
+        for path in syscalls.rglob("*")
+        if path.is_file() and os.access(path, os.X_OK) and path.with_suffix(".c").exists()
+    }
+    outcome: Outcome = {}
+    with tempfile.TemporaryDirectory(prefix="conformance-", dir="/var/tmp") as scratch:
+        os.chmod(scratch, 0o755)
+        with program.mounted(Path(scratch)) as mnt:
+            mnt.chmod(0o1777)
+            for line in (suite / "runtest" / "syscalls").read_text().splitlines():
+                name, _, command = line.partition(" ")
+                words = command.split()
+                path = built.get(words[0]) if words else None
+                if path is None or (only and name not in only) or _has_its_own_device(path):
+                    continue
+                outcome |= _ltp_test(name, path, words[1:], mnt)
+    return outcome
+
+
+def _has_its_own_device(path: Path) -> bool:
+    source = path.with_suffix(".c").read_text(errors="replace")
+    return bool(re.search(r"mount_device|all_filesystems|needs_device|format_device", source))
+
+
+def _ltp_test(name: str, path: Path, words: Sequence[str], mnt: Path) -> Outcome:
+    """One program. Its exit code has bits: 1 failed, 2 broken, 4 warning, 32 does not apply."""
+    places = {"TMPDIR": str(mnt), "LTP_COLORIZE_OUTPUT": "n"}
+    places["PATH"] = f"{path.parent}:{os.environ['PATH']}"
+    try:
+        result = subprocess.run(
+            [path, *words],
+            cwd=mnt,
+            env=os.environ | places,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
+        )
+    except subprocess.TimeoutExpired:
+        return {name: "not done after a minute"}
+    if result.returncode & 32 and not result.returncode & 3:
+        return {}
+    said = [line for line in (result.stdout + result.stderr).splitlines() if "PASS" not in line]
+    failed = [line for line in said if re.search("FAIL|BROK", line)]
+    return {name: " / ".join(failed[:2]) or "failed" if result.returncode & 3 else None}
+
+
 # they belong to the list, but the script adds them in another form
 _DIRECTORY_RENAMES = ("rename-dir", "rename-empty-dir", "rename-pop-dir", "rename-move-dir")
 
 Runner = Callable[[Path, MountProgram, Sequence[str]], Outcome]
-SUITES: dict[str, Runner] = {"pjdfstest.c": pjdfstest, "mount_union.py": unionmount}
+SUITES: dict[str, Runner] = {"pjdfstest.c": pjdfstest, "mount_union.py": unionmount, "runltp": ltp}
 
 
 def report(ours: Outcome, oracle: Outcome, program: MountProgram) -> int:
@@ -154,7 +209,7 @@ def main() -> int:
         parser.error(f"{args.program}: no such mount program")
     runner = next((run for file, run in SUITES.items() if (args.suite / file).exists()), None)
     if runner is None:
-        parser.error(f"{args.suite}: no suite that this script knows: pjdfstest, unionmount")
+        parser.error(f"{args.suite}: no suite known here: pjdfstest, unionmount-testsuite, ltp")
     program = MountProgram(os.path.abspath(path))
     suite = args.suite.resolve()
     ours = runner(suite, program, args.test)
