@@ -6,11 +6,9 @@ Nothing is started or mounted. `args` is what `cli.container_options` parsed.
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import json
 import os
 import re
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -362,6 +360,8 @@ def _extra_host(text: str) -> str:
 
 
 def _address(text: str, option: str) -> str:
+    import ipaddress
+
     try:
         return str(ipaddress.ip_address(text))
     except ValueError:
@@ -547,6 +547,8 @@ def _check(result: Record) -> None:
 
 def command_line(result: Mapping[str, Any]) -> str:
     """Entrypoint and command as `ps` shows them."""
+    import shlex
+
     config = result["Config"]
     words = [*(config.get("Entrypoint") or []), *(config.get("Cmd") or [])]
     return " ".join(word if re.fullmatch(r"\S+", word) else shlex.quote(word) for word in words)

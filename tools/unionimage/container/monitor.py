@@ -21,12 +21,15 @@ import termios
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from unionimage.container import health, limits, logs, wire
+from unionimage.container import limits, logs, wire
 from unionimage.container.runtime import Runtime
 from unionimage.container.state import Container, now
 from unionimage.errors import UserError
+
+if TYPE_CHECKING:
+    from unionimage.container import health
 
 CHUNK = 1 << 16
 SLOW_CLIENT = 1 << 20  # bytes unsent to a client above which the container has to wait
@@ -185,6 +188,12 @@ class Monitor:
             ExitCode=0,
         )
         self._hooks.event("start")
+        if config.get("Healthcheck"):
+            self._begin_health_checks()
+
+    def _begin_health_checks(self) -> None:
+        from unionimage.container import health
+
         check = health.Checker.for_container(self._container, self._runtime)
         if check is not None:
             self._health = check

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import ipaddress
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unionimage.container.runtime import run_directory
 from unionimage.container.state import (
@@ -31,12 +29,15 @@ from unionimage.container.state import (
 )
 from unionimage.errors import Conflict, NotFound, UserError
 
+if TYPE_CHECKING:
+    import ipaddress
+
 Network = dict[str, Any]
 
 DEFAULT = "bridge"
 SPECIAL = ("none", "host", "bridge")
 # Where new networks take their /24 from; the default bridge is the first.
-POOL = ipaddress.ip_network("10.90.0.0/16")
+POOL = "10.90.0.0/16"
 ENGINE = ("netavark", "/usr/lib/podman/netavark", "/usr/libexec/podman/netavark")
 NAMES = ("aardvark-dns", "/usr/lib/podman/aardvark-dns", "/usr/libexec/podman/aardvark-dns")
 
@@ -92,6 +93,8 @@ class Networks:
         default: bool = False,
     ) -> Network:
         """A new bridge network. Raises Conflict or UserError."""
+        import ipaddress
+
         if not NAME.fullmatch(name) or name in ("none", "host", "container", "default"):
             raise UserError(f"invalid network name {name!r}")
         with self._locked():
@@ -143,6 +146,8 @@ class Networks:
 
         Raises UserError when `wanted` is taken or outside, or when there is none left.
         """
+        import ipaddress
+
         subnet = ipaddress.ip_network(network["IPAM"]["Config"][0]["Subnet"])
         gateway = network["IPAM"]["Config"][0]["Gateway"]
         taken = {gateway}
@@ -182,6 +187,8 @@ class Networks:
             os.close(descriptor)
 
     def _subnet(self, wanted: str | None) -> ipaddress.IPv4Network:
+        import ipaddress
+
         taken = _routes()
         with contextlib.suppress(FileNotFoundError):
             for entry in os.listdir(self.directory):
@@ -196,8 +203,7 @@ class Networks:
             if clash := next((one for one in taken if one.overlaps(subnet)), None):
                 raise UserError(f"--subnet {wanted} overlaps with {clash}, which is in use")
             return subnet
-        for candidate in POOL.subnets(new_prefix=24):
-            assert isinstance(candidate, ipaddress.IPv4Network)
+        for candidate in ipaddress.IPv4Network(POOL).subnets(new_prefix=24):
             if not any(one.overlaps(candidate) for one in taken):
                 return candidate
         raise UserError(f"no free subnet left in {POOL}: choose one by --subnet")
@@ -242,6 +248,8 @@ def _special(name: str) -> Network:
 
 def _routes() -> list[ipaddress.IPv4Network]:
     """The subnets that this host already has routes to, except the default route."""
+    import ipaddress
+
     found = []
     for line in Path("/proc/net/route").read_text().splitlines()[1:]:
         fields = line.split()
@@ -252,6 +260,8 @@ def _routes() -> list[ipaddress.IPv4Network]:
 
 
 def _little_endian(text: str) -> ipaddress.IPv4Address:
+    import ipaddress
+
     return ipaddress.IPv4Address(int.from_bytes(bytes.fromhex(text), "little"))
 
 
@@ -260,6 +270,8 @@ def _little_endian(text: str) -> ipaddress.IPv4Address:
 
 def engine() -> str:
     """The netavark program. Raises UserError when there is none."""
+    import shutil
+
     for candidate in ENGINE:
         if found := shutil.which(candidate):
             return found
@@ -338,6 +350,8 @@ def _network_input(network: Network) -> dict[str, Any]:
 
 def names_program() -> str | None:
     """The aardvark-dns program."""
+    import shutil
+
     return next((found for one in NAMES if (found := shutil.which(one))), None)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -283,6 +282,8 @@ def _why_taken(address: str, port: int, protocol: str) -> str:
 def _write_files(container: Container, known: networks.Networks, containers: Containers) -> None:
     mode = str(container.record["NetworkMode"])
     if mode.startswith("container:"):
+        import shutil
+
         other = running(containers, mode)
         for name in files.NAMES:
             shutil.copyfile(other.directory / name, container.directory / name)
@@ -381,6 +382,8 @@ def _shared_memory(container: Container, containers: Containers) -> list[Mount]:
 
 
 def _init_program() -> str:
+    import shutil
+
     for name in INITS:
         if found := shutil.which(name):
             return found

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import pwd
-import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +122,9 @@ def _start_keeper(lock: int) -> int:
 
 def _map_ids(pid: int) -> None:
     """Ranges where there are some and newuidmap works, else only the caller's own ids."""
+    import pwd
+    import shutil
+
     name = pwd.getpwuid(os.geteuid()).pw_name
     done = []
     for kind, own, file in (

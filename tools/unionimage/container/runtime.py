@@ -16,10 +16,8 @@ import functools
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -86,7 +84,7 @@ class Runtime:
         Raises RuntimeFailure when the process was never started. Whatever happens, the container is
         deleted at the end.
         """
-        with _log_file() as log:
+        with _log_file(self.state) as log:
             arguments = ("--log", log, "--log-format", "json", "run", "-b", str(bundle), container)
             process = self.spawn(*arguments, stdin=stdin, stdout=stdout, stderr=stderr)
             try:
@@ -123,7 +121,7 @@ class Runtime:
         verb += ["--bundle", str(bundle), "--pid-file", str(pid_file)]
         if console_socket is not None:
             verb += ["--console-socket", console_socket]
-        with _log_file() as log:
+        with _log_file(self.state) as log:
             arguments = ("--log", log, "--log-format", "json", *verb, container)
             code = self.spawn(*arguments, stdin=stdin, stdout=stdout, stderr=stderr).wait()
             message = last_error(log)
@@ -227,14 +225,12 @@ def find(choice: str | None = None, directory: Path | None = None) -> Runtime:
     names = (choice,) if choice else CANDIDATES
     reasons = []
     for name in names:
-        path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-        if path is None:
-            reasons.append(f"{name} is not installed")
-            continue
-        found, reason = _known(os.path.basename(name), path, directory)
+        found, reason = _remembered(name, directory), ""
+        if found is None:
+            found, reason = _search(name, directory)
         if found is not None:
             return found
-        reasons.append(f"{name}: {reason}")
+        reasons.append(reason)
     remedy = "install crun or runc" if choice is None else "leave --runtime out to search"
     raise RuntimeFailure(
         f"no usable OCI runtime ({'; '.join(reasons)}): {remedy}", exit_code=COMMAND_FAILED
@@ -247,25 +243,43 @@ def boot_id() -> str:
     return Path(path).read_text().strip()
 
 
-def _known(name: str, path: str, directory: Path) -> tuple[Runtime | None, str]:
-    """The remembered answer for this program, or a fresh one."""
-    status = os.stat(path)
-    key = [boot_id(), path, status.st_mtime_ns, status.st_size, os.geteuid()]
-    memory = directory / f"runtime-{name}.json"
-    state = str(directory / name)
+def _remembered(name: str, directory: Path) -> Runtime | None:
+    """The answer that was found earlier in this boot for the program as it is now."""
     try:
-        kept = json.loads(memory.read_text())
-        if kept["key"] == key:
-            return Runtime(name, path, state, kept["hidden"], kept["cgroups"]), ""
-    except (OSError, ValueError, KeyError):
-        pass
-    runtime, reason = _probe(Runtime(name, path, state), directory)
-    if runtime is not None:
-        staged = memory.with_suffix(f".{os.getpid()}")
-        kept = {"key": key, "hidden": runtime.hidden, "cgroups": runtime.cgroups}
-        staged.write_text(json.dumps(kept))
-        staged.replace(memory)
-    return runtime, reason
+        kept = json.loads(_memory(name, directory).read_bytes())
+        path = kept["key"][1]
+        if kept["key"] != _key(path) or ("/" in name and path != name):
+            return None
+        return Runtime(kept["name"], path, kept["state"], kept["hidden"], kept["cgroups"])
+    except (OSError, ValueError, LookupError):
+        return None
+
+
+def _search(name: str, directory: Path) -> tuple[Runtime | None, str]:
+    """Find the program and try it; what works is remembered. A reason when it does not."""
+    import shutil
+
+    path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if path is None:
+        return None, f"{name} is not installed"
+    short = os.path.basename(name)
+    runtime, reason = _probe(Runtime(short, path, str(directory / short)), directory)
+    if runtime is None:
+        return None, f"{name}: {reason}"
+    memory = _memory(name, directory)
+    staged = memory.with_suffix(f".{os.getpid()}")
+    staged.write_text(json.dumps({"key": _key(path), **vars(runtime)}))
+    staged.replace(memory)
+    return runtime, ""
+
+
+def _memory(name: str, directory: Path) -> Path:
+    return directory / f"runtime-{os.path.basename(name)}.json"
+
+
+def _key(path: str) -> list[Any]:
+    status = os.stat(path)
+    return [boot_id(), path, status.st_mtime_ns, status.st_size, os.geteuid()]
 
 
 def _probe(runtime: Runtime, directory: Path) -> tuple[Runtime | None, str]:
@@ -285,6 +299,8 @@ def _probe(runtime: Runtime, directory: Path) -> tuple[Runtime | None, str]:
 
 def _try(runtime: Runtime, directory: Path) -> str:
     """Why this runtime cannot start containers here; empty when it can."""
+    import tempfile
+
     with tempfile.TemporaryDirectory(dir=directory, prefix="probe-") as bundle:
         for part in ("rootfs", "rootfs/proc", "rootfs/dev", "rootfs/sys"):
             os.mkdir(f"{bundle}/{part}")
@@ -320,9 +336,9 @@ def _hybrid_cgroup2() -> str | None:
 
 
 @contextlib.contextmanager
-def _log_file() -> Iterator[str]:
-    descriptor, path = tempfile.mkstemp(prefix="unionfuse-runtime-")
-    os.close(descriptor)
+def _log_file(state: str) -> Iterator[str]:
+    path = f"{os.path.dirname(state)}/log-{os.urandom(8).hex()}"
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     try:
         yield path
     finally:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,8 @@ SUBNET_BITS = 24
 
 def program() -> str:
     """The slirp4netns program. Raises UserError when there is none, or no /dev/net/tun."""
+    import shutil
+
     found = shutil.which("slirp4netns")
     if found is None:
         raise UserError(

@@ -21,10 +21,8 @@ import fcntl
 import json
 import os
 import re
-import secrets
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,10 +152,10 @@ class Containers:
     """All containers of one store. Cheap to make; holds nothing open."""
 
     def __init__(self, store_root: Path, run_root: Path | None = None) -> None:
-        import hashlib
+        import zlib
 
         root = Path(os.path.realpath(store_root))
-        key = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
+        key = f"{zlib.crc32(os.fsencode(root)):08x}"
         self.root = root
         self.directory = root / "containers"
         self.run = (run_root or run_directory()) / key
@@ -284,7 +282,7 @@ class Containers:
 
     def _random_name(self) -> str:
         while True:
-            words = secrets.choice(ADJECTIVES.split()), secrets.choice(SCHOLARS.split())
+            words = [_any_of(ADJECTIVES.split()), _any_of(SCHOLARS.split())]
             with contextlib.suppress(Conflict):
                 return self.check_free("_".join(words))
 
@@ -302,7 +300,7 @@ class Containers:
 def new_id() -> str:
     """64 hex digits; the first twelve never look like a decimal number (docker's rule)."""
     while True:
-        identity = secrets.token_hex(32)
+        identity = os.urandom(32).hex()
         if not identity[:12].isdigit():
             return identity
 
@@ -329,4 +327,16 @@ def replace_file(path: Path, text: str) -> None:
 def remove_tree(path: Path) -> None:
     """Remove a directory tree; one that is not there is fine, a mount point below is not."""
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path)
+        for _, directories, files, descriptor in os.fwalk(path, topdown=False):
+            for name in files:
+                os.unlink(name, dir_fd=descriptor)
+            for name in directories:
+                try:
+                    os.rmdir(name, dir_fd=descriptor)
+                except NotADirectoryError:  # a link to a directory
+                    os.unlink(name, dir_fd=descriptor)
+        path.rmdir()
+
+
+def _any_of(words: Sequence[str]) -> str:
+    return words[int.from_bytes(os.urandom(4)) % len(words)]
