@@ -640,3 +640,34 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen within 20 seconds"
         time.sleep(0.05)
+
+
+# ---- progress
+
+
+def test_progress_on_a_terminal(builder: Builder, tmp_path: Path) -> None:
+    """A live picture of the steps that run, a line for each that is done; nothing hangs."""
+    text = "RUN echo t1; sleep 0.3; printf '\\033[31mcolour\\033[0m\\n' > /a\n"
+    text += (
+        "FROM base\nRUN echo t2; sleep 0.3\nFROM base\nCOPY --from=0 /a /a\nCOPY --from=1 /etc /e\n"
+    )
+    command = [PROGRAM, "--root", str(builder.root), "build", str(context(tmp_path, text))]
+    master, slave = os.openpty()
+    process = subprocess.Popen(command, stderr=slave, env={**os.environ, "COLUMNS": "100"})
+    os.close(slave)
+    shown = b""
+    while data := _read_terminal(master):
+        shown += data
+    os.close(master)
+    assert process.wait(30) == 0
+    for label in (b"=> [0 1/1] RUN echo t1", b"=> [1 1/1] RUN echo t2", b" => # t1", b"built "):
+        assert label in shown
+    plain = builder.run("build", "--progress", "tty", tmp_path).stderr
+    assert plain.count("=> CACHED [") == 4 and "\x1b" not in plain
+
+
+def _read_terminal(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 1 << 16)
+    except OSError:  # EIO: nobody has the other end any more
+        return b""

@@ -116,69 +116,91 @@ class _PlainStep:
 
 
 class Live:
-    """Running steps with their time and last lines; what is finished scrolls up."""
+    """Running steps with their time and last lines; what is finished scrolls up.
+
+    The picture begins with the first step that is carried out: a cached build is done before the
+    library that draws it were loaded.
+    """
 
     SHOWN = 5
 
     def __init__(self, stream: TextIO) -> None:
-        from rich.console import Console
-        from rich.live import Live as RichLive
-
-        self._console = Console(file=stream, highlight=False, soft_wrap=False)
-        self._lock = threading.RLock()
+        self._stream = stream
+        self._lock = threading.Lock()  # of `_steps`; never held while the picture is called
+        self._starting = threading.Lock()
         self._steps: list[_LiveStep] = []
-        self._live = RichLive(
-            get_renderable=self._picture,
-            console=self._console,
-            transient=True,
-            refresh_per_second=8,
-        )
-        self._live.start()
+        self._picture: Any = None
 
     def cached(self, label: str) -> None:
-        self.say("=> ", "CACHED ", label, 0.0, "cyan")
+        self._say(f"=> CACHED {label}", 0.0)
 
     def begin(self, label: str) -> StepView:
         step = _LiveStep(self, label)
         with self._lock:
             self._steps.append(step)
+        with self._starting:
+            if self._picture is None:
+                self._start()
         return step
 
     def close(self) -> None:
-        self._live.stop()
+        picture, self._picture = self._picture, None
+        if picture is not None:
+            picture.stop()
 
     def end(self, step: _LiveStep, failed: bool) -> None:
         """Let a step scroll up."""
         with self._lock:
             self._steps.remove(step)
-        word, style = ("ERROR ", "bold red") if failed else ("", "")
-        self.say("=> ", word, step.label, step.seconds, style)
+        picture = self._picture
+        if picture is not None:
+            picture.refresh()
+        self._say(f"=> {'ERROR ' if failed else ''}{step.label}", step.seconds)
 
-    def say(self, mark: str, word: str, label: str, seconds: float, style: str) -> None:
+    def _start(self) -> None:
+        from rich.console import Console
+        from rich.live import Live as Picture
+
+        console = Console(file=self._stream, highlight=False)
+        picture = Picture(
+            get_renderable=self._drawn, console=console, transient=True, refresh_per_second=8
+        )
+        picture.start()
+        self._picture = picture
+
+    def _say(self, text: str, seconds: float) -> None:
         """Print the line of a step that is over."""
-        self._console.print(self._line(mark + word + label, seconds), style=style or None)
+        line = _timed(text, seconds, _columns())
+        picture = self._picture
+        if picture is not None:
+            picture.console.print(line, markup=False, no_wrap=True)
+        else:
+            self._stream.write(line + "\n")
+            self._stream.flush()
 
-    def _line(self, text: str, seconds: float) -> Any:
+    def _drawn(self) -> Any:
         from rich.text import Text
 
-        width = self._console.width - 9
-        if len(text) > width:
-            text = text[: width - 1] + "…"
-        return Text(f"{text:<{width}} {seconds:6.1f}s", no_wrap=True)
-
-    def _picture(self) -> Any:
-        from rich.console import Group
-        from rich.text import Text
-
+        width = _columns()
         with self._lock:
-            parts: list[Any] = []
+            lines: list[str] = []
             for step in self._steps:
-                parts.append(self._line(f"=> {step.label}", step.seconds))
-                parts += [
-                    Text(f" => # {line}"[: self._console.width - 1], style="dim", no_wrap=True)
-                    for line in step.last
-                ]
-        return Group(*parts)
+                lines.append(_timed(f"=> {step.label}", step.seconds, width))
+                lines += [f" => # {line}"[: width - 1] for line in step.last]
+        return Text("\n".join(lines), no_wrap=True)
+
+
+def _columns() -> int:
+    import shutil
+
+    return max(30, shutil.get_terminal_size().columns)
+
+
+def _timed(text: str, seconds: float, width: int) -> str:
+    room = width - 9
+    if len(text) > room:
+        text = text[: room - 1] + "…"
+    return f"{text:<{room}} {seconds:6.1f}s"
 
 
 class _LiveStep:
