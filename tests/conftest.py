@@ -27,7 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "on(*kinds): the kinds of tree that this scenario is about (default: all)"
     )
     config.addinivalue_line(
-        "markers", "doors: this scenario runs through every door of unionfuse (tests/README.md)"
+        "markers",
+        "doors: this scenario runs through pyfuse3 alone, too, in short runs (tests/README.md)",
     )
 
 
@@ -36,15 +37,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     wanted = metafunc.config.getoption("--kinds").split(",")
     mark = metafunc.definition.get_closest_marker("on")
-    if metafunc.definition.get_closest_marker("doors") and "unionfuse" in wanted:
-        wanted += [door for door in _other_doors(metafunc.config) if door not in wanted]
+    if "unionfuse" in wanted:
+        wanted += [door for door in _other_doors(metafunc) if door not in wanted]
     kinds = [kind for kind in wanted if mark is None or _covers(mark.args, kind)]
     metafunc.parametrize("workshop", kinds, indirect=True, scope="function")
 
 
-def _other_doors(config: pytest.Config) -> list[str]:
-    # the transports differ below the union only: io_uring is for long runs
-    return [door for door in DOORS if config.getoption("--long") or door != "unionfuse-uring"]
+def _other_doors(metafunc: pytest.Metafunc) -> list[str]:
+    if metafunc.config.getoption("--long"):
+        return list(DOORS)
+    return ["unionfuse-pyfuse3"] if metafunc.definition.get_closest_marker("doors") else []
 
 
 def _covers(named: tuple[str, ...], kind: str) -> bool:

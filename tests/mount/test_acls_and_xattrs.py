@@ -56,7 +56,6 @@ def test_acls_are_enforced(workshop: Workshop) -> None:
     assert readable(tree / "f", ALICE)
 
 
-@pytest.mark.doors
 def test_acls_of_lower_files_are_enforced_and_survive_copy_up(workshop: Workshop) -> None:
     tree = workshop({"d/f": File(data="x", mode=0o600)})
     tree.unmount()
@@ -76,7 +75,6 @@ def test_acls_of_lower_files_are_enforced_and_survive_copy_up(workshop: Workshop
     assert readable(tree / "d/f", ALICE) and not readable(tree / "d/f", BOB)
 
 
-@pytest.mark.doors
 def test_chmod_and_acl_change_each_other(workshop: Workshop) -> None:
     tree = workshop({"f": File(data="x", mode=0o664)})
     setfacl("-m", f"u:{ALICE}:rw", tree / "f")
@@ -123,7 +121,6 @@ def test_default_acls_are_inherited_by_every_kind_of_create(workshop: Workshop, 
     assert_equal(trees[0].snapshot(), wanted)
 
 
-@pytest.mark.doors
 def test_xattrs_come_and_go(workshop: Workshop) -> None:
     tree = workshop({"f": File(data="x", xattrs={"user.below": b"1"}), "d": Dir()})
     for path in (tree / "f", tree / "d"):

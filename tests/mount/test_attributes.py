@@ -21,7 +21,6 @@ def mode_of(path: os.PathLike[str]) -> int:
 # --- setattr --------------------------------------------------------------------------------------
 
 
-@pytest.mark.doors
 def test_utimens_now_omit_and_nanoseconds(workshop: Workshop) -> None:
     tree = workshop({"f": File(data="x"), "d": Dir(), "s": Symlink("nowhere")})
     for name in ("f", "d", "s"):
@@ -53,7 +52,6 @@ def _times(path: os.PathLike[str]) -> tuple[int, int]:
     return info.st_atime_ns, info.st_mtime_ns
 
 
-@pytest.mark.doors
 def test_changes_move_the_times_that_posix_says(workshop: Workshop) -> None:
     tree = workshop({"d/f": "x", "d/g": "y"})
     steps = {
@@ -144,7 +142,6 @@ def test_a_foreign_write_takes_setuid_and_capabilities_away(workshop: Workshop, 
     assert results[0][2][1] == []
 
 
-@pytest.mark.doors
 def test_a_write_through_a_descriptor_that_was_open_before_chmod(workshop: Workshop) -> None:
     tree = workshop({"f": File(data="x", mode=0o666)})
 
@@ -162,7 +159,6 @@ def test_a_write_through_a_descriptor_that_was_open_before_chmod(workshop: Works
     assert mode_of(tree / "f") == 0o777
 
 
-@pytest.mark.doors
 def test_chown_takes_setuid_away(workshop: Workshop) -> None:
     stack = suid_stack()
     tree, plain = workshop(stack), workshop(stack, kind="plain")
@@ -276,7 +272,6 @@ def test_setgid_directories_give_their_group(workshop: Workshop) -> None:
     assert mode_of(tree / "d/file") == 0o755, "set-gid is not for who is not in the group"
 
 
-@pytest.mark.doors
 @pytest.mark.parametrize("umask", [0, 0o022, 0o077, 0o777])
 def test_umask(workshop: Workshop, umask: int) -> None:
     tree = workshop({"d/x": ""})
@@ -322,7 +317,6 @@ def numbers(tree: Mounted) -> dict[bytes, int]:
     return {path: record.ino or 0 for path, record in tree.snapshot(inodes=True).items()}
 
 
-@pytest.mark.doors
 def test_inode_numbers_are_unique(workshop: Workshop) -> None:
     tree = workshop(*NUMBERED)
     for number in range(50):
@@ -365,7 +359,6 @@ def test_an_inode_number_is_not_given_again_while_it_is_in_use(workshop: Worksho
         assert os.fstat(file.fileno()).st_ino not in used
 
 
-@pytest.mark.doors
 def test_the_live_tree_equals_the_tree_after_a_remount(workshop: Workshop) -> None:
     tree = workshop(*NUMBERED)
     os.rename(tree / "d", tree / "e")

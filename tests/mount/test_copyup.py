@@ -169,7 +169,6 @@ def test_times_are_kept_to_the_nanosecond(workshop: Workshop) -> None:
     assert (info.st_atime_ns, info.st_mtime_ns) == (MTIME_NS, MTIME_NS)
 
 
-@pytest.mark.doors
 def test_a_reader_that_was_there_before_sees_the_old_or_the_new_file_whole(
     workshop: Workshop,
 ) -> None:
@@ -183,8 +182,8 @@ def test_a_reader_that_was_there_before_sees_the_old_or_the_new_file_whole(
     assert (tree / "f").read_bytes() == b"new" * 1000
 
 
-@pytest.mark.on("overlay", "unionfuse")
 @pytest.mark.doors
+@pytest.mark.on("overlay", "unionfuse")
 def test_racing_writers_cause_one_copy(workshop: Workshop) -> None:
     tree = workshop({"f": File(data=b"x" * (4 << 20)), "d/g": ""})
     writer = (

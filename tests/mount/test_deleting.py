@@ -20,7 +20,6 @@ def names(path: os.PathLike[str]) -> list[str]:
     return sorted(os.listdir(path))
 
 
-@pytest.mark.doors
 @pytest.mark.parametrize("name", ["d/top", "d/both", "d/base", "s"])
 def test_what_is_deleted_is_gone(workshop: Workshop, name: str) -> None:
     tree = workshop(*STACK)
@@ -47,7 +46,6 @@ def test_whiteouts_are_the_kernels(workshop: Workshop) -> None:
     assert names(tree.upper / "d") == ["base"], "a name that was only in upper leaves no whiteout"
 
 
-@pytest.mark.doors
 def test_rmdir_of_merged_directories(workshop: Workshop) -> None:
     tree = workshop(*STACK)
     with pytest.raises(OSError) as caught:
@@ -81,7 +79,6 @@ def test_a_new_directory_does_not_show_what_was_deleted(workshop: Workshop) -> N
     assert os.listxattr(tree / "full") == []
 
 
-@pytest.mark.doors
 def test_files_and_directories_take_the_names_of_deleted_ones(workshop: Workshop) -> None:
     tree = workshop(*STACK)
     os.unlink(tree / "d/base")
@@ -171,7 +168,6 @@ def visible(tree: Mounted) -> list[str]:
 
 
 @pytest.mark.on("unionfuse")
-@pytest.mark.doors
 @pytest.mark.parametrize("dialect", WHITEOUT_DIALECTS)
 def test_whiteouts_of_every_dialect_are_read(workshop: Workshop, dialect: str) -> None:
     gone = Whiteout(dialect)
@@ -219,7 +215,6 @@ def test_whiteouts_in_upper_are_read(workshop: Workshop, dialect: str) -> None:
 
 
 @pytest.mark.on("unionfuse")
-@pytest.mark.doors
 @pytest.mark.parametrize("dialect", OPAQUE_DIALECTS)
 def test_opaque_marks_of_every_dialect_are_read(workshop: Workshop, dialect: str) -> None:
     options = {"userxattr": None} if dialect == "userxattr" else None

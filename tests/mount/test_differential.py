@@ -52,8 +52,8 @@ def compare_trees(ours: Mounted, oracle: Mounted) -> None:
     assert_equal(oracle.snapshot(), wanted, ("overlayfs's upper in unionfuse", "overlayfs"))
 
 
-@pytest.mark.on("unionfuse")
 @pytest.mark.doors
+@pytest.mark.on("unionfuse")
 @pytest.mark.timeout(150)
 def test_random_actions_have_the_same_outcome(workshop: Workshop) -> None:
     layers = [_in_arenas(TOP), _in_arenas(BASE)]

@@ -23,7 +23,6 @@ def same(tree: Mounted, *names: str) -> os.stat_result:
     return infos[0]
 
 
-@pytest.mark.doors
 def test_lower_hard_links_are_one_inode(workshop: Workshop) -> None:
     tree = workshop(LINKED)
     assert same(tree, "a/one", "a/two", "b/three").st_nlink == 3

@@ -55,7 +55,6 @@ def test_a_listing_goes_on_while_names_come_and_go(workshop: Workshop) -> None:
     assert set(listing(tree / "d")) == {os.fsencode(name) for name in os.listdir(tree / "d")}
 
 
-@pytest.mark.doors
 def test_removing_all_while_listing(workshop: Workshop) -> None:
     # what rm -r does: the offsets of the names that are left must not move
     layers = [{f"d/{kind}{n}": "" for n in range(500)} for kind in ("top", "base")]
@@ -151,7 +150,6 @@ def test_whiteouts_of_the_longest_names(workshop: Workshop) -> None:
     os.rmdir(tree / "e")
 
 
-@pytest.mark.doors
 def test_names_that_are_not_utf8(workshop: Workshop) -> None:
     odd = [
         b"\xff\xfe",

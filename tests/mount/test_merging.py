@@ -67,7 +67,6 @@ def test_the_root_is_a_directory_like_others(workshop: Workshop) -> None:
     assert names(tree.root) == ["x", "y"]
 
 
-@pytest.mark.doors
 def test_dot_and_dot_dot(workshop: Workshop) -> None:
     tree = workshop({"d/e/x": ""}, {"d/e/y": ""})
     entries = dict(_entries(tree / "d/e"))

@@ -75,7 +75,6 @@ def test_one_of_two_links_is_unlinked_while_open(workshop: Workshop) -> None:
     assert (tree / "two").read_text() == "changed"
 
 
-@pytest.mark.doors
 def test_a_file_replaced_by_rename_lives_on_while_it_is_open(workshop: Workshop) -> None:
     tree = workshop(STACK)
     with open(tree / "f", "r+") as old:
@@ -88,7 +87,6 @@ def test_a_file_replaced_by_rename_lives_on_while_it_is_open(workshop: Workshop)
     assert (tree / "f").read_text() == "g"
 
 
-@pytest.mark.doors
 def test_renamed_chmodded_and_linked_files_work_through_the_descriptor(workshop: Workshop) -> None:
     tree = workshop(STACK)
     with open(tree / "f", "r+") as file:
@@ -126,7 +124,6 @@ def test_append_goes_to_the_end_whoever_wrote_before(workshop: Workshop) -> None
     assert (tree / "f").read_text() == "from belowa0b0a1b1a2b2a3b3a4b4"
 
 
-@pytest.mark.doors
 def test_appending_processes_lose_nothing(workshop: Workshop) -> None:
     tree = workshop(STACK)
     program = (
@@ -162,7 +159,6 @@ def test_flags_of_open(workshop: Workshop) -> None:
     os.close(os.open(tree / "d", os.O_RDONLY | os.O_DIRECTORY | os.O_NOATIME))
 
 
-@pytest.mark.doors
 def test_direct_io(workshop: Workshop) -> None:
     tree = workshop({"f": File(data=b"x" * 16384)})
     for flags in (os.O_RDWR, os.O_RDWR | os.O_CREAT):
@@ -190,7 +186,6 @@ def test_shared_mappings_reach_the_file(workshop: Workshop) -> None:
     assert (tree / "f").read_bytes()[4999:5005] == b"aMMAPa"
 
 
-@pytest.mark.doors
 def test_a_mapping_outlives_its_descriptor_and_its_name(workshop: Workshop) -> None:
     tree = workshop({"f": File(data=b"a" * 10_000)})
     descriptor = os.open(tree / "f", os.O_RDWR)
@@ -206,7 +201,6 @@ def test_a_mapping_outlives_its_descriptor_and_its_name(workshop: Workshop) -> N
     shared.close()
 
 
-@pytest.mark.doors
 def test_private_mappings_do_not(workshop: Workshop) -> None:
     tree = workshop({"f": File(data=b"a" * 10_000)})
     with open(tree / "f", "rb") as file:
@@ -219,7 +213,6 @@ def test_private_mappings_do_not(workshop: Workshop) -> None:
         assert os.listdir(tree.upper) == []
 
 
-@pytest.mark.doors
 def test_mtime_follows_a_shared_mapping(workshop: Workshop) -> None:
     tree = workshop({"f": File(data=b"a" * 4096)})
     descriptor = os.open(tree / "f", os.O_RDWR)

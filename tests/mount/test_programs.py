@@ -118,7 +118,6 @@ def _git(where: Path, *words: str) -> str:
     return run("git", *settings, "-C", where, *words)
 
 
-@pytest.mark.doors
 def test_git(workshop: Workshop) -> None:
     base = workshop.directory / "git"
     stack = Stack.make(base, [{"x": ""}])
@@ -155,7 +154,6 @@ for n in range(40):
 """
 
 
-@pytest.mark.doors
 def test_sqlite_in_wal_mode(workshop: Workshop) -> None:
     base = workshop.directory / "sqlite"
     stack = Stack.make(base, [{"x": ""}])
@@ -184,7 +182,6 @@ def test_sqlite_in_wal_mode(workshop: Workshop) -> None:
     again.close()
 
 
-@pytest.mark.doors
 @pytest.mark.parametrize(
     "engine", [("psync",), ("psync", "--direct=1"), ("mmap",), ("libaio", "--iodepth=8")]
 )

@@ -64,7 +64,6 @@ RENAMES = {
 }
 
 
-@pytest.mark.doors
 @pytest.mark.on("overlay", "unionfuse")
 @pytest.mark.parametrize("case", RENAMES)
 def test_rename_does_what_a_plain_directory_does(workshop: Workshop, case: str) -> None:

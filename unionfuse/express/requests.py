@@ -28,6 +28,7 @@ _ENTRY_SIZE = protocol.ENTRY_OUT.size + protocol.ATTR.size
 _COPY_NOW = 1 << 20  # bytes; COPY_FILE_RANGE of more than this leaves the lane's thread
 _COPY_MOST = 1 << 30  # bytes that one COPY_FILE_RANGE copies at most
 _STATX_BASIC_STATS = 0x7FF
+_CAP_FSETID = 1 << 4  # linux/capability.h
 
 
 class Call(NamedTuple):
@@ -124,7 +125,8 @@ class Requests:
             protocol.SETATTR_IN.unpack_from(call.body)
         )
         fields = SetattrValid(valid & (1 << 12) - 1)
-        # Without any field it means: somebody else has written, drop set-uid and the like.
+        # Without any field it means: somebody has written, drop capabilities, and set-uid as well
+        # unless the writer may keep it. Who it was is told by pid alone (FUSE_ALLOW_IDMAP).
         nothing = not fields & ~(SetattrValid.FH | SetattrValid.LOCKOWNER)
         changes = Changes(
             mode=mode if fields & SetattrValid.MODE else None,
@@ -133,7 +135,9 @@ class Requests:
             size=size if fields & SetattrValid.SIZE else None,
             atime_ns=_time(fields, SetattrValid.ATIME, SetattrValid.ATIME_NOW, atime, atime_ns),
             mtime_ns=_time(fields, SetattrValid.MTIME, SetattrValid.MTIME_NOW, mtime, mtime_ns),
-            kill_privileges=nothing or bool(fields & SetattrValid.KILL_SUIDGID),
+            kill_privileges=bool(fields & SetattrValid.KILL_SUIDGID)
+            or (nothing and not _may_keep_setuid(call.pid)),
+            kill_capabilities=nothing,
         )
         if changes.size != 0 and self._copied_up_later(call, call.node, changes.size is not None):
             return None
@@ -463,6 +467,17 @@ def _time(
     if seconds >> 63:
         seconds -= 1 << 64
     return seconds * 10**9 + nanoseconds
+
+
+def _may_keep_setuid(pid: int) -> bool:
+    """Whether a thread has CAP_FSETID in our user namespace; False where that cannot be seen."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as status:
+            effective = next(line for line in status if line.startswith(b"CapEff:"))
+        theirs, ours = os.stat(f"/proc/{pid}/ns/user"), os.stat("/proc/self/ns/user")
+    except (OSError, StopIteration):
+        return False
+    return bool(int(effective.split()[1], 16) & _CAP_FSETID) and os.path.samestat(theirs, ours)
 
 
 def _statx(found: Attributes) -> bytes:
