@@ -274,6 +274,7 @@ class CopyUp:
             node.unnamed = os.open(
                 staged, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=upper.work
             )
+            tree.journal.keep(node)
             syscalls.unlink(upper.work, staged)
         elif links > 1 and origin:
             self._publish_in_index(node, staged, origin, links)
@@ -285,6 +286,8 @@ class CopyUp:
             assert node.view is not None
             tree.begin_changes(node, node.view, {})
         self._published(node)
+        if node.unnamed >= 0:
+            tree.nameless(node)
         if node.index_name and not node.deleted:
             self.link_up(node, *node.names[0])
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 import stat
 import threading
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
+
+from xxhash import xxh3_64_intdigest
 
 if TYPE_CHECKING:
     from unionfuse.layer import Layer
@@ -228,28 +233,40 @@ FIRST_NEW_COOKIE = 1 << 40
 
 
 class Order:
-    """Cookies for names that only upper has: given once, in order of appearance, never again."""
+    """Cookies for names that only upper has: a hash of the name, so that they stay the same.
 
-    __slots__ = ("_cookies", "_names", "_next")
+    A listing goes on where it was after the directory has been forgotten and read again, and
+    after another daemon has taken over. Two names with one hash take neighbouring cookies.
+    """
+
+    __slots__ = ("_cookies", "_names", "_sorted")
 
     def __init__(self) -> None:
         self._names: dict[int, bytes] = {}
         self._cookies: dict[bytes, int] = {}
-        self._next = FIRST_NEW_COOKIE
+        self._sorted: list[int] | None = []  # None: to be sorted when it is asked for
 
     def add(self, name: bytes) -> None:
-        if name not in self._cookies:
-            self._cookies[name] = self._next
-            self._names[self._next] = name
-            self._next += 1
+        if name in self._cookies:
+            return
+        cookie = FIRST_NEW_COOKIE + (xxh3_64_intdigest(name) >> 2)
+        while cookie in self._names:
+            cookie += 1
+        self._cookies[name] = cookie
+        self._names[cookie] = name
+        self._sorted = None
 
     def discard(self, name: bytes) -> None:
         cookie = self._cookies.pop(name, None)
         if cookie is not None:
             del self._names[cookie]
+            if self._sorted is not None:
+                del self._sorted[bisect_left(self._sorted, cookie)]
 
-    def after(self, cookie: int) -> list[tuple[int, bytes]]:
-        """(cookie, name) of every name whose cookie is greater."""
-        if cookie < FIRST_NEW_COOKIE:
-            return list(self._names.items())
-        return [item for item in self._names.items() if item[0] > cookie]
+    def after(self, cookie: int) -> Iterator[tuple[int, bytes]]:
+        """(cookie, name) of every name whose cookie is greater; changes end the iteration."""
+        if self._sorted is None:
+            self._sorted = sorted(self._names)
+        first = bisect_right(self._sorted, cookie)
+        for number in islice(self._sorted, first, None):
+            yield number, self._names[number]

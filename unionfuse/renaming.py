@@ -121,6 +121,7 @@ class Renaming:
         new_parent.children[new_name] = node
         index = node.names.index((parent, name))
         node.names[index] = (new_parent, new_name)
+        self._tree.journal.name(node)
 
     def _rename_on_disk(
         self,
@@ -216,6 +217,7 @@ class Renaming:
             for name, _ in list(self._tree.names_after(directory, 0)):
                 child = self._tree.find(directory, name)
                 self._copy.copy_up(child)
+                self._tree.journal.name(child)  # its id is the index's, its place will not be
                 if isinstance(child, Directory):
                     self._tree.load(child)
                     found.append(child)
@@ -249,6 +251,7 @@ class Renaming:
             self._upper.before_losing_name(target, parent, name)
             return
         target.last = self._tree.attributes(target)
+        self._tree.about_to_lose_last_name(target)
         if target.in_upper and target.changes:
             self._empty(target, parent, name)
 
@@ -295,3 +298,5 @@ class Renaming:
         there = target.names.index((new_parent, new_name))
         node.names[here] = (new_parent, new_name)
         target.names[there] = (parent, name)
+        self._tree.journal.name(node)
+        self._tree.journal.name(target)

@@ -8,7 +8,6 @@ What lies below a directory is a `View` that never changes; what upper has on to
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import stat
 from collections import OrderedDict
@@ -30,13 +29,14 @@ from unionfuse.node import (
 from unionfuse.options import MountOptions
 from unionfuse.origins import Origins
 from unionfuse.owners import Owners, acl_group_bits
+from unionfuse.survival.journal import FIRST_FRESH_ID, Journal
+from unionfuse.survival.revival import Revival
 from unionfuse.upperdir import UpperDirectory
 
 if TYPE_CHECKING:
     from unionfuse.index import LookupIndex, NodeInfo
 
 ROOT_ID = 1
-_FIRST_FRESH_ID = 1 << 62
 _IDLE_DIRECTORIES = 2048
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -55,6 +55,7 @@ class Tree:
         upper: None for a mount without one.
         index: what the lower layers look like merged, made in advance; None without one.
         changed: called with a node of the index that is found to differ from it.
+        journal: what the next daemon must know, should this one be killed.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Tree:
         upper: UpperDirectory | None,
         options: MountOptions,
         index: LookupIndex | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.stack = stack
         self.index = index
@@ -74,7 +76,8 @@ class Tree:
         # A lower file never changes, and who finds one wants its attributes next: one stat.
         self._just_seen: tuple[Node | None, os.stat_result | None] = (None, None)
         self._idle: OrderedDict[int, Directory] = OrderedDict()
-        self._fresh_ids = itertools.count(_FIRST_FRESH_ID)
+        self.journal = journal if journal is not None else Journal()
+        self.revival = Revival(self)
         self._lower_links: dict[tuple[int, int], Node] = {}  # (st_dev, st_ino) of lower links
         self._upper_links: dict[int, Node] = {}  # st_ino of upper files with several links
         self._inodes = InodeNumbers(stack, upper, options.xino != "off")
@@ -102,7 +105,11 @@ class Tree:
     def node(self, number: int) -> Node:
         """The node with this id. Raises ESTALE for one that is not known."""
         node = self.nodes.get(number)
-        return node if node is not None else self._from_record(number)
+        if node is not None:
+            return node
+        if self.journal.has(number):
+            return self.revival.node(number)
+        return self._from_record(number)
 
     def _from_record(self, number: int) -> Node:
         """Make the node that the index has under a number, and those above it, anew."""
@@ -111,6 +118,9 @@ class Tree:
         missing = []
         above = number
         while above not in self.nodes:
+            if self.journal.has(above):
+                self.revival.node(above)
+                break
             info = self.index.info(above)
             missing.append((above, info))
             above = info.parent
@@ -524,17 +534,27 @@ class Tree:
 
     def number(self, node: Node) -> None:
         """Give a node its id: the index's record of it, or its inode number where that is free."""
+        number = self.journal.claim(node)
+        if not number:
+            number = self._free_number(node)
+        elif isinstance(node, Directory) and node.lowers and number <= self._indexed_ids:
+            node.record = number  # it has moved, and what it merges is still what the index says
+        node.id = number
+        self.nodes[number] = node
+        if node.names and number > self._indexed_ids:
+            self.journal.name(node)
+        if node.in_upper and number <= self._indexed_ids:
+            self.changed(node)
+
+    def _free_number(self, node: Node) -> int:
         number = node.ino
         if node.record and self._is_recorded(node):
             number = node.record
-        elif number <= max(ROOT_ID, self._indexed_ids) or number >= _FIRST_FRESH_ID:
-            number = next(self._fresh_ids)
-        if number in self.nodes:
-            number = next(self._fresh_ids)
-        node.id = number
-        self.nodes[number] = node
-        if node.in_upper and number <= self._indexed_ids:
-            self.changed(node)
+        elif number <= max(ROOT_ID, self._indexed_ids) or number >= FIRST_FRESH_ID:
+            number = self.journal.fresh_id()
+        if number in self.nodes or self.journal.has(number):
+            number = self.journal.fresh_id()
+        return number
 
     def _is_recorded(self, node: Node) -> bool:
         """Whether a node is what the index means: not another file that upper has in its place."""
@@ -586,9 +606,8 @@ class Tree:
     def _let_go(self, node: Node) -> list[Directory]:
         """Forget a node; returns the directories that may not be needed any more either."""
         del self.nodes[node.id]
-        if node.unnamed >= 0:
-            os.close(node.unnamed)
-            node.unnamed = -1
+        self.journal.drop(node.id)
+        self.close_unnamed(node)
         self._forget_links(node)
         for parent, name in node.names:
             if parent.children.get(name) is node:
@@ -596,6 +615,31 @@ class Tree:
         if isinstance(node, Directory):
             self.stack.cache.discard(("upper", node.id))
         return [parent for parent, _ in node.names]
+
+    def close_unnamed(self, node: Node) -> None:
+        """Close the descriptor of a deleted node."""
+        if node.unnamed >= 0:
+            os.close(node.unnamed)
+            node.unnamed = -1
+            self.journal.let_go(node.id)
+
+    def about_to_lose_last_name(self, node: Node) -> None:
+        """Write down what will be left of a node without its name, should nobody else know."""
+        if node.unnamed >= 0:
+            self.journal.keep(node)
+        self.journal.going(node, self.revival.farewell)
+
+    def nameless(self, node: Node) -> None:
+        """Write down what a node is that never had a name, or has lost it."""
+        self.about_to_lose_last_name(node)
+        self.journal.gone(node)
+
+    def without_name(self, kind: int, index_name: bytes) -> Node:
+        """A bare node for a file that no name leads to (but perhaps one in work/index)."""
+        if index_name and self.upper is not None:
+            status = view.entry_status(self.upper.index, index_name)
+            return self._make_upper_node(self.upper.index, index_name, status, None)
+        return Directory() if kind == stat.S_IFDIR else Node(kind)
 
     def _forget_links(self, node: Node) -> None:
         if node.lower_key is not None:

@@ -8,7 +8,6 @@ while it lasts: see `copy_up_size`.
 from __future__ import annotations
 
 import errno
-import itertools
 import logging
 import os
 import stat
@@ -23,6 +22,7 @@ from unionfuse.layer import LayerStack
 from unionfuse.node import NOW, Attributes, Caller, Changes, Directory, Entry, Node
 from unionfuse.options import MountOptions
 from unionfuse.renaming import Renaming
+from unionfuse.survival.journal import Journal
 from unionfuse.tree import Tree, failure
 from unionfuse.upper import Upper
 from unionfuse.upperdir import UpperDirectory
@@ -65,25 +65,34 @@ class Union:
         stack: the lower layers.
         options: as parsed from the `-o` line.
         index: the lookup index of this very stack, checked by the caller; None to read layers.
+        journal: what the next daemon must know; None where there will be none.
+        taken_over: another daemon has served this mount, and did not end it.
 
     Raises:
         LayerError: upper or work cannot be used.
     """
 
     def __init__(
-        self, stack: LayerStack, options: MountOptions, index: LookupIndex | None = None
+        self,
+        stack: LayerStack,
+        options: MountOptions,
+        index: LookupIndex | None = None,
+        journal: Journal | None = None,
+        taken_over: bool = False,
     ) -> None:
         self.options = options
         self.lock = threading.RLock()
         self._watcher: Watcher | None = None
         self._stack = stack
         self.index = index
-        upper = UpperDirectory(options) if options.upperdir is not None else None
-        self.tree = Tree(stack, upper, options, index)
+        upper = None
+        if options.upperdir is not None:
+            upper = UpperDirectory(options, taken_over=taken_over)
+        self.tree = Tree(stack, upper, options, index, journal)
+        self._journal = self.tree.journal
         self.tree.changed = self._changed
         self._store = upper
         self._handles: dict[int, OpenFile | Directory] = {}
-        self._next_handle = itertools.count(1)
         self._readers: dict[int, set[int]] = {}  # node id -> handles on lower data
         self._copy = CopyUp(self.tree, self.lock, self._published)
         read_only = upper is None or options.read_only
@@ -98,9 +107,7 @@ class Union:
             for handle in list(self._handles):
                 self.release(handle)
             for node in self.tree.nodes.values():
-                if node.unnamed >= 0:
-                    os.close(node.unnamed)
-                    node.unnamed = -1
+                self.tree.close_unnamed(node)
             self.tree.nodes.clear()
             if self._store is not None:
                 self._store.close()
@@ -154,6 +161,7 @@ class Union:
             self.tree.release_if_unused(node)
         else:
             node.lookups += 1
+            self._journal.count(node)
         return entry
 
     def _valid(self, node: Node) -> float:
@@ -180,7 +188,10 @@ class Union:
             if node is not None:
                 if node.deleted or not self.tree.is_indexed(node):
                     node.lookups -= count
+                    self._journal.count(node)
                 self.tree.release_if_unused(node)
+            else:
+                self._journal.forgotten(number, count)
 
     def getattr(self, number: int, handle: int | None = None) -> Attributes:
         """What stat(2) shows."""
@@ -425,14 +436,38 @@ class Union:
         return view.open_entry(directory, name, flags)
 
     def _opened(self, node: Node, descriptor: int, flags: int) -> int:
-        handle = next(self._next_handle)
+        handle = self._journal.fresh_handle()
+        self._journal.opened(handle, node.id, flags & ~os.O_TRUNC)
+        self._take_in(handle, node, descriptor, flags)
+        return handle
+
+    def _take_in(self, handle: int, node: Node, descriptor: int, flags: int) -> None:
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         self._handles[handle] = OpenFile(node, descriptor, writable)
         node.opened += 1
         node.written = node.written or writable
         if not node.in_upper or node.metacopy:
             self._readers.setdefault(node.id, set()).add(handle)
-        return handle
+
+    def reopen(self, handle: int, number: int, flags: int) -> None:
+        """Open a file again under a handle that the kernel has from an earlier daemon."""
+        with self.lock:
+            node = self.tree.node(number)
+            self._take_in(handle, node, self._open_again(node, flags), flags)
+
+    def _open_again(self, node: Node, flags: int) -> int:
+        try:
+            return self._open_data(node, flags)
+        except PermissionError:
+            # Only who created the file could open it so: let us in for a moment, as its owner.
+            directory, name = self.tree.location(node)
+            status = view.entry_status(directory, name) if name else os.stat(directory)
+            mode = stat.S_IMODE(status.st_mode)
+            syscalls.chmod(directory, name, mode | stat.S_IRUSR | stat.S_IWUSR)
+            try:
+                return self._open_data(node, flags)
+            finally:
+                syscalls.chmod(directory, name, mode)
 
     def _file(self, handle: int) -> OpenFile:
         opened = self._handles.get(handle)
@@ -468,6 +503,7 @@ class Union:
         """Close a handle of a file or directory."""
         with self.lock:
             opened = self._handles.pop(handle, None)
+            self._journal.released(handle)
             if opened is None:
                 return
             if isinstance(opened, OpenFile):
@@ -502,7 +538,7 @@ class Union:
         with self.lock:
             directory = self.tree.directory(number)
             self.tree.load(directory)
-            handle = next(self._next_handle)
+            handle = self._journal.fresh_handle()
             self._handles[handle] = directory
             directory.opened += 1
             return handle

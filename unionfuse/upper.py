@@ -88,6 +88,7 @@ class Upper:
         node.unnamed = os.open(syscalls.proc_path(descriptor), os.O_PATH | os.O_CLOEXEC)
         self._tree.new_inode(node, os.fstat(descriptor))
         self._tree.number(node)
+        self._tree.nameless(node)
         return node, descriptor
 
     def mkdir(self, parent: Directory, name: bytes, mode: int, caller: Caller) -> Node:
@@ -307,10 +308,10 @@ class Upper:
         else:
             syscalls.link(source, old, directory, name)
         self.record(parent, name, node.kind)
-        if node.deleted and node.unnamed >= 0:
-            os.close(node.unnamed)
-            node.unnamed = -1
+        if node.deleted:
+            self._tree.close_unnamed(node)
         self._tree.alias(node, parent, name)
+        self._tree.journal.name(node)
         self._tree.remember_links(node, view.entry_status(directory, name))
         self._changed(node)
 
@@ -344,6 +345,7 @@ class Upper:
         self._copy.copy_up(parent)
         if node.last is None:
             node.last = self._tree.attributes(node)
+        self._tree.about_to_lose_last_name(node)
         self._remove_name(parent, name, is_directory=True)
         self.lose_name(node, parent, name)
         return node
@@ -410,6 +412,8 @@ class Upper:
                 self._keep_unnamed(node)
             node.last = self._tree.attributes(node)
             node.last.nlink = 0
+        if len(node.names) == 1:
+            self._tree.about_to_lose_last_name(node)
 
     def _last_link(self, node: Node) -> bool:
         if not node.index_name:
@@ -434,6 +438,10 @@ class Upper:
             node.names.remove((parent, name))
         except ValueError:
             pass
+        if node.names:
+            self._tree.journal.name(node)
+        else:
+            self._tree.journal.gone(node)
         if node.names or not node.index_name:
             self._changed(node)
             return
@@ -443,4 +451,5 @@ class Upper:
             syscalls.unlink(self.store.index, node.index_name)
             self.store.index_names.discard(node.index_name)
             node.index_name = b""
+            self._tree.nameless(node)
         self._changed(node)

@@ -40,8 +40,11 @@ class UpperDirectory:
         sync: data is to be on disk before it becomes visible.
     """
 
-    def __init__(self, options: MountOptions) -> None:
+    def __init__(self, options: MountOptions, taken_over: bool = False) -> None:
         """Open, check and clean. That nobody else uses them is the caller's to see to (flock).
+
+        Arguments:
+            taken_over: a daemon of this very mount was here before, and ended without cleaning up.
 
         Raises:
             LayerError: upper or work cannot be used; nothing was changed.
@@ -54,6 +57,7 @@ class UpperDirectory:
         self._names = itertools.count(1)
         self.sync = options.fsync and not options.volatile
         self._volatile = options.volatile
+        self._taken_over = taken_over
         self._descriptors: list[int] = []
         self.index = -1
         self.index_names: set[bytes] = set()
@@ -107,6 +111,8 @@ class UpperDirectory:
             reason = f"the work directory holds something else: {os.fsdecode(strangers[0])}"
             raise LayerError(self._work_path, reason, "name an empty directory")
         try:
+            if self._taken_over:
+                return
             os.stat(b"work/incompat", dir_fd=workdir, follow_symlinks=False)
         except FileNotFoundError:
             return

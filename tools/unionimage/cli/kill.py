@@ -18,6 +18,4 @@ def run(args: argparse.Namespace) -> int:
 
     engine = open_engine(args)
     number = signal_number(args.signal)
-    return for_each(
-        engine, args.container, lambda one: engine.ask(one, op="kill", signal=number)
-    )
+    return for_each(engine, args.container, lambda one: engine.ask(one, op="kill", signal=number))

@@ -94,8 +94,7 @@ def row_of(container: Container, full: bool, size: bool) -> dict[str, Any]:
             f"{name}={value}" for name, value in (container.config.get("Labels") or {}).items()
         ),
         "Mounts": ",".join(point.get("Name") or point["Source"] for point in points),
-        "Networks": ",".join(container.record["Networks"])
-        or str(container.record["NetworkMode"]),
+        "Networks": ",".join(container.record["Networks"]) or str(container.record["NetworkMode"]),
         "LocalVolumes": str(sum(point["Type"] == "volume" for point in points)),
     }
     if size:

@@ -1,0 +1,384 @@
+"""What a daemon has told the kernel and the next one must know: node ids and open handles.
+
+An append-only log in the shared memory. A record is written before the reply that makes it matter
+goes out: it is put behind the end, then the end is moved by one store. A later record of the same
+id replaces the earlier one. When most of the log is dead it is copied to the other half.
+
+Nodes that the lookup index numbers are not in here until they leave their name: their ids mean
+the same to every daemon. Callers hold the union's lock.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import stat
+import struct
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+from unionfuse.node import Node
+from unionfuse.survival.memory import HALF, JOURNAL_AT, SharedMemory, TakeOverError, Word
+
+log = logging.getLogger(__name__)
+
+FIRST_FRESH_ID = 1 << 62
+
+_DEAD, _NAME, _GOING, _GONE, _OPEN = range(5)
+_RECORD = struct.Struct("=5Q")  # header, id, lookups, inode number, parent; then the payload
+# header: size of the record in bytes (32 bits), one of the above (8), bytes of payload (16),
+# type of the file as in a mode, shifted by 12 (4)
+_SCRATCH = 1 << 20  # bytes at the end of a half: where records go once it is full
+_GARBAGE = 4 << 20  # bytes; less is not worth a compaction
+
+
+class Descriptors(Protocol):
+    """Who holds descriptors for the next daemon."""
+
+    def keep(self, name: str, descriptor: int) -> None: ...
+
+    def let_go(self, name: str) -> None: ...
+
+
+class Handle(NamedTuple):
+    """An open file: its number, its node and the flags that it was opened with."""
+
+    number: int
+    node: int
+    flags: int
+
+
+class Journal:
+    """Remembers nothing: what a mount without a keeper has."""
+
+    def __init__(self) -> None:
+        self._fresh = itertools.count(FIRST_FRESH_ID)
+        self._handle = itertools.count(1)
+
+    def fresh_id(self) -> int:
+        """A node id that was never given before."""
+        return next(self._fresh)
+
+    def fresh_handle(self) -> int:
+        """A handle that was never given before: a RELEASE that comes twice hits no other file."""
+        return next(self._handle)
+
+    def name(self, node: Node) -> None:
+        """A node has got its id, or its first name has changed."""
+
+    def count(self, node: Node) -> None:
+        """The kernel's lookups of a node have changed."""
+
+    def drop(self, number: int) -> None:
+        """Nobody knows an id any more."""
+
+    def going(self, node: Node, farewell: Callable[[Node], bytes]) -> None:
+        """A node is about to lose its last name; if it does, its farewell is all that is left."""
+
+    def gone(self, node: Node) -> None:
+        """It has lost it."""
+
+    def keep(self, node: Node) -> None:
+        """A deleted node's descriptor must outlive this process."""
+
+    def let_go(self, number: int) -> None:
+        """It need not any more."""
+
+    def opened(self, handle: int, node: int, flags: int) -> None:
+        """A handle is about to be given to the kernel."""
+
+    def released(self, handle: int) -> None:
+        """A handle has been closed."""
+
+    def claim(self, node: Node) -> int:
+        """The id that an earlier daemon gave to this new node; 0 for none.
+
+        The node's names (or, for a hard link, its links) say which. Its inode number and lookups
+        become what they were.
+        """
+        return 0
+
+    def has(self, number: int) -> bool:
+        """Whether an id is taken, by a node that is alive or one that nobody has asked for yet."""
+        return False
+
+    def place(self, number: int) -> tuple[int, bytes] | None:
+        """(parent id, name) where a node was last; None where the journal does not know it."""
+        return None
+
+    def found(self, number: int, node: Node) -> None:
+        """A node has been made anew for an id: it is as well known as it was."""
+
+    def farewell(self, number: int) -> bytes | None:
+        """What was left of a deleted node."""
+        return None
+
+    def forgotten(self, number: int, lookups: int) -> None:
+        """The kernel has dropped lookups of a node that nobody has asked this daemon for."""
+
+
+class SharedJournal(Journal):
+    """The journal of a mount that has a keeper."""
+
+    def __init__(self, memory: SharedMemory, descriptors: Descriptors) -> None:
+        """Read what is there already. Raises TakeOverError where it makes no sense."""
+        self._memory = memory
+        self._bytes, self._words = memory.bytes, memory.words
+        self._descriptors = descriptors
+        self._half = self._words[Word.HALF]
+        self._at: dict[int, int] = {}  # id -> offset of its record
+        self._handles: dict[int, int] = {}  # handle -> offset of its record
+        self._live = 0  # bytes of records that count
+        self._lost: set[int] = set()  # ids that nobody has asked this daemon for
+        self._forgotten: set[int] = set()  # of the lost, those that the kernel has dropped, too
+        self._by_name: dict[tuple[int, bytes], int] = {}  # of the lost
+        self._by_inode: dict[int, int] = {}  # of the lost, files only
+        self._replay()
+
+    # --- reading -----------------------------------------------------------------------------
+
+    def _replay(self) -> None:
+        data, unpack = self._bytes, _RECORD.unpack_from
+        at, end = self._start, self._words[Word.END + self._half]
+        if not at <= end <= at + HALF or end % 8:
+            raise TakeOverError("its journal is damaged")
+        while at < end:
+            header, number, _, inode, parent = unpack(data, at)
+            size, kind, length = header & 0xFFFFFFFF, header >> 32 & 0xFF, header >> 40 & 0xFFFF
+            if size < _RECORD.size + length or size % 8 or size > end - at:
+                raise TakeOverError("its journal is damaged")
+            if kind:
+                known = self._handles if kind == _OPEN else self._at
+                if number in known:
+                    self._kill(known[number])
+                known[number] = at
+                self._live += size
+            at += size
+        for number, at in self._at.items():
+            header, _, _, inode, parent = unpack(data, at)
+            kind, length = header >> 32 & 0xFF, header >> 40 & 0xFFFF
+            self._lost.add(number)
+            if kind == _GONE:
+                continue
+            start = at + _RECORD.size
+            name = bytes(data[start : start + (length if kind == _NAME else data[start] + 1)])
+            self._by_name[parent, name if kind == _NAME else name[1:]] = number
+            if header >> 56 & 0xF != stat.S_IFDIR >> 12:
+                self._by_inode[inode] = number
+
+    def handles(self) -> list[Handle]:
+        """What was open when the daemon before this one ended."""
+        found = []
+        for number, at in self._handles.items():
+            _, _, flags, _, node = _RECORD.unpack_from(self._bytes, at)
+            found.append(Handle(number, node, flags))
+        return found
+
+    def doubtful(self) -> Iterator[tuple[int, int, bytes, int]]:
+        """(id, parent, name, inode number) of nodes that may or may not have lost their name."""
+        for number, at in list(self._at.items()):
+            if self._words[at // 8] >> 32 & 0xFF == _GOING:
+                place = self.place(number)
+                assert place is not None
+                yield number, *place, self._words[at // 8 + 3]
+
+    def is_lost(self, number: int) -> bool:
+        """Whether a node is known from an earlier daemon, and nobody has asked for it since."""
+        return number in self._lost
+
+    def claim(self, node: Node) -> int:
+        if not self._lost:
+            return 0
+        number = 0
+        if node.names:
+            parent, name = node.names[0]
+            number = self._by_name.get((parent.id, name), 0)
+        if number and not node.is_directory and self._inode(number) != node.ino:
+            number = 0  # another file has taken the name
+        if not number and (node.lower_key is not None or node.upper_key or node.index_name):
+            number = self._by_inode.get(node.ino, 0)
+        if not number or number not in self._lost or self._type(number) != node.kind >> 12:
+            return 0
+        self.found(number, node)
+        return number
+
+    def found(self, number: int, node: Node) -> None:
+        at = self._at[number]
+        self._lost.discard(number)
+        place = self.place(number)
+        if place is not None and self._by_name.get(place) == number:
+            del self._by_name[place]
+        node.ino = self._words[at // 8 + 3]
+        node.lookups = self._words[at // 8 + 2]
+        if self._by_inode.get(node.ino) == number:
+            del self._by_inode[node.ino]
+
+    def has(self, number: int) -> bool:
+        return number in self._at
+
+    def place(self, number: int) -> tuple[int, bytes] | None:
+        at = self._at.get(number)
+        if at is None or self._kind(at) == _GONE:
+            return None
+        payload = self._payload(at)
+        if self._kind(at) == _GOING:
+            payload = payload[1 : 1 + payload[0]]
+        return self._words[at // 8 + 4], payload
+
+    def farewell(self, number: int) -> bytes | None:
+        at = self._at.get(number)
+        if at is None or self._kind(at) != _GONE:
+            return None
+        payload = self._payload(at)
+        return payload[1 + payload[0] :]
+
+    def _kind(self, at: int) -> int:
+        return self._words[at // 8] >> 32 & 0xFF
+
+    def _type(self, number: int) -> int:
+        return self._words[self._at[number] // 8] >> 56 & 0xF
+
+    def _inode(self, number: int) -> int:
+        return self._words[self._at[number] // 8 + 3]
+
+    def _payload(self, at: int) -> bytes:
+        length = self._words[at // 8] >> 40 & 0xFFFF
+        return bytes(self._bytes[at + _RECORD.size : at + _RECORD.size + length])
+
+    # --- writing -----------------------------------------------------------------------------
+
+    @property
+    def _start(self) -> int:
+        return JOURNAL_AT + self._half * HALF
+
+    def fresh_id(self) -> int:
+        number = self._words[Word.FRESH_ID]
+        self._words[Word.FRESH_ID] = number + 1
+        return number
+
+    def fresh_handle(self) -> int:
+        number = self._words[Word.HANDLE]
+        self._words[Word.HANDLE] = number + 1
+        return number
+
+    def name(self, node: Node) -> None:
+        parent, name = node.names[0]
+        self._write(node, _NAME, parent.id, name)
+
+    def going(self, node: Node, farewell: Callable[[Node], bytes]) -> None:
+        parent, name = node.names[0] if node.names else (None, b"")
+        payload = bytes((len(name),)) + name + farewell(node)
+        self._write(node, _GOING, parent.id if parent is not None else 0, payload)
+
+    def gone(self, node: Node) -> None:
+        at = self._at.get(node.id)
+        if at is not None and self._kind(at) == _GOING:
+            self._words[at // 8] = self._words[at // 8] & ~(0xFF << 32) | _GONE << 32
+
+    def keep(self, node: Node) -> None:
+        self._descriptors.keep(descriptor_name(node.id), node.unnamed)
+
+    def let_go(self, number: int) -> None:
+        self._descriptors.let_go(descriptor_name(number))
+
+    def count(self, node: Node) -> None:
+        at = self._at.get(node.id)
+        if at is not None:
+            self._words[at // 8 + 2] = max(0, node.lookups)
+
+    def forgotten(self, number: int, lookups: int) -> None:
+        at = self._at.get(number)
+        if at is None or not self._words[at // 8 + 2]:
+            return
+        self._words[at // 8 + 2] = max(0, self._words[at // 8 + 2] - lookups)
+        if not self._words[at // 8 + 2]:
+            self._forgotten.add(number)
+
+    def drop(self, number: int) -> None:
+        at = self._at.pop(number, None)
+        if at is not None:
+            self._kill(at)
+
+    def opened(self, handle: int, node: int, flags: int) -> None:
+        self._handles[handle] = self._append(_OPEN, 0, handle, flags, 0, node, b"")
+
+    def released(self, handle: int) -> None:
+        at = self._handles.pop(handle, None)
+        if at is not None:
+            self._kill(at)
+
+    def _write(self, node: Node, kind: int, parent: int, payload: bytes) -> None:
+        lookups = max(0, node.lookups)
+        at = self._append(kind, node.kind >> 12, node.id, lookups, node.ino, parent, payload)
+        old = self._at.get(node.id)
+        self._at[node.id] = at
+        if old is not None:
+            self._kill(old)
+
+    def _kill(self, at: int) -> None:
+        header = self._words[at // 8]
+        self._words[at // 8] = header & ~(0xFF << 32)
+        self._live -= header & 0xFFFFFFFF
+
+    def _append(
+        self, kind: int, type_: int, number: int, lookups: int, inode: int, parent: int, data: bytes
+    ) -> int:
+        size = (_RECORD.size + len(data) + 7) & ~7
+        at = self._room(size)
+        if at + size > self._start + HALF - _SCRATCH:
+            return self._overflow()
+        header = size | kind << 32 | len(data) << 40 | type_ << 56
+        _RECORD.pack_into(self._bytes, at, header, number, lookups, inode, parent)
+        if data:
+            self._bytes[at + _RECORD.size : at + _RECORD.size + len(data)] = data
+        self._words[Word.END + self._half] = at + size
+        self._live += size
+        return at
+
+    def _room(self, size: int) -> int:
+        """Where a record of `size` bytes goes."""
+        end = self._words[Word.END + self._half]
+        full = end + size > self._start + HALF - _SCRATCH and not self._words[Word.FULL]
+        if full or end - self._start > 2 * self._live + _GARBAGE:
+            self._compact()
+            end = self._words[Word.END + self._half]
+        return end
+
+    def _overflow(self) -> int:
+        """Where records go that nobody will read: no daemon can take over any more."""
+        if not self._words[Word.FULL]:
+            self._words[Word.FULL] = 1
+            log.error("the journal is full: a crash would end this mount")
+        return self._start + HALF - _SCRATCH
+
+    def _unreachable(self) -> list[int]:
+        """Ids that the kernel has forgotten before anybody asked this daemon for them."""
+        if not self._forgotten:
+            return []
+        needed = {self._words[at // 8 + 4] for at in self._at.values()}
+        needed |= {self._words[at // 8 + 4] for at in self._handles.values()}
+        return [number for number in self._forgotten & self._lost if number not in needed]
+
+    def _compact(self) -> None:
+        """Copy what counts to the other half, then make that the one that counts."""
+        for number in self._unreachable():
+            self._lost.discard(number)
+            self.drop(number)
+        old, old_end = self._start, self._words[Word.END + self._half]
+        self._half ^= 1
+        end = self._start
+        for known in (self._handles, self._at):
+            for number, at in known.items():
+                size = self._words[at // 8] & 0xFFFFFFFF
+                self._bytes[end : end + size] = self._bytes[at : at + size]
+                known[number] = end
+                end += size
+        self._words[Word.END + self._half] = end
+        self._words[Word.HALF] = self._half
+        self._live = end - self._start
+        self._memory.give_back(old, (old_end - old + 4095) & ~4095)
+
+
+def descriptor_name(number: int) -> str:
+    """What a deleted node's descriptor is kept under."""
+    return f"node-{number}"
