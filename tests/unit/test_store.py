@@ -435,3 +435,64 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 100_000
+
+
+class TestDedupe:
+    """A file that several layers have is stored once, and no layer is another for it."""
+
+    BIG = os.urandom(50_000)
+
+    def layers(self, store: Store) -> tuple[Path, Path]:
+        """Two layers that share `same`; `other` differs in its mode, `late` in its time."""
+        names = ("same", "d/nested", "other", "late")
+        made = []
+        for number in range(2):
+            members = [member("d", tarfile.DIRTYPE, mtime=1), member(f"only{number}")]
+            for name in names:
+                mode = 0o600 + number if name == "other" else 0o644
+                mtime = number if name == "late" else 5
+                members.append(member(name, data=self.BIG + name.encode(), mode=mode, mtime=mtime))
+            made.append(add_image(store, archive(*members), name=f"image:{number}").layers[0])
+        return made[0].directory, made[1].directory
+
+    def test_hard_links_only_where_all_is_equal(self, store: Store) -> None:
+        store.dedupe = "hardlink"
+        one, two = self.layers(store)
+        shared = [name for name in ("same", "d/nested", "other", "late")
+                  if (one / name).samefile(two / name)]  # fmt: skip
+        assert shared == ["same", "d/nested"]
+        assert (two / "d").stat().st_mtime == 1
+        assert_whole(store)
+        remove(store, "image:0")
+        store.collect()
+        assert (two / "same").read_bytes() == self.BIG + b"same"
+        assert_whole(store)
+
+    def test_without_reflinks_nothing_is_shared(self, store: Store) -> None:
+        """ext4 has none; and hard links are never made unless they were asked for."""
+        one, two = self.layers(store)
+        assert (one / "same").stat().st_nlink == 1
+        assert not (one / "same").samefile(two / "same")
+
+    def test_reflinks(self, scratch: Path, tmp_path: Path) -> None:
+        """On a file system that has them the blocks are shared, and nothing else."""
+        disk, mounted = tmp_path / "disk", scratch / "btrfs"
+        mounted.mkdir()
+        with open(disk, "wb") as file:
+            file.truncate(200 << 20)
+        subprocess.run(["mkfs.btrfs", "-q", disk], check=True, capture_output=True)
+        subprocess.run(["mount", "-o", "loop", disk, mounted], check=True)
+        try:
+            with Store.open(mounted / "store") as store:
+                one, two = self.layers(store)
+                assert _extents(one / "same") == _extents(two / "same")
+                assert _extents(one / "same") != _extents(one / "late")
+                assert not (one / "same").samefile(two / "same")
+                assert_whole(store)
+        finally:
+            subprocess.run(["umount", mounted], check=True)
+
+
+def _extents(path: Path) -> list[str]:
+    done = subprocess.run(["filefrag", "-v", path], capture_output=True, text=True, check=True)
+    return [line.split(":")[2] for line in done.stdout.splitlines() if line[:4].strip().isdigit()]

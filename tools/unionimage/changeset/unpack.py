@@ -18,6 +18,7 @@ import stat
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from unionfuse import syscalls, whiteout
 from unionimage.changeset import tar
@@ -45,6 +46,14 @@ _BAD_ENTRY = (
 _NO_XATTR = (errno.EOPNOTSUPP, errno.EPERM, errno.EACCES)
 
 
+class Fingerprint(NamedTuple):
+    """A file's content: xxh3_64 as a signed number, as SQLite has them."""
+
+    path: bytes
+    size: int
+    hash: int
+
+
 @dataclass(slots=True)
 class Unpacked:
     """What came out of an archive.
@@ -55,12 +64,14 @@ class Unpacked:
         replaced: number of a recipe's FILE segment -> name of the file in the displaced directory,
             for files that later entries of the same archive took the place of.
         doubtful: contradictory entries; the recipe has to be tried before it is believed.
+        fingerprints: of the files that were asked for.
     """
 
     entries: int = 0
     size: int = 0
     replaced: dict[int, int] = field(default_factory=dict)
     doubtful: bool = False
+    fingerprints: list[Fingerprint] = field(default_factory=list)
 
 
 def unpack(
@@ -71,6 +82,7 @@ def unpack(
     recipe: RecipeWriter | None = None,
     limits: Limits | None = None,
     rootless: bool | None = None,
+    fingerprint_from: int | None = None,
     what: str = "layer",
 ) -> Unpacked:
     """Unpack a layer into an empty directory.
@@ -83,6 +95,7 @@ def unpack(
         recipe: is told the whole archive.
         limits: what is refused.
         rootless: keep owners as xattrs; None: unless this is root.
+        fingerprint_from: take fingerprints of files of at least that many bytes; None: of none.
         what: how messages name the layer.
 
     Raises:
@@ -90,9 +103,8 @@ def unpack(
         UserError: an entry needs a privilege that is missing.
         OSError: the disk is full, and the like.
     """
-    work = _Unpack(
-        directory, displaced, recipe, os.geteuid() != 0 if rootless is None else rootless
-    )
+    rootless = os.geteuid() != 0 if rootless is None else rootless
+    work = _Unpack(directory, displaced, recipe, rootless, fingerprint_from)
     reader = tar.Reader(stream, recipe, limits, what)
     try:
         for entry in reader:
@@ -116,13 +128,19 @@ def unpack(
 
 class _Unpack:
     def __init__(
-        self, root: int, displaced: int | None, recipe: RecipeWriter | None, rootless: bool
+        self,
+        root: int,
+        displaced: int | None,
+        recipe: RecipeWriter | None,
+        rootless: bool,
+        fingerprint_from: int | None,
     ) -> None:
         self.result = Unpacked()
         self._root = root
         self._displaced = displaced
         self._recipe = recipe
         self._rootless = rootless
+        self._fingerprint_from = fingerprint_from
         self._parents: OrderedDict[bytes, int] = OrderedDict()
         self._directories: dict[bytes, tar.Entry | None] = {}  # set when all files are there
         self._files: dict[bytes, int] = {}  # path -> recipe segment, while there is a recipe
@@ -195,14 +213,28 @@ class _Unpack:
                 if self._recipe:
                     self._files[path] = self._recipe.files
                     reader.payload_is_file(path, entry.size)
-                for piece in reader.payload():
-                    written = os.write(file, piece)
-                    while written < len(piece):
-                        written += os.write(file, piece[written:])
+                wanted = self._fingerprint_from
+                if wanted is not None and entry.size >= wanted:
+                    self._write_fingerprinted(file, path, entry, reader)
+                else:
+                    for piece in reader.payload():
+                        _write(file, piece)
             self.result.size += entry.size
             self._set_opened(file, entry)
         finally:
             os.close(file)
+
+    def _write_fingerprinted(
+        self, file: int, path: bytes, entry: tar.Entry, reader: tar.Reader
+    ) -> None:
+        import xxhash
+
+        hasher = xxhash.xxh3_64()
+        for piece in reader.payload():
+            hasher.update(piece)
+            _write(file, piece)
+        signed = hasher.intdigest() - (1 << 63)
+        self.result.fingerprints.append(Fingerprint(path, entry.size, signed))
 
     def _sparse(self, file: int, entry: tar.Entry, reader: tar.Reader) -> None:
         ranges = iter(entry.sparse or ())
@@ -444,6 +476,12 @@ class _Unpack:
             except OSError as error:
                 if error.errno not in _NO_XATTR or key == b"security.capability":
                     raise
+
+
+def _write(file: int, piece: memoryview) -> None:
+    written = os.write(file, piece)
+    while written < len(piece):
+        written += os.write(file, piece[written:])
 
 
 def _override(entry: tar.Entry) -> bytes:

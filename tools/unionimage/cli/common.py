@@ -11,6 +11,7 @@ from datetime import UTC
 from typing import BinaryIO
 
 from unionimage.changeset.limits import Limits
+from unionimage.config import DEDUPE
 from unionimage.errors import UserError
 from unionimage.store import Store
 
@@ -106,8 +107,8 @@ def binary_output(path: str | None) -> BinaryIO:
     return os.fdopen(os.dup(1), "wb")
 
 
-def add_limits(parser: argparse.ArgumentParser) -> None:
-    """Add the options that bound what one layer may cost; see `changeset.limits.Limits`."""
+def add_layer_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options about layers that come in: what one may cost, and sharing of files."""
     parser.add_argument(
         "--max-layer-size",
         type=parse_size,
@@ -117,11 +118,20 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-layer-entries", type=int, metavar="N", help="refuse layers of more files"
     )
+    parser.add_argument(
+        "--dedupe",
+        choices=DEDUPE,
+        help="store files that other layers have once (default: reflink, where that can be)",
+    )
 
 
-def limits_of(args: argparse.Namespace, limits: Limits) -> Limits:
-    """The limits of the configuration, with what the options say instead."""
-    return Limits(args.max_layer_size or limits.size, args.max_layer_entries or limits.entries)
+def take_layer_options(args: argparse.Namespace, store: Store) -> None:
+    """Let the options of `add_layer_options` overrule the configuration."""
+    known = store.limits
+    store.limits = Limits(
+        args.max_layer_size or known.size, args.max_layer_entries or known.entries
+    )
+    store.dedupe = args.dedupe or store.dedupe
 
 
 def parse_size(text: str) -> int:

@@ -6,7 +6,12 @@ import argparse
 import sys
 from dataclasses import replace
 
-from unionimage.cli.common import add_limits, limits_of, open_store, source_date_epoch
+from unionimage.cli.common import (
+    add_layer_options,
+    open_store,
+    source_date_epoch,
+    take_layer_options,
+)
 from unionimage.errors import UserError
 from unionimage.reference import Reference
 
@@ -22,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-m", "--message", help="a comment for the history")
     parser.add_argument("--platform", help="OS/ARCH[/VARIANT] (default: this machine's)")
-    add_limits(parser)
+    add_layer_options(parser)
     parser.add_argument("file", metavar="FILE|-", help="a tar, compressed or not; - for stdin")
     parser.add_argument("name", nargs="?", metavar="NAME[:TAG]", help="the image's name")
 
@@ -43,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     message = args.message if args.message is not None else f"Imported from {args.file}"
     config = ImageConfig(platform, run=with_changes(RunConfig(), args.change), comment=message)
     with open_store(args) as store, store.lease("import") as lease:
-        store.limits = limits_of(args, store.limits)
+        take_layer_options(args, store)
         with open(0 if args.file == "-" else args.file, "rb", closefd=args.file != "-") as file:
             layer = lease.add_layer(file)
         if not layer.entries:

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from unionimage.cli.common import add_limits, limits_of, open_store
+from unionimage.cli.common import add_layer_options, open_store, take_layer_options
 from unionimage.errors import UserError
 
 EXAMPLE = """
@@ -21,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-i", "--input", metavar="FILE", help="an archive or OCI layout directory (default: stdin)"
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
-    add_limits(parser)
+    add_layer_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if path is not None and not path.exists():
         raise UserError(f"{path} does not exist")
     with open_store(args) as store, store.lease("load") as lease:
-        store.limits = limits_of(args, store.limits)
+        take_layer_options(args, store)
         with reporter(quiet=args.quiet, stream=sys.stderr) as report:
             images = load(lease, path, None if path else os.fdopen(os.dup(0), "rb"), report)
         for image in images:

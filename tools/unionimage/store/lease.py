@@ -27,6 +27,7 @@ from unionimage.digest import CHUNK, Digest, Readable, VerifyingReader
 from unionimage.errors import BadContent, UserError
 from unionimage.reference import Reference
 from unionimage.spec import ImageConfig, Manifest, compression_of
+from unionimage.store import dedupe
 from unionimage.store.ahead import Ahead
 from unionimage.store.files import publish, sync_file_system
 from unionimage.store.locks import FileLock
@@ -225,8 +226,10 @@ class Lease:
                 displaced=directories[1],
                 recipe=recipe,
                 limits=limits or self.store.limits,
+                fingerprint_from=dedupe.SMALLEST if dedupe.possible(self.store, work) else None,
                 what=what,
             )
+            dedupe.share(self.store, directories[0], unpacked.fingerprints)
         if unpacked.replaced:
             self._inline(work, unpacked)
         return unpacked
@@ -279,6 +282,7 @@ class Lease:
                         time.time(),
                     ),
                 )
+                dedupe.record(database, diff_id, unpacked.fingerprints)
             if kept is not None:
                 self._record_blob(database, blob, diff_id, *kept)
             self._hold(database, "layer", diff_id)

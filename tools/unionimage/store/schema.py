@@ -105,6 +105,17 @@ MIGRATIONS = (
         created REAL NOT NULL
     ) WITHOUT ROWID;
     """,
+    """
+    -- Contents of files in layers, for sharing them (dedupe.py); empty where that is not done.
+    CREATE TABLE files (
+        hash INTEGER NOT NULL,
+        size INTEGER NOT NULL,
+        diff_id TEXT NOT NULL REFERENCES layers ON DELETE CASCADE,
+        path BLOB NOT NULL
+    );
+    CREATE INDEX files_by_content ON files (hash, size);
+    CREATE INDEX files_by_layer ON files (diff_id);
+    """,
 )
 
 

@@ -35,6 +35,7 @@ class Store:
     Attributes:
         root: its directory.
         config: the configuration file's settings.
+        limits, dedupe: as configured; may be set for the commands that follow.
         blobs: content by digest.
         database: its tables, see `schema`; colleagues in this package only.
     """
@@ -44,6 +45,7 @@ class Store:
         self.config = config
         self.thread_lock = threading.RLock()
         self.limits = Limits(config.layer_size, config.layer_entries)
+        self.dedupe = config.dedupe
         _prepare(root)
         self.database = Database(root / "store.db")
         self.blobs = Blobs(root, self.database)
