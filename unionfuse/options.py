@@ -128,7 +128,7 @@ def parse(words: list[str]) -> Invocation:
     Raises UsageError.
     """
     try:
-        switches, places = getopt.gnu_getopt(words, "o:t:fdsnv", ["debug"])
+        switches, places = getopt.gnu_getopt(words, "o:fd", ["debug"])
     except getopt.GetoptError as error:
         raise UsageError(f"{error}; see unionfuse --help") from None
     entries: list[bytes] = []
@@ -224,8 +224,8 @@ def _check(options: MountOptions) -> None:
         )
     if options.upperdir is None and options.workdir is not None:
         raise UsageError("workdir= without upperdir=; give both, or none for a read-only mount")
-    if options.lookup_index is not None and not options.lookup_index:
-        raise UsageError("lookup_index= needs a file")
+    if not options.express and (options.uring == "on" or options.passthrough == "upper"):
+        raise UsageError("uring=on and passthrough=upper need the express lane: not express=off")
 
 
 # --- one handler an option: it writes what it understood into the settings ------------------

@@ -99,7 +99,7 @@ def test_squash() -> None:
 def test_values() -> None:
     chosen = mount(
         f"{UPPER},timeout=2.5,fsync=0,noxattrs=1,static_nlink,xattr_permissions=2,redirect_dir=off,"
-        "metacopy=on,userxattr,xino=off,noacl,volatile,express=off,uring=on,passthrough=upper,"
+        "metacopy=on,userxattr,xino=off,noacl,volatile,express=on,uring=on,passthrough=upper,"
         "stats,log=/log,lookup_index=/i,max_read=65536"
     )
     assert chosen.timeout == 2.5
@@ -111,7 +111,7 @@ def test_values() -> None:
         True,
         True,
     )
-    assert (chosen.express, chosen.uring, chosen.passthrough) == (False, "on", "upper")
+    assert (chosen.express, chosen.uring, chosen.passthrough) == (True, "on", "upper")
     assert (chosen.stats, chosen.log, chosen.lookup_index) == (True, b"/log", b"/i")
     assert chosen.max_read == 65536
 
@@ -155,6 +155,7 @@ def test_unknown_options_are_refused_by_name(name: str) -> None:
         "workdir=/w",
         "xattr_permissions=3",
         "keeper=on",
+        "express=off,uring=on",
         "lowerdir=",
     ],
 )
