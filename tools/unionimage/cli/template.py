@@ -29,7 +29,8 @@ class Template:
 
     def render(self, value: Any) -> str:
         """Fill in a mapping or any JSON value."""
-        return "".join(node(value, {"$": value}) for node in self._nodes)
+        scope = {"$": value}
+        return "".join(node(value, scope) for node in self._nodes)
 
 
 Node = Callable[[Any, Scope], str]
