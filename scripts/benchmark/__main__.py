@@ -107,11 +107,13 @@ def mount_times(
 
 
 def write(args: argparse.Namespace, results: Results, times: dict[str, dict[str, float]]) -> None:
-    text = report.tables(results)
+    measured = {peer for cells in results.cells.values() for peer in cells}
+    ours = "unionfuse+index" if "unionfuse+index" in measured else "unionfuse"
+    text = report.tables(results, ours)
     for name, values in times.items():
         text += f"\n{name}: " + ", ".join(f"{k} {v:.3f} s" for k, v in values.items()) + "\n"
-    losing = report.behind(results)
-    text += "\nBehind a FUSE peer: " + ("; ".join(losing) if losing else "nowhere") + "\n"
+    losing = report.behind(results, ours)
+    text += f"\n{ours} is behind a FUSE peer in: " + ("; ".join(losing) or "nothing") + "\n"
     print("\n" + text)
     machine = {
         "kernel": platform.release(),
@@ -146,7 +148,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    usual = [name for name in PEERS if name not in ("unionfuse+uring", "unionfuse+index")]
+    usual = [name for name in PEERS if name not in ("unionfuse+uring", "unionfuse-pyfuse3")]
     parser.add_argument("--quick", action="store_true", help="a few minutes: fewer and smaller")
     parser.add_argument("--layers", type=_numbers, help="default: 1,10,40,100; quick: 1,10")
     parser.add_argument("--files", type=int, help="in each tree; default: 50000; quick: 5000")
@@ -155,7 +157,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--peers",
         default=",".join(usual),
-        help="out of " + ", ".join(PEERS) + "\n(default: those without + in their name)",
+        help="out of "
+        + ", ".join(PEERS)
+        + "\n(default: all but unionfuse+uring and unionfuse-pyfuse3)",
     )
     parser.add_argument(
         "--only", help="sessions out of lookups,walks,listings,reads,writes,changes"
