@@ -1,6 +1,7 @@
 """The store: content comes in whole or not at all, stays while it is used, and then goes."""
 
 import gzip
+import importlib
 import io
 import os
 import shutil
@@ -16,10 +17,12 @@ import pytest
 import zstandard
 from harness.killing import kill_at_every_step
 from harness.tars import archive, member, tree
+from harness.users import NOBODY, as_user
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from unionimage.archive.load import load
 from unionimage.archive.save import Wanted, save
+from unionimage.changeset import tar
 from unionimage.cli.rmi import remove
 from unionimage.commit import commit
 from unionimage.digest import Digest, chain_ids
@@ -496,3 +499,51 @@ class TestDedupe:
 def _extents(path: Path) -> list[str]:
     done = subprocess.run(["filefrag", "-v", path], capture_output=True, text=True, check=True)
     return [line.split(":")[2] for line in done.stdout.splitlines() if line[:4].strip().isdigit()]
+
+
+def test_without_privilege(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store of nobody's: what it saves is what it loaded, owners and devices included."""
+    home = scratch / "nobody"
+    home.mkdir()
+    os.chown(home, NOBODY, NOBODY)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home))
+    data = archive(
+        member("d", tarfile.DIRTYPE, uid=5, gid=6, mode=0o500),
+        member("d/file", data=b"x", uid=7, gid=8, mode=0o4000),
+        member("null", tarfile.CHRTYPE, devmajor=1, devminor=3, uid=9),
+        member("pipe", tarfile.FIFOTYPE, gid=9),
+        member("link", tarfile.SYMTYPE, linkname="d/file", uid=11),
+        member(".wh.gone"),
+    )
+    for module in ("index", "index_builder", "index_check", "layer"):
+        importlib.import_module(f"unionfuse.{module}")  # while it may still be read
+    stat_of = "user.containers.override_stat"
+
+    def run() -> list[object]:
+        with Store.open(home / "store") as store:
+            image = add_image(store, data)
+            (layer,) = image.layers
+            upper = home / "upper"
+            (upper / "d").mkdir(parents=True)
+            (upper / "d/new").write_text("new")
+            os.setxattr(upper / "d/new", stat_of, b"5:6:0640")
+            (upper / "d/own").write_text("what this user makes is root's inside")
+            with store.lease("commit") as lease:
+                made = commit(lease, upper, image, names=[Reference.parse("two")])
+            with store.layer_tar(layer.diff_id) as stream:
+                again = stream.read()
+            with store.layer_tar(made.diff_ids[1]) as stream:
+                (_, new, own) = tar.Reader(stream)
+            assert (own.uid, own.gid) == (0, 0)
+            found = [problem.what for problem in check(store)]
+            remove(store, "two")
+            remove(store, image.id)
+            store.collect()
+            return [
+                again == data,
+                found,
+                (new.uid, new.gid, new.mode),
+                os.listdir(store.root / "diff"),
+            ]
+
+    assert as_user(NOBODY, run) == [True, [], (5, 6, 0o640), []]

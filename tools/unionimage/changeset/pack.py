@@ -67,6 +67,7 @@ class _Packer:
     ) -> None:
         self._chain = chain
         self._leave_out = leave_out
+        self._rootless = os.geteuid() != 0
         self._newest_ns = newest_ns
         self._links: dict[tuple[int, int], bytes] = {}
 
@@ -113,6 +114,9 @@ class _Packer:
             status.st_gid,
             mtime_ns=status.st_mtime_ns,
         )
+        if self._rootless:  # its one user is root inside, as in podman's containers
+            entry.uid = 0 if entry.uid == os.geteuid() else entry.uid
+            entry.gid = 0 if entry.gid == os.getegid() else entry.gid
         if self._newest_ns is not None:
             entry.mtime_ns = min(entry.mtime_ns, self._newest_ns)
         if status.st_nlink > 1 and kind != tar.DIRECTORY:
