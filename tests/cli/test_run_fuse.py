@@ -1,5 +1,6 @@
 """Containers on a unionfuse mount, the default: the same as on any other, and what is its own."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 from harness.containers import Box, boxed, leftovers, wait_until
 
+from unionfuse import mounting
+
 
 @pytest.fixture(scope="module")
 def containers(scratch: Path) -> Iterator[Box]:
@@ -17,16 +20,14 @@ def containers(scratch: Path) -> Iterator[Box]:
 
 def daemon_of(box: Box, name: str) -> int:
     """The pid of the file system's daemon."""
-    mount = str(box.root / "containers" / box.inspect(name)["Id"])
     merged = box.inspect(name)["GraphDriver"]["Data"]["MergedDir"]
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = entry.read_bytes()
-        except OSError:
-            continue
-        if merged.encode() in line and b"unionfuse" in line:
-            return int(entry.parent.name)
-    raise AssertionError(f"no daemon for {mount}")
+    mount = mounting.mount_at(os.fsencode(merged))
+    assert mount is not None
+    descriptor = mounting.daemon_of(mount)
+    assert descriptor is not None
+    lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines()
+    os.close(descriptor)
+    return int(next(line.split()[1] for line in lines if line.startswith("Pid:")))
 
 
 @pytest.mark.parametrize("runtime", ["crun", "runc"])
@@ -74,6 +75,24 @@ def test_a_killed_file_system_daemon(box: Box) -> None:
     box("ps", "-a")
     box("rm", "-f", "blind")
     assert leftovers(box, (identity,)) == {"mounts": [], "processes": [], "cgroups": []}
+
+
+def test_the_spawner_is_only_a_short_cut(box: Box) -> None:
+    """It forks the daemons of later mounts; when it is killed they live on, and mounts go on."""
+    box.sh("true")
+    found = wait_until(lambda: list(box.run_root.glob("spawner-*")), 30, "the spawner")
+    box.start("before", command="sleep 0.5; echo on > /later; sleep 1000")
+    assert "spawner" in Path(f"/proc/{daemon_of(box, 'before')}/cmdline").read_text()
+    for path in Path("/proc").glob("[0-9]*/comm"):
+        with contextlib.suppress(OSError):
+            variables = path.with_name("environ").read_bytes()
+            spawner = path.read_text() == "unionfuse-spawn\n"
+            if spawner and str(box.run_root).encode() in variables:
+                os.kill(int(path.parent.name), signal.SIGKILL)
+    wait_until(lambda: (box.directory("before") / "upper/later").exists())
+    box.start("after")
+    assert "unionfuse" in box.out("exec", "after", "grep", " / ", "/proc/mounts")
+    assert found[0].name
 
 
 def test_a_shared_file_is_cached_once(box: Box) -> None:

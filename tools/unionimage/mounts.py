@@ -105,7 +105,7 @@ def mount_chain(
             if index and not any(word.startswith("lookup_index") for word in words):
                 found = chain_index(store, diff_ids)
                 words += [f"lookup_index={_escaped(found, ',')}"] if found else []
-            _mount_fuse(store, lowers, pair, target, words, start or _start)
+            _mount_fuse(store, lowers, pair, target, words, start or start_program)
     except BaseException:
         if register:
             _unregister(store, target)
@@ -266,7 +266,8 @@ def _mount_fuse(
         raise UserError(lines[-1].removeprefix("unionfuse: "))
 
 
-def _start(words: Sequence[str]) -> tuple[int, str]:
+def start_program(words: Sequence[str]) -> tuple[int, str]:
+    """Run the mount program in a process of its own; its exit code and what it said."""
     done = subprocess.run(
         [sys.executable, "-m", "unionfuse", *words],
         stdin=subprocess.DEVNULL,

@@ -1,0 +1,158 @@
+"""A process that has imported everything and forks the daemon of each mount that is asked for.
+
+Starting an interpreter and importing takes longer than mounting; forked daemons also share the
+memory of what was imported. It is only ever a short cut: `mount` tells when there is no spawner, or
+one that must not be used (another version of the files, another mount namespace), and the caller
+starts the mount program by itself. A spawner that nobody asks for five minutes, or whose socket is
+gone, ends; the daemons that it forked do not depend on it.
+
+A request is one message: JSON with the words of the command line, the working directory and the
+mount namespace, and the descriptor that becomes standard error. The answer is the exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+IDLE = 300.0  # seconds
+LONGEST_REQUEST = 1 << 18
+NICE = 10  # for its own start: nobody waits for that
+
+
+def socket_of(directory: Path) -> Path:
+    """Where the spawner of these very files listens, below a directory that is the user's own."""
+    newest = max(entry.stat().st_mtime_ns for entry in os.scandir(Path(__file__).parent))
+    return directory / f"spawner-{newest ^ hash_of(sys.executable):x}"
+
+
+def hash_of(text: str) -> int:
+    import zlib
+
+    return zlib.crc32(text.encode()) << 64
+
+
+def mount(directory: Path, words: Sequence[str], stderr: int) -> int | None:
+    """Have `unionfuse WORDS` run by the spawner; its exit code, or None when there is none.
+
+    Args:
+        directory: where its socket is.
+        stderr: a descriptor for messages.
+    """
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    with client:
+        try:
+            client.connect(_short(socket_of(directory)))
+            request = {"words": list(words), "cwd": os.getcwd(), "namespace": _namespace()}
+            socket.send_fds(client, [json.dumps(request).encode()], [stderr])
+            answer = client.recv(1)
+        except OSError:
+            return None
+    return answer[0] if answer and answer[0] != REFUSED else None
+
+
+REFUSED = 255
+
+
+def start(directory: Path) -> None:
+    """Start a spawner in the background; it is of use to the next caller."""
+    if os.fork() != 0:
+        return
+    try:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(null, number)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        os.nice(NICE)
+        os.chdir("/")
+        os.execv(sys.executable, [sys.executable, "-m", "unionfuse.spawner", str(directory)])
+    finally:
+        os._exit(1)
+
+
+def serve(path: Path) -> None:
+    """Listen at `path` and fork; returns when it is not needed any more."""
+    staged = path.with_name(f".{path.name}-{os.getpid()}")
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    server.bind(_short(staged))
+    staged.chmod(0o600)
+    server.listen(64)
+    Path("/proc/self/comm").write_text("unionfuse-spawn")
+    _import_everything()
+    gc.collect()
+    gc.freeze()
+    staged.rename(path)  # whoever finds it finds a spawner that is ready
+    mine = path.stat().st_ino
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
+    server.settimeout(1.0)
+    last = time.monotonic()
+    while time.monotonic() - last < IDLE and _still_ours(path, mine):
+        try:
+            connection, _ = server.accept()
+        except TimeoutError:
+            continue
+        last = time.monotonic()
+        with connection:
+            if os.fork() == 0:
+                server.close()
+                _answer(connection)
+    if _still_ours(path, mine):
+        path.unlink()
+
+
+def _answer(connection: socket.socket) -> None:
+    """In the child: run the command line, tell its exit code, end."""
+    code = REFUSED
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        connection.settimeout(None)
+        data, descriptors, _, _ = socket.recv_fds(connection, LONGEST_REQUEST, 1)
+        request = json.loads(data)
+        if request["namespace"] == _namespace():
+            Path("/proc/self/comm").write_text("unionfuse")
+            os.dup2(descriptors[0], 2)
+            os.chdir(request["cwd"])
+            from unionfuse.__main__ import main
+
+            code = main(request["words"])
+        with contextlib.suppress(OSError):
+            connection.send(bytes([code]))
+    finally:
+        os._exit(0)
+
+
+def _import_everything() -> None:
+    import unionfuse.__main__
+    import unionfuse.daemon
+    import unionfuse.serving  # noqa: F401  trio and pyfuse3 with it
+
+
+def _still_ours(path: Path, inode: int) -> bool:
+    try:
+        return path.stat().st_ino == inode
+    except OSError:
+        return False
+
+
+def _namespace() -> list[int]:
+    status = os.stat("/proc/self/ns/mnt")
+    return [status.st_dev, status.st_ino]
+
+
+def _short(path: Path) -> str:
+    """The path by a descriptor of its directory: it may be longer than sun_path."""
+    descriptor = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
+    return f"/proc/self/fd/{descriptor}/{path.name}"
+
+
+if __name__ == "__main__":
+    serve(socket_of(Path(sys.argv[1])))
