@@ -14,7 +14,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memchr, memcmp, memcpy, memset
 from posix.types cimport off_t
-from posix.unistd cimport pread, read
+from posix.unistd cimport close, pread, read, write
 
 cdef extern from *:
     """
@@ -32,6 +32,136 @@ cdef extern from *:
         uint64_t offset, places;
     };
     struct lane_slot { uint32_t tag, record; };
+
+    /* --- io_uring, without a library: one ring for a queue of FUSE requests ---------------- */
+    #include <errno.h>
+    #include <linux/io_uring.h>
+    #include <sched.h>
+    #include <string.h>
+    #include <sys/eventfd.h>
+    #include <sys/mman.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    #define LANE_REGISTER 1 /* FUSE_IO_URING_CMD_REGISTER */
+    #define LANE_COMMIT 2   /* FUSE_IO_URING_CMD_COMMIT_AND_FETCH */
+
+    struct lane_header { /* struct fuse_uring_req_header */
+        char in_out[128];
+        char op_in[128];
+        uint64_t flags, commit_id;
+        uint32_t payload_size, padding;
+        uint64_t reserved;
+    };
+    struct lane_command { uint64_t flags, commit_id; uint16_t queue; uint8_t padding[6]; };
+    struct lane_ring {
+        int fd;
+        unsigned *sq_tail, *sq_mask, *sq_array, *cq_head, *cq_tail, *cq_mask;
+        struct io_uring_cqe *cqes;
+        char *sqes, *area;
+        size_t area_size, sqes_size;
+        unsigned waiting; /* pushed and not yet submitted */
+    };
+
+    static void lane_ring_close(struct lane_ring *ring) {
+        if (ring->area) munmap(ring->area, ring->area_size);
+        if (ring->sqes) munmap(ring->sqes, ring->sqes_size);
+        if (ring->fd >= 0) close(ring->fd);
+        ring->fd = -1;
+        ring->area = ring->sqes = 0;
+    }
+
+    /* Returns 0 or an errno. The thread that opens a ring is the one that may use it. */
+    static int lane_ring_open(struct lane_ring *ring, unsigned entries) {
+        struct io_uring_params p;
+        size_t sq, cq;
+        memset(ring, 0, sizeof *ring);
+        memset(&p, 0, sizeof p);
+        p.flags = IORING_SETUP_SQE128 | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN;
+        ring->fd = syscall(SYS_io_uring_setup, entries, &p);
+        if (ring->fd < 0) return errno;
+        sq = p.sq_off.array + p.sq_entries * sizeof(unsigned);
+        cq = p.cq_off.cqes + p.cq_entries * sizeof(struct io_uring_cqe);
+        ring->area_size = sq > cq ? sq : cq; /* one mapping for both: IORING_FEAT_SINGLE_MMAP */
+        ring->sqes_size = p.sq_entries * 128;
+        ring->area = mmap(0, ring->area_size, PROT_READ | PROT_WRITE, MAP_SHARED, ring->fd,
+                          IORING_OFF_SQ_RING);
+        if (ring->area == MAP_FAILED) { ring->area = 0; lane_ring_close(ring); return ENOMEM; }
+        ring->sqes = mmap(0, ring->sqes_size, PROT_READ | PROT_WRITE, MAP_SHARED, ring->fd,
+                          IORING_OFF_SQES);
+        if (ring->sqes == MAP_FAILED) { ring->sqes = 0; lane_ring_close(ring); return ENOMEM; }
+        ring->sq_tail = (unsigned *)(ring->area + p.sq_off.tail);
+        ring->sq_mask = (unsigned *)(ring->area + p.sq_off.ring_mask);
+        ring->sq_array = (unsigned *)(ring->area + p.sq_off.array);
+        ring->cq_head = (unsigned *)(ring->area + p.cq_off.head);
+        ring->cq_tail = (unsigned *)(ring->area + p.cq_off.tail);
+        ring->cq_mask = (unsigned *)(ring->area + p.cq_off.ring_mask);
+        ring->cqes = (struct io_uring_cqe *)(ring->area + p.cq_off.cqes);
+        return 0;
+    }
+
+    static struct io_uring_sqe *lane_ring_next(struct lane_ring *ring) {
+        unsigned tail = *ring->sq_tail, at = tail & *ring->sq_mask;
+        struct io_uring_sqe *sqe = (struct io_uring_sqe *)(ring->sqes + at * 128);
+        memset(sqe, 0, 128);
+        ring->sq_array[at] = at;
+        __atomic_store_n(ring->sq_tail, tail + 1, __ATOMIC_RELEASE);
+        ring->waiting++;
+        return sqe;
+    }
+
+    static void lane_ring_command(struct lane_ring *ring, int fuse, int operation,
+                                  struct iovec *buffers, uint64_t commit_id, int queue,
+                                  uint64_t user_data) {
+        struct io_uring_sqe *sqe = lane_ring_next(ring);
+        struct lane_command *command = (struct lane_command *)((char *)sqe + 48);
+        sqe->opcode = IORING_OP_URING_CMD;
+        sqe->fd = fuse;
+        sqe->off = operation;
+        sqe->addr = (uint64_t)(uintptr_t)buffers;
+        sqe->len = 2;
+        sqe->user_data = user_data;
+        command->commit_id = commit_id;
+        command->queue = queue;
+    }
+
+    static void lane_ring_read(struct lane_ring *ring, int fd, void *buffer, uint64_t user_data) {
+        struct io_uring_sqe *sqe = lane_ring_next(ring);
+        sqe->opcode = IORING_OP_READ;
+        sqe->fd = fd;
+        sqe->addr = (uint64_t)(uintptr_t)buffer;
+        sqe->len = 8;
+        sqe->user_data = user_data;
+    }
+
+    /* Submit what was pushed and wait for something to happen; 0 or an errno. */
+    static int lane_ring_enter(struct lane_ring *ring) {
+        int done = syscall(SYS_io_uring_enter, ring->fd, ring->waiting, 1,
+                           IORING_ENTER_GETEVENTS, 0, 0);
+        if (done < 0) return errno;
+        ring->waiting -= done;
+        return 0;
+    }
+
+    static int lane_ring_pop(struct lane_ring *ring, uint64_t *user_data, int *result) {
+        unsigned head = *ring->cq_head;
+        struct io_uring_cqe *cqe = &ring->cqes[head & *ring->cq_mask];
+        if (head == __atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE)) return 0;
+        *user_data = cqe->user_data;
+        *result = cqe->res;
+        __atomic_store_n(ring->cq_head, head + 1, __ATOMIC_RELEASE);
+        return 1;
+    }
+
+    static int lane_take(int *flag) { return __atomic_exchange_n(flag, 0, __ATOMIC_ACQ_REL); }
+    static void lane_give(int *flag) { __atomic_store_n(flag, 1, __ATOMIC_RELEASE); }
+
+    static void lane_stay_on(int cpu) { /* where it fails the thread runs anywhere: only slower */
+        cpu_set_t set;
+        CPU_ZERO(&set);
+        CPU_SET(cpu, &set);
+        sched_setaffinity(0, sizeof set, &set);
+    }
 
     static inline double lane_clock(void) {
         struct timespec now;
@@ -83,6 +213,27 @@ cdef extern from *:
     struct lane_slot:
         uint32_t tag
         uint32_t record
+    struct lane_header:
+        char in_out[128]
+        char op_in[128]
+        uint64_t flags
+        uint64_t commit_id
+        uint32_t payload_size
+    struct lane_ring:
+        int fd
+    int LANE_REGISTER, LANE_COMMIT
+    int lane_ring_open(lane_ring *ring, unsigned entries) nogil
+    void lane_ring_close(lane_ring *ring) nogil
+    void lane_ring_command(
+        lane_ring *ring, int fuse, int operation, iovec *buffers, uint64_t commit_id, int queue,
+        uint64_t user_data) nogil
+    void lane_ring_read(lane_ring *ring, int fd, void *buffer, uint64_t user_data) nogil
+    int lane_ring_enter(lane_ring *ring) nogil
+    int lane_ring_pop(lane_ring *ring, uint64_t *user_data, int *result) nogil
+    int lane_take(int *flag) nogil
+    void lane_give(int *flag) nogil
+    void lane_stay_on(int cpu) nogil
+    int eventfd(unsigned count, int flags) nogil
     ssize_t writev(int fd, const iovec *iov, int count) nogil
     uint64_t XXH3_64bits_withSeed(const void *data, size_t length, uint64_t seed) nogil
     double lane_clock() nogil
@@ -105,6 +256,7 @@ cdef enum:
     INTERRUPT = 36
     BATCH_FORGET = 42
     READDIRPLUS = 44
+    MAX_THREADS = 1024
     OPCODES = 64  # counters; what is above shares the last one
 
 cdef enum:
@@ -134,6 +286,11 @@ cdef enum:
 
 cdef uint32_t DELETED = 0xFFFFFFFF
 cdef size_t BUFFER = (1 << 20) + 8192  # the largest request: max_write and its headers
+cdef size_t HEADROOM = 256  # bytes before a payload
+cdef size_t PAYLOAD = (1 << 20) + 4096  # what the kernel wants: max_write and a page
+cdef enum:
+    DEPTH = 8  # requests of one queue that are under way
+    WAKE = 1 << 20  # user_data of the eventfd
 cdef size_t MEMORY = 16  # directories whose place a thread remembers
 cdef double STATFS_VALID = 0.05  # seconds
 
@@ -145,13 +302,51 @@ cdef struct Reply:
 cdef struct Place:
     uint64_t directory, cookie, offset
 
+# One request of a ring: it is the kernel's, ours, or waits for a reply from another thread.
+cdef struct Entry:
+    lane_header *header
+    char *room  # headroom for header and arguments, then the payload
+    iovec buffers[2]
+    uint64_t pending  # `unique` of a request whose reply comes later; 0 for none
+    int replied  # the reply is in the buffers
+    int wake  # eventfd of the ring's thread
+
 # What belongs to one thread.
 cdef struct Thread:
     char *request  # one request, header included
     char *out  # where replies are put together
+    Entry *entry  # where the request came from; NULL: from /dev/fuse
+    Entry entries[8]
+    int entry_count
     Place places[16]
     uint64_t here[64]  # requests answered here, by opcode
     uint64_t python[64]  # requests handed to Python
+
+
+cdef void free_thread(Thread *thread) noexcept:
+    if thread.entry_count:  # its other buffers are those of the entries
+        for i in range(thread.entry_count):
+            free(thread.entries[i].header)
+            free(thread.entries[i].room)
+    else:
+        free(thread.request)
+        free(thread.out)
+    free(thread)
+
+
+cdef void wake_up(Entry *entry) noexcept nogil:
+    """Have the ring's thread look for replies."""
+    cdef uint64_t one = 1
+    write(entry.wake, &one, 8)
+
+
+def can_use_rings():
+    """Whether this process may make the kind of io_uring that FUSE needs."""
+    cdef lane_ring ring
+    cdef int failure = lane_ring_open(&ring, 4)
+    if failure == 0:
+        lane_ring_close(&ring)
+    return failure == 0
 
 
 cdef class Loop:
@@ -179,7 +374,7 @@ cdef class Loop:
     cdef uint8_t *dirty
     cdef char statfs[80]
     cdef double statfs_until
-    cdef Thread *threads[64]
+    cdef Thread *threads[1024]
     cdef int thread_count
     cdef bint stopping
     cdef const unsigned char[:] view
@@ -198,9 +393,7 @@ cdef class Loop:
         free(self.dirty)
         free(self.descriptors)
         for i in range(self.thread_count):
-            free(self.threads[i].request)
-            free(self.threads[i].out)
-            free(self.threads[i])
+            free_thread(self.threads[i])
 
     def use_index(self, index):
         """Answer from a LookupIndex from now on; it must stay open. Called before any thread runs."""
@@ -283,15 +476,20 @@ cdef class Loop:
         return failure
 
     cdef Thread *new_thread(self) except NULL:
+        cdef Thread *thread = self.add_thread()
+        # Pages of these are resident only once they are touched.
+        thread.request = <char *>malloc(BUFFER)
+        thread.out = <char *>malloc(BUFFER)
+        if not thread.request or not thread.out:
+            raise MemoryError
+        return thread
+
+    cdef Thread *add_thread(self) except NULL:
         cdef Thread *thread
-        if self.thread_count >= 64:
+        if self.thread_count >= MAX_THREADS:
             raise RuntimeError("too many threads")
         thread = <Thread *>calloc(1, sizeof(Thread))
-        if thread:
-            # Pages of these are resident only once they are touched.
-            thread.request = <char *>malloc(BUFFER)
-            thread.out = <char *>malloc(BUFFER)
-        if not thread or not thread.request or not thread.out:
+        if not thread:
             raise MemoryError
         self.threads[self.thread_count] = thread
         self.thread_count += 1
@@ -309,7 +507,7 @@ cdef class Loop:
             return
         thread.here[opcode] += 1
         if how == ANSWERED:
-            self.send(header.unique, &reply)
+            self.send(thread.entry, header.unique, &reply)
         if self.tracing:
             with gil:
                 self.trace(
@@ -317,12 +515,15 @@ cdef class Loop:
                     reply.error,
                 )
 
-    cdef void send(self, uint64_t unique, const Reply *reply) noexcept nogil:
+    cdef void send(self, Entry *entry, uint64_t unique, const Reply *reply) noexcept nogil:
         cdef fuse_out_header out
         cdef iovec parts[2]
         out.len = <uint32_t>(OUT_HEADER + reply.length)
         out.error = -reply.error
         out.unique = unique
+        if entry != NULL:
+            self.put_in_entry(entry, &out, reply)
+            return
         parts[0].iov_base, parts[0].iov_len = &out, OUT_HEADER
         parts[1].iov_base, parts[1].iov_len = <void *>reply.data, reply.length
         # A failure means that nobody waits any more (ENOENT, ENODEV): there is nothing to do.
@@ -334,6 +535,9 @@ cdef class Loop:
         cdef const unsigned char[:] data
         reply.error, reply.length, reply.data = 0, 0, NULL
         body = (<char *>thread.request)[HEADER:size]
+        unique = header.unique
+        if thread.entry != NULL:
+            thread.entry.pending = unique  # before the handler: another thread may be quicker
         try:
             result = self.handler(
                 header.opcode, header.unique, header.nodeid, header.uid, header.gid, header.pid,
@@ -348,17 +552,117 @@ cdef class Loop:
                 reply.data, reply.length = <const char *>&data[0], len(result)
         except BaseException:  # the handler answers for its own errors: this is the last resort
             reply.error = EIO
+        if thread.entry != NULL:
+            thread.entry.pending = 0
+            self.send(thread.entry, unique, &reply)
+            return
         with nogil:
-            self.send(header.unique, &reply)
+            self.send(NULL, unique, &reply)
 
     def reply(self, uint64_t unique, int error, const unsigned char[:] body):
         """Answer a request that a handler left open."""
         cdef Reply reply
         reply.error, reply.length, reply.data = error, len(body), NULL
+        cdef Entry *entry = self.pending_entry(unique)
         if reply.length:
             reply.data = <const char *>&body[0]
+        if entry == NULL:
+            with nogil:
+                self.send(NULL, unique, &reply)
+            return
+        entry.pending = 0
+        self.send(entry, unique, &reply)
+        wake_up(entry)
+
+    cdef Entry *pending_entry(self, uint64_t unique) noexcept:
+        """The entry of a ring that waits for the reply to a request; NULL for none."""
+        for i in range(self.thread_count):
+            for j in range(self.threads[i].entry_count):
+                if self.threads[i].entries[j].pending == unique:
+                    return &self.threads[i].entries[j]
+        return NULL
+
+    # --- FUSE over io_uring -------------------------------------------------------------------
+
+    def run_ring(self, int queue):
+        """Serve the requests of one CPU; run it in a thread for each, once INIT is answered.
+
+        The kernel sends what is asked on that CPU here. FORGET, INTERRUPT and notifications keep
+        to /dev/fuse. Returns the errno that ended it: ENOTCONN after an unmount.
+        """
+        cdef Thread *thread = self.add_thread()
+        cdef lane_ring ring
+        cdef uint64_t which, woken = 0
+        cdef int result, failure, wake, at
+        lane_stay_on(queue)
+        failure = lane_ring_open(&ring, 4 * DEPTH)
+        wake = eventfd(0, 0o2000000)  # EFD_CLOEXEC
+        if failure or wake < 0:
+            return failure or errno
+        self.make_entries(thread, wake)
         with nogil:
-            self.send(unique, &reply)
+            for at in range(DEPTH):
+                lane_ring_command(
+                    &ring, self.fd, LANE_REGISTER, thread.entries[at].buffers, 0, queue, at
+                )
+            lane_ring_read(&ring, wake, &woken, WAKE)
+            while failure == 0 and not self.stopping:
+                failure = lane_ring_enter(&ring)
+                if failure == EINTR:
+                    failure = 0
+                while failure == 0 and lane_ring_pop(&ring, &which, &result):
+                    if which == WAKE:
+                        lane_ring_read(&ring, wake, &woken, WAKE)
+                    elif result < 0:
+                        failure = -result
+                    else:
+                        self.serve_entry(thread, &thread.entries[which])
+                for at in range(DEPTH):
+                    if lane_take(&thread.entries[at].replied):
+                        lane_ring_command(
+                            &ring, self.fd, LANE_COMMIT, thread.entries[at].buffers,
+                            thread.entries[at].header.commit_id, queue, at
+                        )
+            lane_ring_close(&ring)
+        close(wake)
+        return failure
+
+    cdef int make_entries(self, Thread *thread, int wake) except -1:
+        cdef Entry *entry
+        for at in range(DEPTH):
+            entry = &thread.entries[at]
+            entry.header = <lane_header *>calloc(1, sizeof(lane_header))
+            entry.room = <char *>malloc(HEADROOM + PAYLOAD)
+            if not entry.header or not entry.room:
+                raise MemoryError
+            entry.wake = wake
+            entry.buffers[0].iov_base, entry.buffers[0].iov_len = entry.header, sizeof(lane_header)
+            entry.buffers[1].iov_base = entry.room + HEADROOM
+            entry.buffers[1].iov_len = PAYLOAD
+            thread.entry_count += 1
+        return 0
+
+    cdef void serve_entry(self, Thread *thread, Entry *entry) noexcept nogil:
+        """Put header, arguments and payload in one piece, as /dev/fuse has them, and serve it."""
+        cdef const fuse_in_header *header = <const fuse_in_header *>entry.header.in_out
+        cdef size_t arguments = header.len - HEADER - entry.header.payload_size
+        if header.len < HEADER + entry.header.payload_size or arguments > 128:
+            arguments = 0
+        thread.entry = entry
+        thread.out = entry.room + HEADROOM  # where the kernel takes the reply from
+        thread.request = thread.out - arguments - HEADER
+        memcpy(thread.request + HEADER, entry.header.op_in, arguments)
+        memcpy(thread.request, header, HEADER)
+        self.serve(thread, HEADER + arguments + entry.header.payload_size)
+
+    cdef void put_in_entry(
+        self, Entry *entry, const fuse_out_header *out, const Reply *reply
+    ) noexcept nogil:
+        if reply.length and reply.data != entry.room + HEADROOM:
+            memcpy(entry.room + HEADROOM, reply.data, min(reply.length, PAYLOAD))
+        memcpy(entry.header.in_out, out, OUT_HEADER)
+        entry.header.payload_size = <uint32_t>min(reply.length, PAYLOAD)
+        lane_give(&entry.replied)
 
     # --- answers ------------------------------------------------------------------------------
 

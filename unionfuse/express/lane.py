@@ -21,9 +21,10 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 from unionfuse.express import passthrough, protocol
-from unionfuse.express._lane import Loop
+from unionfuse.express._lane import Loop, can_use_rings
 from unionfuse.express.passthrough import Passthrough
 from unionfuse.express.protocol import InitFlag, Opcode, Wanted
 from unionfuse.express.requests import MALFORMED, Call, Requests
@@ -36,6 +37,9 @@ _READERS = 2  # threads that read /dev/fuse: two are faster than one, more are n
 _WAITERS = 4  # threads for what may take long
 _SOCKET_BUFFER = 4 << 20
 _OPCODE_NAMES = {int(opcode): opcode.name for opcode in Opcode}
+
+_ENDS = (0, errno.ENODEV, errno.ENOTCONN, errno.ECANCELED)  # of a mount, not failures
+_URING_REMEDY = "Linux 6.14 does, once root writes Y to /sys/module/fuse/parameters/enable_uring"
 
 Work = Callable[[], bytes | None]
 
@@ -83,8 +87,10 @@ class Lane:
         self._handshake()
         self.descriptor = theirs.detach()
         union.watcher = self
-        for number in range(_READERS):
-            self._start(self._read, f"lane-{number}")
+        for cpu in range(_queues() if self._has_rings else 0):
+            self._start(partial(self._serve_until_end, cpu), f"lane-ring-{cpu}")
+        for number in range(1 if self._has_rings else _READERS):
+            self._start(partial(self._serve_until_end, None), f"lane-{number}")
         self._start(self._relay_back, "lane-relay")
 
     def _handshake(self) -> None:
@@ -93,6 +99,8 @@ class Lane:
         flags = protocol.ALWAYS | InitFlag.SETXATTR_EXT
         if self._options.noacl:
             flags &= ~InitFlag.POSIX_ACL
+        if self._wants_rings():
+            flags |= InitFlag.OVER_IO_URING
         depth = 0
         if self._passes_files_through() and passthrough.is_permitted():
             flags |= InitFlag.PASSTHROUGH
@@ -101,9 +109,15 @@ class Lane:
         wanted = Wanted(flags, max_stack_depth=depth)
         granted = wanted.granted(protocol.parse_init(body))
         self._passthrough = Passthrough(self._fuse, bool(granted & InitFlag.PASSTHROUGH))
+        self._has_rings = bool(granted & InitFlag.OVER_IO_URING)
+        if self._options.uring == "on" and not self._has_rings:
+            log.warning("uring=on: the kernel does not offer it (%s)", _URING_REMEDY)
         answer = protocol.negotiate(body, wanted)
         os.write(self._fuse, protocol.reply(header.unique, answer))
         self._pair.send(protocol.init_for_libfuse(request))
+
+    def _wants_rings(self) -> bool:
+        return self._options.uring != "off" and can_use_rings()
 
     def _passes_files_through(self) -> bool:
         if self._options.upperdir is None:
@@ -152,10 +166,12 @@ class Lane:
         self._threads.append(thread)
         thread.start()
 
-    def _read(self) -> None:
-        failure = self._loop.run()
-        if failure not in (0, errno.ENODEV):
-            log.error("the express lane ends: reading /dev/fuse: %s", os.strerror(failure))
+    def _serve_until_end(self, cpu: int | None) -> None:
+        """Read /dev/fuse, or be the ring of one CPU, until the mount has ended."""
+        failure = self._loop.run() if cpu is None else self._loop.run_ring(cpu)
+        if failure not in _ENDS:
+            what = "reading /dev/fuse" if cpu is None else f"io_uring queue {cpu}"
+            log.error("the express lane ends: %s: %s", what, os.strerror(failure))
         with self._lock:
             first = not self._ended.is_set()
             self._ended.set()
@@ -275,6 +291,13 @@ class Lane:
             and not self._loop.is_changed(node)
         ):
             self._loop.changed(node, [parent for parent, _ in self._index.names(node)])
+
+
+def _queues() -> int:
+    """How many rings the kernel waits for: one for each CPU that there may ever be."""
+    with open("/sys/devices/system/cpu/possible") as file:
+        spans = [span.split("-") for span in file.read().strip().split(",")]
+    return sum(int(span[-1]) - int(span[0]) + 1 for span in spans)
 
 
 def _shows_layers_as_they_are(options: MountOptions) -> bool:
