@@ -96,7 +96,8 @@ class Lane:
     def _handshake(self) -> None:
         request = os.read(self._fuse, 1 << 20)
         header = protocol.parse_header(request)
-        flags = protocol.ALWAYS | InitFlag.SETXATTR_EXT
+        # With ALLOW_IDMAP only requests that create something would say who asks.
+        flags = (protocol.ALWAYS | InitFlag.SETXATTR_EXT) & ~InitFlag.ALLOW_IDMAP
         if self._options.noacl:
             flags &= ~InitFlag.POSIX_ACL
         if self._wants_rings():
