@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import os
 import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -671,3 +672,30 @@ def _read_terminal(descriptor: int) -> bytes:
         return os.read(descriptor, 1 << 16)
     except OSError:  # EIO: nobody has the other end any more
         return b""
+
+
+KILLING = """
+import os, sys
+from harness.killing import kill_at_every_step
+from unionimage.cli import main
+root, context = sys.argv[1:]
+options = ["-q", "-t", "killed", "--driver", "overlay", "--no-cache"]
+build = ["--root", root, "build", *options, context]
+for step in kill_at_every_step(lambda: main(build), 12):
+    assert main(["--root", root, "check"]) == 0, step
+"""
+
+
+def test_a_build_killed_at_any_step_leaves_a_store_that_is_whole(
+    builder: Builder, tmp_path: Path
+) -> None:
+    text = "COPY file /new/file\nWORKDIR /new/dir\nRUN echo x > /ran && rm /etc/group\nCMD x\n"
+    context(tmp_path / "c", text, file="f")
+    command = [sys.executable, "-c", KILLING, str(builder.root), str(tmp_path / "c")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "new/file" in builder.tree("killed")
+    staging = os.fsencode(builder.root / "staging")
+    until(lambda: not any(staging in words for words in command_lines()))
+    assert builder.run("images", "-q").stdout.split()
