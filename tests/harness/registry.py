@@ -231,3 +231,8 @@ def run(*words: str, **environment: str) -> str:
     )
     assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
     return done.stdout
+
+
+def raw_digest(target: str) -> str:
+    """The digest of what a name points at, by skopeo."""
+    return sha256(skopeo("inspect", "--raw", "--tls-verify=false", f"docker://{target}").encode())

@@ -3,11 +3,11 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness.command import Command, make_command
+from harness.command import Command
 from harness.registry import Registry, run, skopeo
 
 # podman of this age knows no zstd layers in docker's manifests
@@ -15,12 +15,6 @@ FORMS = [("oci", "gzip"), ("oci", "zstd"), ("oci", "none"), ("docker", "gzip"), 
 PODMAN = ["--cgroup-manager=cgroupfs", "--runtime=runc", "--events-backend=none"]
 
 Peer = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    with Registry(tmp_path_factory.mktemp("registry")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +65,6 @@ def image(request: pytest.FixtureRequest, registry: Registry, buildah: Peer) -> 
     buildah("rm", first, second)
     manifest = json.loads(skopeo("inspect", "--raw", "--tls-verify=false", f"docker://{name}"))
     return name, manifest["config"]["digest"]
-
-
-@pytest.fixture
-def command(tmp_path: Path) -> Command:
-    return make_command(tmp_path, "store")
 
 
 def test_what_buildah_pushed_comes_whole_and_goes_back_the_same(

@@ -2,20 +2,15 @@
 
 import json
 import os
-import signal
 import stat
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from harness.command import Command, make_command, make_image
-from harness.hostile import Hostile, cut_after, stall_after, status
-from harness.registry import OciLayout, Registry, compress, layer_tar, sha256, skopeo
+from harness.registry import OciLayout, Registry, layer_tar, raw_digest, sha256, skopeo
 from harness.tokens import TokenServer
 from unionimage import config
-from unionimage.digest import Digest
 from unionimage.errors import UserError
 from unionimage.progress import Silent
 from unionimage.reference import Reference
@@ -28,34 +23,6 @@ FORMS = [("oci", "gzip"), ("oci", "zstd"), ("oci", "none"), ("docker", "gzip"), 
 BASE = layer_tar({"etc": None, "etc/hosts": b"127.0.0.1 localhost\n", "etc/old": b"x" * 5000})
 UPPER = layer_tar({"etc": None, "etc/.wh.old": b"", "etc/new": b"new\n"})
 BIG = layer_tar({"random": os.urandom(6_000_000)})
-
-
-@pytest.fixture
-def command(tmp_path: Path) -> Command:
-    return make_command(tmp_path, "store")
-
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    with Registry(tmp_path_factory.mktemp("registry")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    with Registry(tmp_path_factory.mktemp("guarded"), password="s3cret") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def layout(tmp_path_factory: pytest.TempPathFactory) -> OciLayout:
-    made = OciLayout(tmp_path_factory.mktemp("layout") / "oci")
-    made.image("one", [BASE, UPPER])
-    return made
-
-
-def raw_digest(target: str) -> str:
-    return sha256(skopeo("inspect", "--raw", "--tls-verify=false", f"docker://{target}").encode())
 
 
 # -- pull ----------------------------------------------------------------------------------------
@@ -411,163 +378,3 @@ def test_a_mirror_is_asked_first_and_may_fail(
     out = command("pull", "thing:1")
     assert "1: Pulling from library/thing" in out and out.endswith("docker.io/library/thing:1\n")
     assert command("pull", "-q", "mine:1") == f"{registry.host}/cache/other:1\n"
-
-
-# -- misfortune ----------------------------------------------------------------------------------
-
-
-def test_a_killed_pull_is_gone_on_with(command: Command) -> None:
-    with Hostile() as hostile:
-        packed = compress(BIG, "gzip")
-        hostile.add_image("1", BIG, packed=[packed])
-        asked_for = f"GET .*{sha256(packed)}"
-        hostile.trap(asked_for, stall_after(packed, 4_000_000))
-        command.environment["UNIONFUSE_REGISTRY_TIMEOUT"] = "30"
-        partial = command.root / "partial" / sha256(packed)[7:]
-        with subprocess.Popen(
-            command.line("pull", f"{hostile.host}/x:1"),
-            env=command.environment,
-            stdout=subprocess.DEVNULL,
-        ) as process:
-            deadline = time.monotonic() + 20
-            while not (partial.exists() and partial.stat().st_size > 2_000_000):
-                assert time.monotonic() < deadline and process.poll() is None
-                time.sleep(0.05)
-            process.kill()
-        out = command("pull", f"{hostile.host}/x:1")
-        assert "Resuming" in out and "Pull complete" in out
-        range_ = hostile.asked_for(asked_for)[-1].headers["Range"]
-        assert int(range_.removeprefix("bytes=").removesuffix("-")) > 2_000_000
-
-
-def test_what_a_broken_pull_left_may_be_wrong(command: Command) -> None:
-    with Hostile() as hostile:
-        packed = compress(BIG, "gzip")
-        hostile.add_image("1", BIG, packed=[packed])
-        with command.store() as store:
-            partial = store.partial_path(Digest(sha256(packed)))
-        partial.parent.mkdir(exist_ok=True)
-        partial.write_bytes(packed[:500_000] + b"?" + packed[500_001:1_000_000])
-        assert "Pull complete" in command("pull", f"{hostile.host}/x:1")
-        first, second = hostile.asked_for(f"GET .*{sha256(packed)}")
-        assert first.headers["Range"] == "bytes=1000000-" and "Range" not in second.headers
-
-
-def test_an_interrupted_pull_ends_at_once(command: Command) -> None:
-    with Hostile() as hostile:
-        hostile.add_image("1", BIG, BASE)
-        hostile.trap(f"GET .*{sha256(BIG)}", stall_after(BIG, 100_000))
-        command.environment["UNIONFUSE_REGISTRY_TIMEOUT"] = "30"
-        with subprocess.Popen(
-            command.line("pull", f"{hostile.host}/x:1"),
-            env=command.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        ) as process:
-            assert process.stdout is not None
-            while b"Pull complete" not in process.stdout.readline():
-                assert process.poll() is None
-            process.send_signal(signal.SIGINT)
-            begun = time.monotonic()
-            _, errors = process.communicate(timeout=20)
-        assert time.monotonic() - begun < 5
-        assert process.returncode == 130 and b"Traceback" not in errors
-
-
-def test_a_cut_and_trouble_do_not_stop_a_pull(command: Command) -> None:
-    with Hostile() as hostile:
-        digest = hostile.add_image("1", BIG)
-        hostile.trap("GET .*/manifests/", status(503))
-        hostile.trap(f"GET .*{sha256(BIG)}", cut_after(BIG, 1_000_000))
-        hostile.trap(f"GET .*{sha256(BIG)}", status(429, Retry_After="0"))
-        assert f"Digest: {digest}" in command("pull", f"{hostile.host}/x:1")
-
-
-def test_a_layer_that_lies_leaves_nothing(command: Command) -> None:
-    with Hostile() as hostile:
-        hostile.add_image("1", BIG, BASE)
-        hostile.blobs[sha256(BIG)] = BIG[:-4096] + bytes(4096)[:-1] + b"!"
-        error = command("pull", f"{hostile.host}/x:1", code=1)
-        assert "digest" in error and error.count("\n") == 1
-        with command.store() as store:
-            assert store.images(all=True) == []
-            assert not store.has_layer(Digest(sha256(BIG)))
-            store.collect()
-        assert not [*(command.root / "diff").iterdir()]
-        hostile.blobs[sha256(BIG)] = BIG
-        command("pull", f"{hostile.host}/x:1")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"layers": []}, "the manifest has 0 layers, its config 1"),
-        ({"schemaVersion": 1}, "schema version 2"),
-        ({"config": None}, "config"),
-        ({"layers": "x"}, "layers"),
-        ({"mediaType": "application/x-unknown"}, "application/x-unknown"),
-    ],
-)
-def test_a_manifest_that_disagrees_is_refused(
-    command: Command, change: dict[str, object], message: str
-) -> None:
-    with Hostile() as hostile:
-        digest = hostile.add_image("1", BASE)
-        table = json.loads(hostile.manifests[digest][1])
-        hostile.add_manifest("1", {**table, **change}, "application/octet-stream")
-        error = command("pull", f"{hostile.host}/x:1", code=1)
-        assert message in error and error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "media_type",
-    [
-        "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
-        "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
-        "application/vnd.oci.image.layer.v1.tar+lz4",
-        "text/html",
-    ],
-)
-def test_a_foreign_or_unknown_layer_gets_a_clear_error(command: Command, media_type: str) -> None:
-    with Hostile() as hostile:
-        digest = hostile.add_image("1", BASE)
-        table = json.loads(hostile.manifests[digest][1])
-        table["layers"][0]["mediaType"] = media_type
-        hostile.add_manifest("1", table)
-        error = command("pull", f"{hostile.host}/x:1", code=1)
-        assert media_type in error and error.count("\n") == 1
-
-
-def test_an_interrupted_push_ends_at_once(command: Command) -> None:
-    with Hostile() as hostile:
-        make_image(command, f"{hostile.host}/team/app:1", [BIG])
-        hostile.trap("PUT", lambda handler: handler.hostile.stop.wait(30) and None)
-        command.environment["UNIONFUSE_REGISTRY_TIMEOUT"] = "30"
-        with subprocess.Popen(
-            command.line("push", f"{hostile.host}/team/app:1"),
-            env=command.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        ) as process:
-            deadline = time.monotonic() + 20
-            while not hostile.asked_for("PUT"):
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
-            begun = time.monotonic()
-            _, errors = process.communicate(timeout=40)
-        assert time.monotonic() - begun < 5
-        assert process.returncode == 130 and b"Traceback" not in errors
-
-
-def test_an_image_that_did_not_change_costs_one_request(command: Command) -> None:
-    with Hostile() as hostile:
-        digest = hostile.add_image("1", BASE)
-        hostile.trap("HEAD .*/manifests/1", status(200, Docker_Content_Digest=digest), times=-1)
-        command("pull", f"{hostile.host}/x:1")
-        before = len(hostile.asked)
-        assert "Image is up to date" in command("pull", f"{hostile.host}/x:1")
-        assert [one.method for one in hostile.asked_for("/manifests/")[-1:]] == ["HEAD"]
-        assert len(hostile.asked) == before + 1
-        assert "Image is up to date" in command("pull", f"{hostile.host}/x@{digest}")
-        assert len(hostile.asked) == before + 1

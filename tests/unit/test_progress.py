@@ -52,7 +52,8 @@ def test_lines_of_several_threads_do_not_mix() -> None:
     assert all(": " in line and line.count("t") >= 1 for line in lines)
 
 
-def test_a_terminal_gets_bars_that_stay_when_done() -> None:
+def test_a_terminal_gets_bars_that_stay_when_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     main, side = pty.openpty()
     with os.fdopen(side, "w") as stream:
         bars = reporter(stream=stream)

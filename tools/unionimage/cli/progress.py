@@ -6,6 +6,7 @@ output, as docker's does.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from types import TracebackType
@@ -28,7 +29,8 @@ def reporter(quiet: bool = False, stream: TextIO | None = None) -> Terminal | Li
     stream = stream or sys.stdout
     if quiet:
         return Quiet()
-    return Terminal(stream) if stream.isatty() else Lines(stream)
+    drawable = stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    return Terminal(stream) if drawable else Lines(stream)
 
 
 class Quiet(Silent):

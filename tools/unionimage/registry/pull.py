@@ -65,7 +65,7 @@ def pull(
     """Pull one image, by tag or digest.
 
     Args:
-        reference: with a tag or a digest.
+        reference: with a tag or a digest; with both, the tag is not given, as with docker.
         platform: which image of an index; this machine's if None.
 
     Raises:
@@ -87,7 +87,7 @@ def pull(
         image = lease.add_image(
             found.config_bytes,
             manifest=found.raw.data,
-            names=[replace(reference, digest=None)] if reference.tag else [],
+            names=[] if reference.digest else [reference],
             digests=[by_digest],
         )
     return Pulled(reference, image, found.top_digest, is_new)
@@ -116,14 +116,14 @@ def _unchanged(
     It is asked by HEAD alone, which public registries do not count as a pull.
     """
     image = store.find(str(reference))
-    if image is None or not image.config.platform.satisfies(platform or Platform.host()):
-        return None
     digest = reference.digest
-    if digest is None and reference.tag:
-        try:
-            digest = session.sources(reference)[0].manifest_digest(reference.tag)
-        except UserError:
+    try:
+        if image is None or not image.config.platform.satisfies(platform or Platform.host()):
             return None
+        if digest is None and reference.tag:
+            digest = session.sources(reference)[0].manifest_digest(reference.tag)
+    except UserError:
+        return None  # a pull will say more
     known = Reference(reference.registry, reference.path, None, digest)
     if digest is None or known not in image.digests:
         return None

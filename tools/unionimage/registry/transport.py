@@ -49,6 +49,7 @@ MAX_ATTEMPTS = 5
 LONGEST_PAUSE = 60.0  # seconds; a Retry-After beyond it is reported instead of waited for
 ERROR_BODY_LIMIT = 64 * 1024
 ERROR_BODY_SECONDS = 5.0
+BUSY = 10  # times the stall limit that an answer to what was sent may take
 SLOWEST = 64  # bytes a second over a whole stall limit; less counts as a stall
 
 
@@ -256,12 +257,19 @@ class Transport:
 
     def _send(self, method: str, url: str, headers: Mapping[str, str], body: Body) -> Response:
         pool = self._pool if self.is_home(url) else self._pool_for_strangers(url)
+        limits = self.limits
+        if method in ("GET", "HEAD"):
+            timeout = urllib3.Timeout(connect=limits.connect, read=limits.stall)
+        else:
+            # The limit for connecting also holds for each send; and what was sent may keep a
+            # registry busy (verifying, moving to its storage) before it answers.
+            timeout = urllib3.Timeout(connect=limits.stall, read=limits.stall * BUSY)
         return pool.request(
             method,
             url,
             body=body() if callable(body) else body,
             headers={"User-Agent": f"unionfuse/{__version__}", **headers},
-            timeout=urllib3.Timeout(connect=self.limits.connect, read=self.limits.stall),
+            timeout=timeout,
             redirect=False,
             preload_content=False,
             decode_content=False,
