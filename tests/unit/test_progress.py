@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import threading
+from contextlib import suppress
 
 import pytest
 from unionimage.cli.progress import Lines, Terminal, reporter
@@ -52,6 +53,16 @@ def test_lines_of_several_threads_do_not_mix() -> None:
     assert all(": " in line and line.count("t") >= 1 for line in lines)
 
 
+def read_all(terminal: int) -> str:
+    """What was written to the other side of a terminal, which is closed by now."""
+    parts = []
+    with suppress(OSError):  # EIO: that was all
+        while part := os.read(terminal, 1 << 16):
+            parts.append(part)
+    os.close(terminal)
+    return b"".join(parts).decode()
+
+
 def test_a_terminal_gets_bars_that_stay_when_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     main, side = pty.openpty()
@@ -66,8 +77,7 @@ def test_a_terminal_gets_bars_that_stay_when_done(monkeypatch: pytest.MonkeyPatc
             task.advance(10)
             task.done("Pull complete")
             report.line("Status: done")
-        shown = os.read(main, 1 << 16).decode()
-    os.close(main)
+    shown = read_all(main)
     assert "1: Pulling from [x]\r\n" in shown
     assert "abc[bold]: Pull complete" in shown
     assert shown.index("Pull complete") < shown.index("Status: done")
