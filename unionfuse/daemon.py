@@ -8,6 +8,7 @@ to import than all the rest, are imported while the kernel is already content.
 from __future__ import annotations
 
 import fcntl
+import functools
 import logging
 import os
 import resource
@@ -15,8 +16,9 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from unionfuse import mounting
+from unionfuse import mounting, syscalls
 from unionfuse.channel import Channel
 from unionfuse.express import protocol
 from unionfuse.express.lane import Lane
@@ -24,7 +26,12 @@ from unionfuse.index import LookupIndex, LookupIndexError
 from unionfuse.layer import LayerError, LayerStack
 from unionfuse.logs import log_to
 from unionfuse.options import Invocation, MountOptions
+from unionfuse.survival.keeping import Keeping
+from unionfuse.survival.memory import TakeOverError
 from unionfuse.union import Union
+
+if TYPE_CHECKING:
+    from unionfuse.survival.survivor import Survivor
 
 _LOCK_PATIENCE = 5.0  # seconds that a daemon which is just ending may take
 
@@ -37,10 +44,35 @@ def run(invocation: Invocation) -> int:
     """
     for warning in invocation.warnings:
         _say(warning)
+    keeping = Keeping.join()
+    if keeping is not None:
+        return _live(invocation, keeping.ready, keeping)
     if invocation.options.foreground:
         _close_inherited()
-        return _live(invocation, ready=lambda: None)
+        return _live_kept(invocation, lambda: None, -1)
     return _run_detached(invocation)
+
+
+def _live_kept(invocation: Invocation, ready: Callable[[], None], waiting: int) -> int:
+    """Live, with a keeper for a parent where one is wanted.
+
+    Arguments:
+        waiting: a descriptor that the keeper, in place of `ready`, writes a newline to; -1: none.
+    """
+    options = invocation.options
+    if not options.keeper:
+        return _live(invocation, ready)
+    log = b"-" if options.foreground else b""
+    if options.log is not None:
+        log = os.path.join(os.getcwdb(), options.log)
+    keeping = Keeping.begin(invocation.words, waiting, log)
+
+    def ready_and_quiet() -> None:
+        keeping.ready()
+        if not options.foreground:
+            _redirect(1, 2)
+
+    return _live(invocation, ready_and_quiet, keeping)
 
 
 def _run_detached(invocation: Invocation) -> int:
@@ -62,7 +94,7 @@ def _run_detached(invocation: Invocation) -> int:
                 os.close(writer)
                 _redirect(1, 2)
 
-            code = _live(invocation, ready)
+            code = _live_kept(invocation, ready, writer)
         except Exception:
             logging.getLogger(__name__).exception("the daemon ends")
         finally:
@@ -78,9 +110,20 @@ def _run_detached(invocation: Invocation) -> int:
     return 0
 
 
-def _live(invocation: Invocation, ready: Callable[[], None]) -> int:
+def _live(invocation: Invocation, ready: Callable[[], None], keeping: Keeping | None = None) -> int:
     """The daemon itself, from checks to clean-up; `ready` is called once the mount is served."""
-    options = _anchored(invocation.options)
+    options = _anchored(invocation.options, keeping.cwd if keeping else os.getcwdb())
+    survivor = None
+    if keeping is not None:
+        from unionfuse.survival.survivor import Survivor
+
+        try:
+            survivor = Survivor(keeping)
+        except TakeOverError as error:
+            keeping.crash_ends(f"what the last daemon left cannot be used: {error}")
+            return 1
+        if survivor.taken_over:
+            return _take_over(options, survivor, ready)
     try:
         mountpoint = mounting.resolve_mountpoint(invocation.mountpoint)
         log = _open_log(options)
@@ -88,7 +131,7 @@ def _live(invocation: Invocation, ready: Callable[[], None]) -> int:
         os.umask(0)
         _raise_limits()
         locks = _lock(options)
-        union = _open_union(options)
+        union = _open_union(options, survivor)
     except (LayerError, mounting.MountError) as refusal:
         _say(str(refusal))
         return 1
@@ -101,8 +144,12 @@ def _live(invocation: Invocation, ready: Callable[[], None]) -> int:
         union.close()
         _say(str(refusal))
         return 1
+    if survivor is not None:
+        for name, lock in zip(("upper", "work"), locks, strict=False):
+            survivor.keep(name, lock)
+        survivor.mounted(channel, mountpoint)
     try:
-        return _serve(channel, union, options, mountpoint, ready)
+        return _serve(channel, union, options, mountpoint, ready, survivor)
     except protocol.ProtocolError as error:
         mounting.detach(mountpoint, lazy=True)
         _say(f"{os.fsdecode(mountpoint)}: {error}; run a newer kernel")
@@ -122,23 +169,56 @@ def _serve(
     options: MountOptions,
     mountpoint: bytes,
     ready: Callable[[], None],
+    survivor: Survivor | None = None,
 ) -> int:
     """Answer INIT, and only then import what is slow to import; serve until the end."""
-    door = Lane(channel, union, options) if options.express else Channel(channel, options)
-    if isinstance(door, Lane):
+    door: Lane | Channel
+    if options.express:
+        door = Lane(channel, union, options, survivor)
         ready()  # it answers already
+    else:
+        door = Channel(channel, options)
     from unionfuse.serving import Server
 
-    server = Server(door, union, options, mountpoint)
+    make_room = None
+    if survivor is not None:
+        make_room = functools.partial(survivor.make_room, union)
+    server = Server(door, union, options, mountpoint, make_room)
     return server.serve(ready if isinstance(door, Channel) else lambda: None)
+
+
+def _take_over(options: MountOptions, survivor: Survivor, ready: Callable[[], None]) -> int:
+    """Go on where a daemon ended that served this mount; nobody but this process serves it.
+
+    No path is followed here: it might lead into the mount, and wait for ever.
+    """
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    os.chdir("/")
+    os.umask(0)
+    _raise_limits()
+    log_to(_open_log(options), options)
+    log = logging.getLogger(__name__)
+    channel = survivor.kept("fuse")
+    assert channel is not None
+    try:
+        upper, work = survivor.kept("upper"), survivor.kept("work")
+        if upper is not None and work is not None:
+            paths = syscalls.proc_path(upper), syscalls.proc_path(work)
+            options = replace(options, upperdir=paths[0], workdir=paths[1])
+        union = _open_union(options, survivor)
+        return _serve(channel, union, options, survivor.mountpoint, ready, survivor)
+    except (LayerError, TakeOverError) as error:
+        log.error("this daemon cannot go on: %s", error)
+        survivor.gives_up(str(error))
+        return 1
 
 
 # --- checks and preparations ----------------------------------------------------------------
 
 
-def _anchored(options: MountOptions) -> MountOptions:
-    """The same options with absolute paths: the daemon leaves the working directory."""
-    here = os.getcwdb()
+def _anchored(options: MountOptions, here: bytes) -> MountOptions:
+    """The same options with absolute paths: the daemon leaves the working directory, `here`."""
 
     def anchor(path: bytes | None) -> bytes | None:
         return None if path is None else os.path.join(here, path)
@@ -153,13 +233,43 @@ def _anchored(options: MountOptions) -> MountOptions:
     )
 
 
-def _open_union(options: MountOptions) -> Union:
-    stack = LayerStack.open(options.lowerdir)
+def _open_union(options: MountOptions, survivor: Survivor | None = None) -> Union:
+    if survivor is None:
+        stack = LayerStack.open(options.lowerdir)
+        index = _open_index(stack, options)
+    else:
+        stack, index = _open_kept(options, survivor)
+    journal, taken_over = None, False
+    if survivor is not None:
+        journal, taken_over = survivor.journal, survivor.taken_over
     try:
-        return Union(stack, options, _open_index(stack, options))
+        return Union(stack, options, index, journal, taken_over)
     except BaseException:
         stack.close()
         raise
+
+
+def _open_kept(options: MountOptions, survivor: Survivor) -> tuple[LayerStack, LookupIndex | None]:
+    """Layers and index: those of the daemon before, or new ones that the next is to have."""
+    if survivor.taken_over:
+        kept = [survivor.kept(f"layer-{number}") for number in range(len(options.lowerdir))]
+        layers = [descriptor for descriptor in kept if descriptor is not None]
+        if len(layers) != len(kept):
+            raise TakeOverError("a layer is missing")
+        stack = LayerStack.open(options.lowerdir, layers)
+        index = survivor.kept("index")
+        if index is None:
+            return stack, None
+        return stack, _open_index(stack, replace(options, lookup_index=syscalls.proc_path(index)))
+    stack = LayerStack.open(options.lowerdir)
+    for number, layer in enumerate(stack.layers):
+        survivor.keep(f"layer-{number}", layer.descriptor)
+    found = _open_index(stack, options)
+    if found is not None and options.lookup_index is not None:
+        descriptor = os.open(options.lookup_index, os.O_RDONLY | os.O_CLOEXEC)
+        survivor.keep("index", descriptor)
+        os.close(descriptor)
+    return stack, found
 
 
 def _open_index(stack: LayerStack, options: MountOptions) -> LookupIndex | None:

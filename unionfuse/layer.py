@@ -129,11 +129,12 @@ class LayerStack:
         self.cache = cache
 
     @classmethod
-    def open(cls, paths: Sequence[bytes]) -> LayerStack:
+    def open(cls, paths: Sequence[bytes], descriptors: Sequence[int] = ()) -> LayerStack:
         """Open layer directories.
 
         Arguments:
             paths: topmost first, as `lowerdir=` lists them; relative to the working directory.
+            descriptors: of the same layers, opened already; the stack owns them from here on.
 
         Raises:
             LayerError: a path is missing, unreadable or no directory.
@@ -142,7 +143,10 @@ class LayerStack:
         layers: list[Layer] = []
         try:
             for number, path in enumerate(paths):
-                descriptor, protected = _open_layer(path)
+                if descriptors:
+                    descriptor, protected = descriptors[number], True
+                else:
+                    descriptor, protected = _open_layer(path)
                 layers.append(Layer(os.path.abspath(path), descriptor, number, protected, cache))
         except BaseException:
             for layer in layers:

@@ -115,11 +115,12 @@ class MountOptions:
 
 @dataclass(frozen=True, slots=True)
 class Invocation:
-    """One call of the mount program."""
+    """One call of the mount program: what its words mean, and the words themselves."""
 
     options: MountOptions
     mountpoint: bytes
     warnings: tuple[str, ...] = field(default=())
+    words: tuple[str, ...] = field(default=())
 
 
 def parse(words: list[str]) -> Invocation:
@@ -146,7 +147,7 @@ def parse(words: list[str]) -> Invocation:
         options = replace(options, fsname=os.fsencode(places[0]) or b"unionfuse")
     debug |= options.debug
     options = replace(options, debug=debug, foreground=foreground or debug)
-    return Invocation(options, os.fsencode(places[-1]), warnings)
+    return Invocation(options, os.fsencode(places[-1]), warnings, tuple(words))
 
 
 def parse_options(entries: Iterable[bytes]) -> tuple[MountOptions, tuple[str, ...]]:
@@ -222,6 +223,12 @@ def _check(options: MountOptions) -> None:
         raise UsageError(
             "upperdir= without workdir=; name an empty directory on upper's file system"
         )
+    if options.keeper and not options.express:
+        raise UsageError("keeper=on needs the express lane; leave express=off out")
+    if options.keeper and options.passthrough == "upper":
+        raise UsageError("keeper=on and passthrough=upper: the next daemon could not go on; choose")
+    if options.keeper and options.uring == "on":
+        raise UsageError("keeper=on and uring=on: requests over io_uring would be lost; choose one")
     if options.upperdir is None and options.workdir is not None:
         raise UsageError("workdir= without upperdir=; give both, or none for a read-only mount")
     if not options.express and (options.uring == "on" or options.passthrough == "upper"):
@@ -333,12 +340,6 @@ def _context(settings: dict[str, Any], name: str, value: bytes | None) -> None:
     settings["context"] = (*others, b'%s="%s"' % (name.encode(), label))
 
 
-def _keeper(settings: dict[str, Any], name: str, value: bytes | None) -> None:
-    _switch(settings, name, value)
-    if settings[name]:
-        raise UsageError("mount option keeper=on: this version has no keeper; leave it out")
-
-
 _HANDLERS: dict[str, _Handler] = {
     "lowerdir": _layers,
     "lowerdir+": _one_more_layer,
@@ -371,7 +372,7 @@ _HANDLERS: dict[str, _Handler] = {
     "passthrough": _choice(b"auto", b"upper", b"off"),
     "lookup_index": _path,
     "stats": _present,
-    "keeper": _keeper,
+    "keeper": _switch,
     "log": _path,
     "debug": _present,
     "allow_other": _present,

@@ -93,6 +93,7 @@ class Renaming:
         source = self._tree.upper_directory(parent)
         goal = self._tree.upper_directory(new_parent)
         hidden = self._tree.below(parent, name) is not None
+        self._tree.journal.moving(source, name)
         whiteout_stays = self._rename_on_disk(
             source,
             name,
@@ -107,6 +108,13 @@ class Renaming:
         self._upper.erase(parent, name, whiteout_stays)
         self._upper.record(new_parent, new_name, node.kind)
         self._relabel(node, parent, name, new_parent, new_name)
+
+    def finish(self, parent: Directory, name: bytes) -> None:
+        """After a crash between the two steps of a rename: hide the old name, if it still shows."""
+        self._tree.load(parent)
+        if self._tree.exists(parent, name) and not self._tree.is_physical(parent, name):
+            self._upper.place_whiteout(self._tree.upper_directory(parent), name)
+            self._upper.erase(parent, name, hidden=True)
 
     def _covers(self, parent: Directory, name: bytes) -> bool:
         """Whether upper has a whiteout under a name."""
@@ -287,6 +295,7 @@ class Renaming:
         self._prepare_to_move(target, new_parent, new_name, parent, name)
         source = self._tree.upper_directory(parent)
         goal = self._tree.upper_directory(new_parent)
+        self._tree.journal.moving(source, name)
         syscalls.rename(source, name, goal, new_name, RENAME_EXCHANGE)
         for directory in (parent, new_parent):
             self._tree.load(directory)

@@ -31,12 +31,19 @@ class Server:
     """Serves one mounted channel until it is unmounted or a signal ends it."""
 
     def __init__(
-        self, channel: Channel | Lane, union: Union, options: MountOptions, mountpoint: bytes
+        self,
+        channel: Channel | Lane,
+        union: Union,
+        options: MountOptions,
+        mountpoint: bytes,
+        make_room: Callable[[], None] | None = None,
     ) -> None:
         """
         Arguments:
             channel: where pyfuse3 gets its requests from; INIT has been answered.
+            make_room: ends this process and has another take its place; called for SIGHUP.
         """
+        self._make_room = make_room
         self._channel = channel
         self._union = union
         self._options = options
@@ -88,7 +95,10 @@ class Server:
             nursery.cancel_scope.cancel()
 
     async def _listen(self, task_status: trio.TaskStatus[None]) -> None:
-        """SIGUSR1 logs a line; the others unmount, a second one without waiting for open files."""
+        """SIGUSR1 logs a line; the others unmount, a second one without waiting for open files.
+
+        Where the mount has a keeper, SIGHUP replaces this process by the installed version.
+        """
         ends = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         async with trio.open_nursery() as nursery:
             with trio.open_signal_receiver(signal.SIGUSR1, *ends) as signals:
@@ -98,6 +108,9 @@ class Server:
                 async for number in signals:
                     if number == signal.SIGUSR1:
                         log.info("%s: %s", self._shown, self.status())
+                    elif number == signal.SIGHUP and self._make_room is not None:
+                        log.info("%s: the installed version takes over", self._shown)
+                        await trio.to_thread.run_sync(self._make_room)
                     elif ending:
                         pyfuse3.terminate()
                     else:

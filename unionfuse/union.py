@@ -372,6 +372,34 @@ class Union:
                 if node is not None:
                     self.tree.release_if_unused(node)
 
+    # --- what a daemon asks that takes over ----------------------------------------------
+
+    def subject(self, parent: int, name: bytes) -> tuple[int, int, int] | None:
+        """(id, inode number, type) of what a name leads to; None for nothing."""
+        with self.lock:
+            try:
+                node = self.tree.find(self.tree.directory(parent), name)
+            except OSError:
+                return None
+            self.tree.release_if_unused(node)
+            return node.id, node.ino, node.kind
+
+    def inode_in_upper(self, parent: int, name: bytes) -> int:
+        """The st_ino that upper itself has under a name; 0 where there is nothing."""
+        directory = self.tree.directory(parent)
+        if not directory.in_upper:
+            return 0
+        try:
+            return view.entry_status(self.tree.upper_directory(directory), name).st_ino
+        except FileNotFoundError:
+            return 0
+
+    def finish_rename(self, parent: int, name: bytes) -> None:
+        """Make sure that a name does not show any more that was renamed."""
+        with self.lock:
+            if self._renaming is not None:
+                self._renaming.finish(self.tree.directory(parent), name)
+
     # --- copy-up -------------------------------------------------------------------------
 
     def copy_up_size(self, number: int, data: bool = True) -> int:

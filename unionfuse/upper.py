@@ -357,14 +357,15 @@ class Upper:
         if hidden and physical:
             self._replace_by_whiteout(directory, name, is_directory)
         elif hidden:
-            self._place_whiteout(directory, name)
+            self.place_whiteout(directory, name)
         elif is_directory:
             self._remove_directory(directory, name)
         elif physical:
             syscalls.unlink(directory, name)
         self.erase(parent, name, hidden)
 
-    def _place_whiteout(self, directory: int, name: bytes) -> None:
+    def place_whiteout(self, directory: int, name: bytes) -> None:
+        """Hide a lower name that upper has nothing under."""
         if self.store.marker.make_device(directory, name):
             return
         staged = self.store.staging_name()

@@ -371,7 +371,9 @@ cdef class Loop:
     cdef const char *records
     cdef const char *targets
     cdef uint64_t mask, count, records_length, targets_length
-    cdef uint8_t *dirty
+    cdef uint8_t *dirty  # own_dirty, or marks
+    cdef uint8_t *own_dirty
+    cdef unsigned char[:] marks
     cdef char statfs[80]
     cdef double statfs_until
     cdef Thread *threads[1024]
@@ -390,17 +392,28 @@ cdef class Loop:
             raise MemoryError
 
     def __dealloc__(self):
-        free(self.dirty)
+        free(self.own_dirty)
         free(self.descriptors)
         for i in range(self.thread_count):
             free_thread(self.threads[i])
 
-    def use_index(self, index):
-        """Answer from a LookupIndex from now on; it must stay open. Called before any thread runs."""
+    def use_index(self, index, unsigned char[:] marks=None):
+        """Answer from a LookupIndex from now on; it must stay open. Called before any thread runs.
+
+        Arguments:
+            marks: index.count + 1 bytes for what `changed` tells; those that are set count.
+        """
         sections = index.sections
-        self.dirty = <uint8_t *>calloc(index.count + 1, 1)
-        if not self.dirty:
-            raise MemoryError
+        if marks is not None:
+            if <uint64_t>len(marks) != <uint64_t>index.count + 1:
+                raise ValueError("marks of another size")
+            self.marks = marks
+            self.dirty = &self.marks[0]
+        else:
+            self.own_dirty = <uint8_t *>calloc(index.count + 1, 1)
+            if not self.own_dirty:
+                raise MemoryError
+            self.dirty = self.own_dirty
         self.index = index
         self.view = index.map
         self.base = <const char *>&self.view[0]

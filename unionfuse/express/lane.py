@@ -22,6 +22,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from unionfuse.express import passthrough, protocol
 from unionfuse.express._lane import Loop, can_use_rings
@@ -30,6 +31,9 @@ from unionfuse.express.protocol import InitFlag, Opcode, Wanted
 from unionfuse.express.requests import MALFORMED, Call, Requests
 from unionfuse.options import MountOptions
 from unionfuse.union import Union
+
+if TYPE_CHECKING:
+    from unionfuse.survival.survivor import Survivor
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +55,13 @@ class Lane:
         descriptor: the channel for libfuse, to be named as /dev/fd/N; libfuse closes it.
     """
 
-    def __init__(self, fuse: int, union: Union, options: MountOptions) -> None:
+    def __init__(
+        self, fuse: int, union: Union, options: MountOptions, survivor: Survivor | None = None
+    ) -> None:
         """
         Arguments:
             fuse: the mounted /dev/fuse; INIT is waiting in it, and answered here.
+            survivor: where the mount is to outlive this process.
 
         Raises:
             protocol.ProtocolError: the kernel is too old.
@@ -77,8 +84,13 @@ class Lane:
             self._loop.trace_to(self._trace)
         self._index = union.index if _shows_layers_as_they_are(options) else None
         if self._index is not None:
-            self._loop.use_index(self._index)
+            marks = survivor.marks(self._index.count + 1) if survivor is not None else None
+            self._loop.use_index(self._index, marks)
         self._methods = Requests(self, union).methods
+        self._survivor = survivor
+        if survivor is not None:
+            survivor.settle(union)
+            survivor.guard(self._methods)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (ours, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
@@ -87,6 +99,8 @@ class Lane:
         self._handshake()
         self.descriptor = theirs.detach()
         union.watcher = self
+        if survivor is not None:
+            survivor.ask_again(fuse)
         for cpu in range(_queues() if self._has_rings else 0):
             self._start(partial(self._serve_until_end, cpu), f"lane-ring-{cpu}")
         for number in range(1 if self._has_rings else _READERS):
@@ -94,6 +108,13 @@ class Lane:
         self._start(self._relay_back, "lane-relay")
 
     def _handshake(self) -> None:
+        if self._survivor is not None:
+            request, granted = self._survivor.handshake()
+            if request:  # the kernel has shaken hands with a daemon before this one
+                self._passthrough = Passthrough(self._fuse, False)
+                self._has_rings = False
+                self._pair.send(protocol.init_for_libfuse(request))
+                return
         request = os.read(self._fuse, 1 << 20)
         header = protocol.parse_header(request)
         # With ALLOW_IDMAP only requests that create something would say who asks.
@@ -102,6 +123,8 @@ class Lane:
             flags &= ~InitFlag.POSIX_ACL
         if self._wants_rings():
             flags |= InitFlag.OVER_IO_URING
+        if self._survivor is not None:
+            flags |= InitFlag.HAS_RESEND
         depth = 0
         if self._passes_files_through() and passthrough.is_permitted():
             flags |= InitFlag.PASSTHROUGH
@@ -113,14 +136,20 @@ class Lane:
         self._has_rings = bool(granted & InitFlag.OVER_IO_URING)
         if self._options.uring == "on" and not self._has_rings:
             log.warning("uring=on: the kernel does not offer it (%s)", _URING_REMEDY)
+        if self._survivor is not None:
+            self._survivor.negotiated(request, granted)
         answer = protocol.negotiate(body, wanted)
         os.write(self._fuse, protocol.reply(header.unique, answer))
         self._pair.send(protocol.init_for_libfuse(request))
 
     def _wants_rings(self) -> bool:
+        if self._survivor is not None:
+            return False  # what is in a ring is not sent again
         return self._options.uring != "off" and can_use_rings()
 
     def _passes_files_through(self) -> bool:
+        if self._survivor is not None:
+            return False  # the next daemon would not know the kernel's backing ids
         if self._options.upperdir is None:
             return self._options.passthrough == "auto"  # "upper" means no lower files
         return self._options.passthrough != "off"

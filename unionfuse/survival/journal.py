@@ -17,6 +17,7 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
+from unionfuse import view
 from unionfuse.node import Node
 from unionfuse.survival.memory import HALF, JOURNAL_AT, SharedMemory, TakeOverError, Word
 
@@ -40,6 +41,14 @@ class Descriptors(Protocol):
     def let_go(self, name: str) -> None: ...
 
 
+class Intents(Protocol):
+    """Who notes what the request of the running thread is about to do."""
+
+    def opened(self, handle: int) -> None: ...
+
+    def moving(self, inode: int) -> None: ...
+
+
 class Handle(NamedTuple):
     """An open file: its number, its node and the flags that it was opened with."""
 
@@ -50,6 +59,8 @@ class Handle(NamedTuple):
 
 class Journal:
     """Remembers nothing: what a mount without a keeper has."""
+
+    intents: Intents | None = None
 
     def __init__(self) -> None:
         self._fresh = itertools.count(FIRST_FRESH_ID)
@@ -87,8 +98,12 @@ class Journal:
     def opened(self, handle: int, node: int, flags: int) -> None:
         """A handle is about to be given to the kernel."""
 
-    def released(self, handle: int) -> None:
-        """A handle has been closed."""
+    def moving(self, directory: int, name: bytes) -> None:
+        """A rename is about to move what lies under a name in a directory of upper."""
+
+    def released(self, handle: int) -> int:
+        """A handle has been closed; returns its node's id, 0 where it is not known."""
+        return 0
 
     def claim(self, node: Node) -> int:
         """The id that an earlier daemon gave to this new node; 0 for none.
@@ -300,12 +315,42 @@ class SharedJournal(Journal):
             self._kill(at)
 
     def opened(self, handle: int, node: int, flags: int) -> None:
+        if self.intents is not None:
+            self.intents.opened(handle)
         self._handles[handle] = self._append(_OPEN, 0, handle, flags, 0, node, b"")
 
-    def released(self, handle: int) -> None:
+    def moving(self, directory: int, name: bytes) -> None:
+        if self.intents is not None:
+            self.intents.moving(view.entry_status(directory, name).st_ino)
+
+    def released(self, handle: int) -> int:
         at = self._handles.pop(handle, None)
+        if at is None:
+            return 0
+        self._kill(at)
+        return self._words[at // 8 + 4]
+
+    def moved(self, subject: tuple[int, int, int], parent: int, name: bytes) -> None:
+        """Note what an earlier daemon could not: a rename of a node that nobody has asked for."""
+        number, inode, kind = subject
+        at = self._at.get(number)
+        lookups = 0 if at is None else self._words[at // 8 + 2]
+        old = None if at is None else self.place(number)
+        if old is not None and self._by_name.get(old) == number:
+            del self._by_name[old]
+        self._at[number] = self._append(_NAME, kind >> 12, number, lookups, inode, parent, name)
         if at is not None:
             self._kill(at)
+        self._lost.add(number)
+        self._by_name[parent, name] = number
+
+    def lost_name(self, number: int) -> None:
+        """Note that a node that nobody has asked for has lost its last name."""
+        at = self._at[number]
+        place = self.place(number)
+        if place is not None and self._by_name.get(place) == number:
+            del self._by_name[place]
+        self._words[at // 8] = self._words[at // 8] & ~(0xFF << 32) | _GONE << 32
 
     def _write(self, node: Node, kind: int, parent: int, payload: bytes) -> None:
         lookups = max(0, node.lookups)

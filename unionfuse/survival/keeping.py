@@ -1,0 +1,110 @@
+"""A daemon's line to its keeper: what it leaves there, and what the one before it left."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+
+from unionfuse import keeper
+
+_SOCKET = "UNIONFUSE_KEEPER"
+_CWD = "UNIONFUSE_CWD"
+_MOUNTPOINT = "UNIONFUSE_MOUNTPOINT"
+UPGRADE = keeper.UPGRADE
+
+
+class Keeping:
+    """The line.
+
+    Attributes:
+        kept: what an earlier daemon left, by name; empty for the first.
+        cwd: what relative paths on the command line are relative to.
+        mountpoint: resolved by the first daemon, empty there.
+    """
+
+    def __init__(
+        self, line: socket.socket, kept: dict[str, int], cwd: bytes, mountpoint: bytes
+    ) -> None:
+        self._line = line
+        self.kept = kept
+        self.cwd = cwd
+        self.mountpoint = mountpoint
+
+    @classmethod
+    def join(cls) -> Keeping | None:
+        """The line that a keeper gave to this process; None where none did."""
+        number = os.environ.pop(_SOCKET, None)
+        if number is None:
+            return None
+        line = socket.socket(fileno=int(number))
+        line.set_inheritable(False)
+        kept: dict[str, int] = {}
+        while True:
+            name, descriptors, _, _ = socket.recv_fds(line, 256, 1)
+            if not descriptors:
+                break
+            os.set_inheritable(descriptors[0], False)
+            kept[name.decode()] = descriptors[0]
+        return cls(
+            line,
+            kept,
+            os.fsencode(os.environ.pop(_CWD)),
+            os.fsencode(os.environ.pop(_MOUNTPOINT)),
+        )
+
+    @classmethod
+    def begin(cls, words: Sequence[str], ready: int, log: bytes) -> Keeping:
+        """Split in two: the first daemon, who returns from here, and its parent, the keeper.
+
+        Arguments:
+            words: the mount program's arguments, for daemons to come.
+            ready: a descriptor that gets a newline once the mount answers; -1 for none.
+            log: the file that the keeper writes to; `-` for standard error, empty for syslog.
+        """
+        cwd = os.getcwdb()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        child = os.fork()
+        if child == 0:
+            theirs.close()
+            if ready >= 0:
+                os.close(ready)
+            return cls(ours, {}, cwd, b"")
+        ours.close()
+        for descriptor in (theirs.fileno(), *([ready] if ready >= 0 else [])):
+            os.set_inheritable(descriptor, True)
+        python = os.fsencode(sys.executable)
+        numbers = [b"%d" % number for number in (theirs.fileno(), child, ready)]
+        command = [python, b"-m", b"unionfuse", *map(os.fsencode, words)]
+        script = os.fsencode(keeper.__file__)
+        os.execv(python, [python, b"-I", b"-S", script, *numbers, cwd, log, b"--", *command])
+
+    def keep(self, name: str, descriptor: int) -> None:
+        """Have the keeper hold a descriptor for the next daemon, too."""
+        self._say(b"FDSTORE=1\nFDNAME=" + name.encode(), descriptor)
+
+    def let_go(self, name: str) -> None:
+        """Have it closed there."""
+        self._say(b"FDSTOREREMOVE=1\nFDNAME=" + name.encode())
+
+    def serves(self, mountpoint: bytes) -> None:
+        """Tell where the mount is."""
+        self._say(b"X_MOUNTPOINT=" + mountpoint)
+
+    def ready(self) -> None:
+        """Tell that the mount answers."""
+        self._say(b"READY=1")
+
+    def crash_ends(self, reason: str) -> None:
+        """Tell that no daemon can take this mount over."""
+        self._say(b"X_ENDS=" + reason.encode())
+
+    def _say(self, message: bytes, descriptor: int = -1) -> None:
+        try:
+            if descriptor < 0:
+                self._line.send(message)
+            else:
+                socket.send_fds(self._line, [message], [descriptor])
+        except (BrokenPipeError, ConnectionError):
+            pass  # without its keeper a mount lives as long as its daemon

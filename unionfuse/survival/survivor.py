@@ -1,0 +1,136 @@
+"""What one daemon of a mount with a keeper has: the line to it, the memory, journal and intents."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+from collections.abc import Callable
+
+from unionfuse.express import protocol
+from unionfuse.express.protocol import InitFlag
+from unionfuse.express.requests import Call
+from unionfuse.survival.intents import GUARDED, IntentLog
+from unionfuse.survival.journal import SharedJournal
+from unionfuse.survival.keeping import UPGRADE, Keeping
+from unionfuse.survival.memory import SharedMemory, TakeOverError
+from unionfuse.survival.settling import Settling
+from unionfuse.union import Union
+
+log = logging.getLogger(__name__)
+
+_PATIENCE = 2.0  # seconds that an upgrade waits for a change that is going on
+_TIMEOUT = "/proc/sys/fs/fuse/default_request_timeout"
+
+
+class Survivor:
+    """One daemon's part in the survival of its mount.
+
+    Attributes:
+        taken_over: another daemon has served the mount before.
+        journal: to be given to the union.
+    """
+
+    def __init__(self, keeping: Keeping) -> None:
+        """Raises TakeOverError where the daemon before this one left nothing that can be used."""
+        self._keeping = keeping
+        self._kept = keeping.kept
+        self.taken_over = "fuse" in self._kept
+        if self.taken_over:
+            if "memory" not in self._kept:
+                raise TakeOverError("it died before it served")
+            self._memory = SharedMemory.take_over(self._kept["memory"])
+        else:
+            self._memory = SharedMemory.create()
+            keeping.keep("memory", self._memory.descriptor)
+        self.journal = SharedJournal(self._memory, keeping)
+        self._dirty: mmap.mmap | None = None
+
+    # --- what the daemon before left ---------------------------------------------------------
+
+    @property
+    def mountpoint(self) -> bytes:
+        """Where it is mounted, if another daemon has mounted it."""
+        return self._keeping.mountpoint
+
+    def kept(self, name: str) -> int | None:
+        """A descriptor that was kept, for the caller from now on."""
+        return self._kept.pop(name, None)
+
+    def keep(self, name: str, descriptor: int) -> None:
+        """Have a descriptor kept for the next daemon."""
+        self._keeping.keep(name, descriptor)
+
+    def mounted(self, fuse: int, mountpoint: bytes) -> None:
+        """Tell the keeper of the mount: from now on a dead daemon is replaced."""
+        self._keeping.serves(mountpoint)
+        self._keeping.keep("fuse", fuse)
+        try:
+            with open(_TIMEOUT) as setting:
+                seconds = int(setting.read())
+        except OSError:
+            return
+        if seconds:
+            text = "fs.fuse.default_request_timeout is %d s: the kernel ends the mount if a daemon"
+            log.warning(text + " cannot be replaced sooner", seconds)
+
+    # --- for the lane ------------------------------------------------------------------------
+
+    def settle(self, union: Union) -> None:
+        """Make the union what the kernel takes it for; before anything is served."""
+        self._intents = IntentLog(self._memory, union)
+        deleted = {name: self._kept.pop(name) for name in list(self._kept) if name[:5] == "node-"}
+        Settling(union, self.journal, self._intents).run(deleted)
+
+    def handshake(self) -> tuple[bytes, InitFlag]:
+        """The kernel's INIT request, and the flags that it was granted; empty for a new mount."""
+        request, flags = self._memory.init()
+        return request, InitFlag(flags)
+
+    def negotiated(self, request: bytes, granted: InitFlag) -> None:
+        """Note the handshake for daemons to come, and whether there can be any."""
+        self._memory.keep_init(request, int(granted))
+        if not granted & InitFlag.HAS_RESEND:
+            reason = "this kernel does not send requests again (Linux 6.9 and later do)"
+            log.warning("a crash of the daemon will end this mount: %s", reason)
+            self._keeping.crash_ends(reason)
+
+    def ask_again(self, fuse: int) -> None:
+        """Have the kernel send what was not answered. Once, before anything is read."""
+        if self.taken_over:
+            os.write(fuse, protocol.notification(protocol.Notify.RESEND, b""))
+
+    def marks(self, size: int) -> mmap.mmap:
+        """Bytes that the next daemon will have as this one leaves them: zeros in a new mount."""
+        descriptor = self.kept("marks")
+        if descriptor is None:
+            descriptor = os.memfd_create("unionfuse-marks", os.MFD_CLOEXEC)
+            os.ftruncate(descriptor, size)
+            self._keeping.keep("marks", descriptor)
+        if os.fstat(descriptor).st_size != size:
+            raise TakeOverError("the lookup index is another one")
+        self._dirty = mmap.mmap(descriptor, size)
+        os.close(descriptor)
+        return self._dirty
+
+    def guard(self, methods: dict[int, Callable[[Call], bytes | None]]) -> None:
+        """Have each request that must not be done twice done once."""
+        for opcode in GUARDED:
+            if opcode in methods:
+                methods[opcode] = self._intents.guarded(methods[opcode])
+
+    # --- the end -----------------------------------------------------------------------------
+
+    def ready(self) -> None:
+        """Tell that the mount answers."""
+        self._keeping.ready()
+
+    def gives_up(self, reason: str) -> None:
+        """Tell that this mount cannot go on."""
+        self._keeping.crash_ends(reason)
+
+    def make_room(self, union: Union) -> None:
+        """End this process, between two changes: the keeper starts the installed version."""
+        union.lock.acquire(timeout=_PATIENCE)
+        logging.shutdown()
+        os._exit(UPGRADE)
