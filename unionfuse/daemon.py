@@ -323,10 +323,16 @@ def _open_log(options: MountOptions) -> int | None:
         raise mounting.MountError(options.log, f"cannot log: {error.strerror}", remedy) from None
 
 
+_OPEN_FILES = 1 << 20  # what the kernel allows at most unless told otherwise (fs.nr_open)
+
+
 def _raise_limits() -> None:
-    """As many open files as this process may have; more is not asked for."""
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    """As many open files as can be had: each one that is open in the mount may need one here."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES, _OPEN_FILES))
+    except (OSError, ValueError):  # without CAP_SYS_RESOURCE
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _close_inherited(keep: int = 2) -> None:
