@@ -202,7 +202,7 @@ def main() -> int:
     parser.add_argument("program", nargs="?", default="unionfuse", help="default: unionfuse")
     parser.add_argument("test", nargs="*", help="only these")
     args = parser.parse_args()
-    local = Path(sys.executable).with_name(args.program)
+    local = Path(sys.executable).parent / args.program
     path = shutil.which(args.program) or (str(local) if local.exists() else None)
     if path is None:
         parser.error(f"{args.program}: no such mount program")
