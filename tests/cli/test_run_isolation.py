@@ -343,6 +343,15 @@ def test_hostname_and_hosts(box: Box) -> None:
     assert "nameserver 192.0.2.1\nsearch example.org\noptions ndots:2\n" in out
 
 
+def test_domain_name_and_annotations(box: Box) -> None:
+    options = ("--domainname", "example.org", "--hostname", "castle", "--annotation", "a.b=c")
+    box.start("named", *options)
+    out = box.out("exec", "named", "sh", "-c", "cat /proc/sys/kernel/domainname; hostname -f")
+    assert out.split() == ["example.org", "castle.example.org"]
+    (bundle,) = box.run_root.glob(f"*/{box.directory('named').name[:16]}/bundle/config.json")
+    assert json.loads(bundle.read_text())["annotations"] == {"a.b": "c"}
+
+
 def test_oom_score(box: Box) -> None:
     assert box.sh("cat /proc/self/oom_score_adj", "--oom-score-adj", "500").strip() == "500"
 

@@ -12,7 +12,12 @@ EXAMPLE = "unionfuse attach shell   # Ctrl-P Ctrl-Q leaves it running"
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--detach-keys", metavar="KEYS", help="default: ctrl-p,ctrl-q")
     parser.add_argument("--no-stdin", action="store_true", help="only watch")
-    parser.add_argument("--sig-proxy", metavar="true|false", default="true")
+    parser.add_argument(
+        "--sig-proxy",
+        metavar="true|false",
+        default="true",
+        help="pass signals on to the process (default)",
+    )
     parser.add_argument("container", metavar="CONTAINER")
 
 

@@ -15,7 +15,14 @@ FILTERS = ("container", "event", "image", "label", "type")
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--since", metavar="TIME", help="show earlier ones too")
     parser.add_argument("--until", metavar="TIME", help="end then")
-    parser.add_argument("-f", "--filter", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "-f",
+        "--filter",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="show only what matches",
+    )
     parser.add_argument("--format", metavar="TEMPLATE", help="json, or a template")
 
 

@@ -16,10 +16,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("-d", "--detach", action="store_true", help="in the background")
     add("-i", "--interactive", action="store_true", help="with this standard input")
     add("-t", "--tty", action="store_true", help="with a terminal")
-    add("-e", "--env", action="append", default=[], metavar="NAME[=VALUE]")
-    add("--env-file", action="append", default=[], metavar="FILE")
-    add("-w", "--workdir", metavar="DIR")
-    add("-u", "--user", metavar="USER[:GROUP]")
+    add("-e", "--env", action="append", default=[], metavar="NAME[=VALUE]", help="set a variable")
+    add(
+        "--env-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="set the variables of a file",
+    )
+    add("-w", "--workdir", metavar="DIR", help="the directory that the command starts in")
+    add("-u", "--user", metavar="USER[:GROUP]", help="who runs the command")
     add("--privileged", action="store_true", help="with all capabilities")
     add("--detach-keys", metavar="KEYS", help="default: ctrl-p,ctrl-q")
     add("container", metavar="CONTAINER")
@@ -28,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from unionimage.cli.engine import open_engine
-    from unionimage.container import create, execute, runtime, terminal
+    from unionimage.container import execute, runtime, terminal
     from unionimage.errors import UserError
 
     if not args.command:
@@ -41,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
         raise Conflict(f"container {container.name} is {status}: {hint}")
     if not args.detach:
         terminal.require_terminal(args.interactive, args.tty)
-    lines = [line for path in args.env_file for line in create.lines_of(path, "--env-file")]
-    given = [entry if "=" in entry else _inherited(entry) for entry in (*lines, *args.env)]
+    entries = _lines(args.env_file) + args.env
+    given = [entry if "=" in entry else _inherited(entry) for entry in entries]
     request = execute.Request(
         command=args.command,
         environment=[entry for entry in given if entry],
@@ -58,6 +64,14 @@ def run(args: argparse.Namespace) -> int:
         execute.run_detached(container, request, chosen)
         return 0
     return execute.run(container, request, chosen)
+
+
+def _lines(files: list[str]) -> list[str]:
+    if not files:
+        return []
+    from unionimage.container.create import lines_of
+
+    return [line for path in files for line in lines_of(path, "--env-file")]
 
 
 def _inherited(name: str) -> str:

@@ -13,10 +13,10 @@ EXAMPLE = "unionfuse logs -f --tail 100 web"
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-f", "--follow", action="store_true", help="go on with what is written from now on")
-    add("--since", metavar="TIME")
-    add("--until", metavar="TIME")
+    add("--since", metavar="TIME", help="only from then on: a time, or 10m for ten minutes ago")
+    add("--until", metavar="TIME", help="only until then")
     add("-n", "--tail", metavar="N", default="all", help="only the last N lines")
-    add("-t", "--timestamps", action="store_true")
+    add("-t", "--timestamps", action="store_true", help="show when each line was written")
     add("--details", action="store_true", help="the log options' labels too (there are none)")
     add("container", metavar="CONTAINER")
 

@@ -29,15 +29,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
     create = add("create", "make a network")
     create.add_argument("-d", "--driver", choices=("bridge",), default="bridge")
-    create.add_argument("--subnet", metavar="10.1.2.0/24")
-    create.add_argument("--gateway", metavar="10.1.2.1")
+    create.add_argument(
+        "--subnet", metavar="10.1.2.0/24", help="its addresses (default: a free /24)"
+    )
+    create.add_argument("--gateway", metavar="10.1.2.1", help="the bridge's own address")
     create.add_argument("--internal", action="store_true", help="no way out")
-    create.add_argument("--label", action="append", default=[], metavar="NAME=VALUE")
+    create.add_argument(
+        "--label", action="append", default=[], metavar="NAME=VALUE", help="note something about it"
+    )
     create.add_argument("name", metavar="NAME")
     for name in ("ls", "list"):
         listing = add(name, "list networks")
         listing.add_argument("-q", "--quiet", action="store_true", help="ids only")
-        listing.add_argument("-f", "--filter", action="append", default=[], metavar="KEY=VALUE")
+        listing.add_argument(
+            "-f",
+            "--filter",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="show only what matches",
+        )
         listing.add_argument("--no-trunc", action="store_true", help="ids in full")
         add_format_options(listing)
     inspect = add("inspect", "show everything known about networks")
@@ -50,8 +61,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     prune = add("prune", "remove networks that no container has")
     prune.add_argument("-f", "--force", action="store_true", help="do not ask")
     connect = add("connect", "put a container on one more network")
-    connect.add_argument("--ip", metavar="ADDRESS")
-    connect.add_argument("--alias", action="append", default=[], metavar="NAME")
+    connect.add_argument("--ip", metavar="ADDRESS", help="this address there")
+    connect.add_argument(
+        "--alias", action="append", default=[], metavar="NAME", help="one more name there"
+    )
     disconnect = add("disconnect", "take a container off a network")
     for one in (connect, disconnect):
         one.add_argument("name", metavar="NETWORK")

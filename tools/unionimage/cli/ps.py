@@ -30,7 +30,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-a", "--all", action="store_true", help="those that do not run too")
     add("-q", "--quiet", action="store_true", help="ids only")
-    add("-f", "--filter", action="append", default=[], metavar="KEY=VALUE")
+    add(
+        "-f",
+        "--filter",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="show only what matches",
+    )
     add("-n", "--last", type=int, metavar="N", help="the N youngest, running or not")
     add("-l", "--latest", action="store_true", help="the youngest, running or not")
     add("-s", "--size", action="store_true", help="the size of their own layer")

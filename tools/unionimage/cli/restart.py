@@ -12,14 +12,23 @@ EXAMPLE = "unionfuse restart web"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-t", "--time", "--timeout", type=int, metavar="SECONDS")
-    parser.add_argument("-s", "--signal", metavar="SIGNAL")
+    parser.add_argument(
+        "-t",
+        "--time",
+        "--timeout",
+        type=int,
+        metavar="SECONDS",
+        help="wait so long before killing (default: 10)",
+    )
+    parser.add_argument(
+        "-s", "--signal", metavar="SIGNAL", help="this signal instead of its stop signal"
+    )
     parser.add_argument("container", metavar="CONTAINER", nargs="+")
 
 
 def run(args: argparse.Namespace) -> int:
     from unionimage.cli.engine import for_each, open_engine
-    from unionimage.container.monitor import signal_number
+    from unionimage.container.processes import signal_number
 
     engine = open_engine(args)
     number = signal_number(args.signal) if args.signal else None

@@ -16,7 +16,11 @@ EXAMPLE = "unionfuse update --memory 512m --cpus 1.5 web"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_limits(parser)
-    parser.add_argument("--restart", metavar="no|always|unless-stopped|on-failure[:N]")
+    parser.add_argument(
+        "--restart",
+        metavar="no|always|unless-stopped|on-failure[:N]",
+        help="when to start it again after it ended",
+    )
     parser.add_argument("container", metavar="CONTAINER", nargs="+")
 
 

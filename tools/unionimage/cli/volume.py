@@ -29,12 +29,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
     create = add("create", "make a volume")
     create.add_argument("-d", "--driver", choices=("local",), default="local")
-    create.add_argument("--label", action="append", default=[], metavar="NAME=VALUE")
+    create.add_argument(
+        "--label", action="append", default=[], metavar="NAME=VALUE", help="note something about it"
+    )
     create.add_argument("name", metavar="NAME", nargs="?")
     for name in ("ls", "list"):
         listing = add(name, "list volumes")
         listing.add_argument("-q", "--quiet", action="store_true", help="names only")
-        listing.add_argument("-f", "--filter", action="append", default=[], metavar="KEY=VALUE")
+        listing.add_argument(
+            "-f",
+            "--filter",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="show only what matches",
+        )
         add_format_options(listing)
     inspect = add("inspect", "show everything known about volumes")
     inspect.add_argument("-f", "--format", metavar="TEMPLATE")

@@ -13,9 +13,8 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from unionimage.container import capabilities, limits, rootless, seccomp, users
 from unionimage.errors import UserError
@@ -58,8 +57,7 @@ IPC_SYSCTLS = {
 DEVICES = ((1, 3), (1, 8), (1, 7), (5, 0), (1, 5), (1, 9), (5, 1), (136, None), (5, 2))
 
 
-@dataclass(frozen=True)
-class Mount:
+class Mount(NamedTuple):
     """One entry of `mounts`: `type` is bind, tmpfs or another file system's."""
 
     type: str
@@ -76,8 +74,7 @@ class Mount:
         }
 
 
-@dataclass(frozen=True)
-class Namespaces:
+class Namespaces(NamedTuple):
     """Where each namespace comes from: "" a new one, "host", or the path of one to join."""
 
     pid: str = ""
@@ -97,14 +94,13 @@ class Namespaces:
         return spaces
 
 
-@dataclass(frozen=True)
-class Surroundings:
+class Surroundings(NamedTuple):
     """What a container gets that is not in its configuration: made afresh at every start."""
 
     root: Path
     cgroup: str
     hostname: str
-    namespaces: Namespaces = field(default_factory=Namespaces)
+    namespaces: Namespaces = Namespaces()
     mounts: Sequence[Mount] = ()
     id_mappings: Sequence[tuple[int, int, int]] = ()  # container, host, size; uid and gid alike
     init: str | None = None  # the host's program for --init
@@ -149,7 +145,9 @@ def container(
     if propagation := _propagation(here.mounts):
         spec["linux"]["rootfsPropagation"] = propagation
     if domain := config.get("Domainname"):
-        spec["domainname"] = domain
+        spec["linux"]["sysctl"]["kernel.domainname"] = domain
+    if annotations := host_config.get("Annotations"):
+        spec["annotations"] = annotations
     _protect(spec["linux"], host_config, granted, privileged)
     if here.id_mappings:
         table = [

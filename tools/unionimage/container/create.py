@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from unionimage.container import capabilities, limits, networks, volumes
-from unionimage.container.monitor import signal_number
+from unionimage.container.processes import signal_number
 from unionimage.container.state import NAME, Containers, Record, new_id, now
 from unionimage.errors import UserError
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
-import json
 import os
 import signal
 import socket
@@ -19,17 +17,15 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unionimage.container import monitor, networks, prepare, rootless, runtime, slirp, volumes, wire
+from unionimage.container import networks, volumes, wire
 from unionimage.container.events import Events
-from unionimage.container.state import ALIVE, Container, Containers, Record, now, remove_tree
+from unionimage.container.state import ALIVE, Container, Containers
 from unionimage.errors import Conflict, NotFound, UserError
 
 if TYPE_CHECKING:
     from unionimage.store import Image, Store
 
 OpenStore = Callable[[], AbstractContextManager["Store"]]
-REBOOTED = 255  # docker's exit code for what a reboot ended
-KILLED = 137
 
 
 class Engine:
@@ -68,58 +64,9 @@ class Engine:
         if container.state()["Status"] not in ALIVE or container.monitor_lives():
             return
         with contextlib.suppress(NotFound), container.locked():
-            self._bury(container)
+            from unionimage.container import remains
 
-    def _bury(self, container: Container) -> None:
-        """What a dead monitor left: processes, mounts, network, cgroup. Hold `locked()`."""
-        state = container.state()
-        if state["Status"] not in ALIVE or container.monitor_lives():
-            return
-        same_boot = state.get("BootId") == runtime.boot_id()
-        if same_boot:
-            self._kill_leftovers(container, state)
-        else:
-            self._forget_runtime(container)
-        prepare.undo(container)
-        message = "its monitor was killed" if same_boot else "the host was restarted"
-        code = KILLED if same_boot else REBOOTED
-        change = {"Status": "exited", "Pid": 0, "ExitCode": code, "FinishedAt": now()}
-        container.write_state(state | change | {"Error": message})
-        self.events.container(container, "die", exitCode=str(code))
-        if container.host_config.get("AutoRemove"):
-            self._delete(container, anonymous_volumes=True)
-
-    def _kill_leftovers(self, container: Container, state: Record) -> None:
-        pid = int(state.get("Pid") or 0)
-        alive = monitor.started_by(pid, state.get("PidStart"))
-        if networks.live(container)["Networks"] and not rootless.active():
-
-            def teardown(namespace: str) -> None:
-                with contextlib.suppress(UserError):
-                    networks.disconnect(container, self.networks, namespace)
-
-            if alive:
-                teardown(f"/proc/{pid}/ns/net")
-            else:
-                prepare.with_fresh_network_namespace(teardown)
-        if alive:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        prepare.kill_cgroup(container)
-        if alive:
-            _await_end(pid, state.get("PidStart"))
-        with contextlib.suppress(UserError):
-            runtime.find(container.record.get("Runtime")).delete(container.id, force=True)
-        prepare.remove_cgroup(container)
-
-    def _forget_runtime(self, container: Container) -> None:
-        """Remove what a runtime noted before a reboot, where that is not on a tmpfs.
-
-        Its own `delete` is not asked: the pids that it noted belong to others now.
-        """
-        with contextlib.suppress(UserError):
-            chosen = runtime.find(container.record.get("Runtime"))
-            remove_tree(Path(chosen.state, container.id))
+            remains.bury(self, container)
 
     # ---- creating and starting
 
@@ -133,6 +80,8 @@ class Engine:
             args, image.config.run.to_object(), str(image.id), self.containers, detach=detach
         )
         if args.runtime:
+            from unionimage.container import runtime
+
             runtime.find(args.runtime)
         cidfile = args.cidfile
         if cidfile and os.path.lexists(cidfile):
@@ -174,118 +123,10 @@ class Engine:
 
         Raises UserError with docker's exit code; nothing is mounted or running then.
         """
-        with container.locked():
-            self._bury(container)
-            container.reload()
-            state = container.state()
-            if state["Status"] in ALIVE or container.monitor_lives():
-                raise Conflict(f"container {container.name} is {state['Status']} already")
-            chosen = runtime.find(container.record.get("Runtime"))
-            with contextlib.ExitStack() as stack:
-                opened = store or stack.enter_context(self.open_store())
-                prepare.prepare(container, opened, self.containers, console_size)
-            kept = {"BootId": runtime.boot_id(), "RestartCount": 0, "StoppedByUser": False}
-            container.write_state(state | kept | {"Error": ""})
-            connection = self._spawn(container, chosen, attach)
-        return connection
+        from unionimage.container import starting
 
-    def _spawn(
-        self, container: Container, chosen: runtime.Runtime, attach: bytes | None
-    ) -> socket.socket | None:
-        """Fork the monitor and wait until it has started the process."""
-        ours, theirs = socket.socketpair() if attach is not None else (None, None)
-        if ours is not None and attach is not None:
-            ours.sendall(attach)
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        gc.freeze()  # the child never touches what was made before: its pages stay shared
-        pid = os.fork()
-        if pid == 0:
-            self._be_monitor(container, chosen, theirs, writer)
-        os.close(writer)
-        if theirs is not None:
-            theirs.close()
-        with os.fdopen(reader, "rb") as pipe:
-            answer = pipe.readline()
-        os.waitpid(pid, 0)
-        if not answer:
-            prepare.undo(container)
-            raise UserError(f"the monitor of {container.name} died at its start", exit_code=125)
-        told = json.loads(answer)
-        if "error" in told:
-            if ours is not None:
-                ours.close()
-            raise UserError(told["error"], exit_code=told["exit_code"])
-        return ours
-
-    def _be_monitor(
-        self,
-        container: Container,
-        chosen: runtime.Runtime,
-        first: socket.socket | None,
-        ready: int,
-    ) -> None:
-        """The child's way: leave the command's session, keep the container, never return."""
-        try:
-            if os.fork() != 0:
-                os._exit(0)
-            os.setsid()
-            os.chdir("/")
-            log = os.open(
-                container.run / "monitor.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600
-            )
-            null = os.open(os.devnull, os.O_RDWR)
-            for target, source in ((0, null), (1, log), (2, log)):
-                os.dup2(source, target)
-            keep = sorted({ready} | ({first.fileno()} if first else set()))
-            _close_all_but(keep)
-            for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT):
-                signal.signal(number, signal.SIG_IGN)
-            signal.set_wakeup_fd(-1)
-            monitor.Monitor(container, chosen, self._hooks(container), first, ready).run()
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-
-    def _hooks(self, container: Container) -> monitor.Hooks:
-        namespace = -1
-        rootless_network: slirp.Connection | None = None
-
-        def connect(pid: int) -> None:
-            nonlocal namespace, rootless_network
-            if rootless.active():
-                ports = networks.live(container)["PortMappings"]
-                rootless_network = slirp.Connection.start(pid, container.run, ports)
-                return
-            # kept open: the addresses are taken away when the process is long gone
-            namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-            if not networks.live(container)["Networks"]:
-                prepare.reserve(container, self.networks, self.containers)
-            networks.connect(container, self.networks, f"/proc/{os.getpid()}/fd/{namespace}")
-
-        def disconnect() -> None:
-            nonlocal namespace, rootless_network
-            if rootless_network is not None:
-                rootless_network.stop()
-                rootless_network = None
-            if namespace >= 0:
-                with contextlib.suppress(UserError):
-                    path = f"/proc/{os.getpid()}/fd/{namespace}"
-                    networks.disconnect(container, self.networks, path)
-                os.close(namespace)
-                namespace = -1
-
-        def event(action: str, **attributes: str) -> None:
-            self.events.container(container, action, **attributes)
-
-        return monitor.Hooks(
-            connect=connect,
-            disconnect=disconnect,
-            unmount=lambda: prepare.undo(container),
-            removed=lambda: self._delete(container, anonymous_volumes=True),
-            event=event,
+        return starting.start(
+            self, container, attach=attach, console_size=console_size, store=store
         )
 
     # ---- stopping
@@ -326,6 +167,8 @@ class Engine:
         self, container: Container, *, force: bool = False, anonymous_volumes: bool = False
     ) -> None:
         """Remove a container. Raises Conflict when it runs, unless `force` kills it."""
+        from unionimage.container import prepare, remains
+
         if container.state()["Status"] in ALIVE:
             if not force:
                 raise Conflict(
@@ -336,11 +179,12 @@ class Engine:
         with contextlib.suppress(NotFound), container.locked():
             if container.monitor_lives() and container.state()["Status"] in ALIVE:
                 raise Conflict(f"container {container.name} was started meanwhile")
-            self._bury(container)
+            remains.bury(self, container)
             prepare.undo(container)
-            self._delete(container, anonymous_volumes=anonymous_volumes)
+            self.delete(container, anonymous_volumes=anonymous_volumes)
 
-    def _delete(self, container: Container, *, anonymous_volumes: bool) -> None:
+    def delete(self, container: Container, *, anonymous_volumes: bool) -> None:
+        """Remove what is left of a container that is stopped and cleaned up."""
         points = [point for point in container.record["Mounts"] if point["Type"] == "volume"]
         self.containers.delete(container)
         self.events.container(container, "destroy")
@@ -437,6 +281,8 @@ class Engine:
             asked = {"Aliases": list(aliases), "WantedIP": address}
             container.record["Networks"][network["Name"]] = asked
             if container.state()["Status"] in ("running", "paused"):
+                from unionimage.container import prepare
+
                 prepare.reserve_one(container, self.networks, self.containers, network, asked)
                 namespace = f"/proc/{container.state()['Pid']}/ns/net"
                 networks.connect(container, self.networks, namespace, only=network["Name"])
@@ -469,6 +315,8 @@ class Engine:
     @contextlib.contextmanager
     def root_of(self, container: Container, store: Store | None = None) -> Iterator[Path]:
         """A container's root file system as it is, for as long as the context lasts."""
+        from unionimage.container import prepare
+
         state = container.state()
         if state["Status"] in ("running", "paused"):
             yield Path(f"/proc/{state['Pid']}/root")
@@ -482,20 +330,3 @@ class Engine:
                 yield container.merged
             finally:
                 prepare.unmount(container.merged)
-
-
-def _close_all_but(keep: list[int]) -> None:
-    low = 3
-    for descriptor in [*keep, 1 << 20]:
-        os.closerange(low, descriptor)
-        low = descriptor + 1
-
-
-def _await_end(pid: int, start: int | None) -> None:
-    """Wait until a killed process is gone; it is not our child."""
-    import time
-
-    for _ in range(200):
-        if not monitor.started_by(pid, start):
-            return
-        time.sleep(0.01)

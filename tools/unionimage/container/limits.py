@@ -12,9 +12,8 @@ import functools
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from unionimage.errors import UserError
 
@@ -24,8 +23,7 @@ CPU_PERIOD = 100_000
 UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
 
 
-@dataclass(frozen=True)
-class Host:
+class Host(NamedTuple):
     """The cgroup layout: version 1, 2 or 0 (none), its controllers and where they are mounted."""
 
     version: int

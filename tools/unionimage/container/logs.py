@@ -11,8 +11,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from unionimage.container.state import timestamp
 
@@ -88,8 +88,7 @@ class Writer:
         self._open()
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One entry: text with its newline if it had one, `stdout` or `stderr`, docker's time."""
 
     text: str

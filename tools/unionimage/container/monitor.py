@@ -20,10 +20,10 @@ import struct
 import termios
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unionimage.container import limits, logs, wire
+from unionimage.container.processes import signal_number, start_time
 from unionimage.container.runtime import Runtime
 from unionimage.container.state import Container, now
 from unionimage.errors import UserError
@@ -41,8 +41,7 @@ PR_SET_CHILD_SUBREAPER = 36
 State = dict[str, Any]
 
 
-@dataclass
-class Hooks:
+class Hooks(NamedTuple):
     """What the monitor has done for it by others, so that it need not know them."""
 
     connect: Callable[[int], None]  # the network of a process, between create and start
@@ -52,19 +51,16 @@ class Hooks:
     event: Callable[..., None]
 
 
-@dataclass
 class Client:
     """One connection."""
 
-    socket: socket.socket
-    attached: bool = False
-    stdin: bool = False
-    stdout: bool = False
-    stderr: bool = False
-    waits: str = ""  # "exit": answer when the container has ended for good
-    received: bytes = b""
-    frames: wire.Frames = field(default_factory=wire.Frames)
-    unsent: bytearray = field(default_factory=bytearray)
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self.attached = self.stdin = self.stdout = self.stderr = False
+        self.waits = ""  # "exit": answer when the container has ended for good
+        self.received = b""
+        self.frames = wire.Frames()
+        self.unsent = bytearray()
 
 
 class Monitor:
@@ -181,7 +177,7 @@ class Monitor:
         self._write(
             Status="running",
             Pid=pid,
-            PidStart=_start_time(pid),
+            PidStart=start_time(pid),
             StartedAt=now(),
             Error="",
             OOMKilled=False,
@@ -701,34 +697,6 @@ class Monitor:
             limits.parse_size(size, "--log-opt max-size") if size else logs.DEFAULT_SIZE,
             int(options.get("max-file") or logs.DEFAULT_FILES),
         )
-
-
-def signal_number(text: str | int | None) -> int:
-    """`KILL`, `SIGKILL`, `9`, `RTMIN+3`; SIGTERM for nothing. Raises UserError."""
-    if not text:
-        return signal.SIGTERM
-    name = str(text).upper().removeprefix("SIG")
-    if name.isdigit() and 0 < int(name) < 65:
-        return int(name)
-    base, plus, offset = name.partition("+")
-    try:
-        return int(signal.Signals[f"SIG{base}"]) + (int(offset) if plus else 0)
-    except (KeyError, ValueError):
-        raise UserError(f"invalid signal: {text}") from None
-
-
-def started_by(pid: int, start: int | None) -> bool:
-    """True if that pid is still the process that had this start time."""
-    return bool(pid) and start is not None and _start_time(pid) == start
-
-
-def _start_time(pid: int) -> int | None:
-    """Clock ticks since boot at which a process began; tells a pid from its reuse."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return int(file.read().rpartition(b") ")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return None
 
 
 def _become_subreaper() -> None:

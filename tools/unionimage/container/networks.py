@@ -14,12 +14,11 @@ import contextlib
 import fcntl
 import json
 import os
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unionimage.container.runtime import run_directory
+from unionimage.container.places import run_directory
 from unionimage.container.state import (
     NAME,
     Container,
@@ -356,6 +355,8 @@ def names_program() -> str | None:
 
 
 def _netavark(verb: str, namespace: str, data: Mapping[str, Any]) -> Mapping[str, Any]:
+    import subprocess
+
     directory = run_directory() / "names"
     directory.mkdir(parents=True, exist_ok=True)
     command = [engine(), "--config", str(directory)]
@@ -378,6 +379,8 @@ def _netavark(verb: str, namespace: str, data: Mapping[str, Any]) -> Mapping[str
 
 def remove_interface(network: Network) -> None:
     """The bridge itself goes with its network."""
+    import subprocess
+
     interface = network.get("Interface")
     if interface and os.path.exists(f"/sys/class/net/{interface}"):
         subprocess.run(["ip", "link", "delete", interface], capture_output=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from unionimage.container import bundle, files, networks, rootless, slirp, users, volumes
 from unionimage.container.bundle import Mount, Namespaces, Surroundings
-from unionimage.container.runtime import run_directory
+from unionimage.container.places import run_directory
 from unionimage.container.state import Container, Containers, replace_file
 from unionimage.errors import Conflict, UserError
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from unionimage.container.runtime import run_directory
+from unionimage.container.places import run_directory
 from unionimage.errors import UserError
 
 INSIDE = "UNIONFUSE_ROOTLESS"  # the caller's uid on the host, set in the namespace

@@ -20,12 +20,12 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from unionfuse import syscalls
 from unionimage.container import limits
+from unionimage.container.places import boot_id, run_directory
 from unionimage.errors import UserError
 
 # In order of preference: crun starts in a third of the time that runc takes.
@@ -46,8 +46,7 @@ class RuntimeFailure(UserError):
     """The runtime refused; `exit_code` is docker's: 127 no such command, 126 not executable."""
 
 
-@dataclass(frozen=True)
-class Runtime:
+class Runtime(NamedTuple):
     """One usable runtime. Immutable: sharing it between threads is safe."""
 
     name: str
@@ -204,17 +203,6 @@ def _hide(mount: bytes) -> None:
         syscalls.mount(b"none", mount, b"tmpfs", 0, b"size=4k")
 
 
-def run_directory() -> Path:
-    """What must not survive a reboot: /run/unionfuse as root, else below $XDG_RUNTIME_DIR."""
-    named = os.environ.get("UNIONFUSE_RUNROOT")
-    if named:
-        return Path(named)
-    if os.geteuid() == 0:
-        return Path("/run/unionfuse")
-    base = os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/unionfuse-{os.geteuid()}"
-    return Path(base, "unionfuse")
-
-
 def find(choice: str | None = None, directory: Path | None = None) -> Runtime:
     """The runtime to use: `choice` (a name or a path), else the first that works on this host.
 
@@ -235,12 +223,6 @@ def find(choice: str | None = None, directory: Path | None = None) -> Runtime:
     raise RuntimeFailure(
         f"no usable OCI runtime ({'; '.join(reasons)}): {remedy}", exit_code=COMMAND_FAILED
     )
-
-
-def boot_id() -> str:
-    """Changes with every boot: processes and mounts recorded under another one are gone."""
-    path = os.environ.get("UNIONFUSE_BOOT_ID", "/proc/sys/kernel/random/boot_id")
-    return Path(path).read_text().strip()
 
 
 def _remembered(name: str, directory: Path) -> Runtime | None:
@@ -268,7 +250,7 @@ def _search(name: str, directory: Path) -> tuple[Runtime | None, str]:
         return None, f"{name}: {reason}"
     memory = _memory(name, directory)
     staged = memory.with_suffix(f".{os.getpid()}")
-    staged.write_text(json.dumps({"key": _key(path), **vars(runtime)}))
+    staged.write_text(json.dumps({"key": _key(path), **runtime._asdict()}))
     staged.replace(memory)
     return runtime, ""
 
@@ -284,11 +266,11 @@ def _key(path: str) -> list[Any]:
 
 def _probe(runtime: Runtime, directory: Path) -> tuple[Runtime | None, str]:
     directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-    runtime = replace(runtime, cgroups=bool(limits.host().controllers))
+    runtime = runtime._replace(cgroups=bool(limits.host().controllers))
     tries = [runtime]
     hybrid = _hybrid_cgroup2()
     if hybrid is not None:
-        tries.append(replace(runtime, hidden=hybrid))
+        tries.append(runtime._replace(hidden=hybrid))
     reason = ""
     for candidate in tries:
         reason = _try(candidate, directory)

@@ -23,11 +23,10 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unionimage.container.runtime import run_directory
+from unionimage.container.places import run_directory
 from unionimage.errors import Conflict, NotFound, UserError
 
 Record = dict[str, Any]
@@ -52,14 +51,14 @@ SCHOLARS = (
 )
 
 
-@dataclass
 class Container:
     """One container. `record` is its config.json as it was read; `state()` always reads afresh."""
 
-    id: str
-    directory: Path
-    run: Path
-    record: Record = field(repr=False)
+    def __init__(self, identity: str, directory: Path, run: Path, record: Record) -> None:
+        self.id = identity
+        self.directory = directory
+        self.run = run
+        self.record = record
 
     @property
     def name(self) -> str:

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from unionimage.errors import UserError
 
 LARGEST_FILE = 1 << 20
 
 
-@dataclass(frozen=True)
-class User:
+class User(NamedTuple):
     """uid, gid, the further groups, and the home directory."""
 
     uid: int

@@ -13,14 +13,10 @@ import contextlib
 import fcntl
 import json
 import os
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from unionimage.container import users
-from unionimage.container.bundle import Mount
-from unionimage.container.limits import parse_size
 from unionimage.container.state import (
     NAME,
     Container,
@@ -30,6 +26,9 @@ from unionimage.container.state import (
     replace_file,
 )
 from unionimage.errors import Conflict, NotFound, UserError
+
+if TYPE_CHECKING:
+    from unionimage.container.bundle import Mount
 
 Point = dict[str, Any]
 
@@ -233,6 +232,8 @@ def _point(kind: str, source: str | None, destination: str, options: list[str], 
 
 
 def _tmpfs_options(options: list[str]) -> list[str]:
+    from unionimage.container.limits import parse_size
+
     result = []
     for option in options:
         name, _, value = option.partition("=")
@@ -249,6 +250,8 @@ def _tmpfs_options(options: list[str]) -> list[str]:
 
 def mount_of(point: Mapping[str, Any]) -> Mount:
     """The OCI mount of a mount point whose Source is known."""
+    from unionimage.container.bundle import Mount
+
     if point["Type"] == "tmpfs":
         given = [option for option in point["Mode"].split(",") if option]
         options = [option for option in TMPFS_OPTIONS if option.removeprefix("no") not in given]
@@ -264,6 +267,10 @@ def fill(point: Mapping[str, Any], root: Path, owner: int = 0) -> None:
     Owner and mode of the directory itself are taken over too; where the image has nothing, it
     becomes `owner`'s. A volume that holds anything stays as it is.
     """
+    import subprocess
+
+    from unionimage.container import users
+
     if point["Type"] != "volume":
         return
     data = point["Source"]

@@ -1,0 +1,85 @@
+"""What a dead monitor left: processes, mounts, addresses, cgroups. Cleaned up by who finds it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unionimage.container import networks, prepare, rootless, runtime
+from unionimage.container.places import boot_id
+from unionimage.container.processes import started_by
+from unionimage.container.state import ALIVE, Container, Record, now, remove_tree
+from unionimage.errors import UserError
+
+if TYPE_CHECKING:
+    from unionimage.container.lifecycle import Engine
+
+REBOOTED = 255  # docker's exit code for what a reboot ended
+KILLED = 137
+
+
+def bury(engine: Engine, container: Container) -> None:
+    """What a dead monitor left: processes, mounts, network, cgroup. Hold `locked()`."""
+    state = container.state()
+    if state["Status"] not in ALIVE or container.monitor_lives():
+        return
+    same_boot = state.get("BootId") == boot_id()
+    if same_boot:
+        _kill_leftovers(engine, container, state)
+    else:
+        _forget_runtime(container)
+    prepare.undo(container)
+    message = "its monitor was killed" if same_boot else "the host was restarted"
+    code = KILLED if same_boot else REBOOTED
+    change = {"Status": "exited", "Pid": 0, "ExitCode": code, "FinishedAt": now()}
+    container.write_state(state | change | {"Error": message})
+    engine.events.container(container, "die", exitCode=str(code))
+    if container.host_config.get("AutoRemove"):
+        engine.delete(container, anonymous_volumes=True)
+
+
+def _kill_leftovers(engine: Engine, container: Container, state: Record) -> None:
+    pid = int(state.get("Pid") or 0)
+    alive = started_by(pid, state.get("PidStart"))
+    if networks.live(container)["Networks"] and not rootless.active():
+
+        def teardown(namespace: str) -> None:
+            with contextlib.suppress(UserError):
+                networks.disconnect(container, engine.networks, namespace)
+
+        if alive:
+            teardown(f"/proc/{pid}/ns/net")
+        else:
+            prepare.with_fresh_network_namespace(teardown)
+    if alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    prepare.kill_cgroup(container)
+    if alive:
+        _await_end(pid, state.get("PidStart"))
+    with contextlib.suppress(UserError):
+        runtime.find(container.record.get("Runtime")).delete(container.id, force=True)
+    prepare.remove_cgroup(container)
+
+
+def _forget_runtime(container: Container) -> None:
+    """Remove what a runtime noted before a reboot, where that is not on a tmpfs.
+
+    Its own `delete` is not asked: the pids that it noted belong to others now.
+    """
+    with contextlib.suppress(UserError):
+        chosen = runtime.find(container.record.get("Runtime"))
+        remove_tree(Path(chosen.state, container.id))
+
+
+def _await_end(pid: int, start: int | None) -> None:
+    """Wait until a killed process is gone; it is not our child."""
+    import time
+
+    for _ in range(200):
+        if not started_by(pid, start):
+            return
+        time.sleep(0.01)

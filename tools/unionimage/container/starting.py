@@ -1,0 +1,163 @@
+"""Starting: everything made ready, then a monitor forked that outlives the command."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import socket
+from typing import TYPE_CHECKING
+
+from unionimage.container import (
+    monitor,
+    networks,
+    prepare,
+    remains,
+    rootless,
+    runtime,
+    slirp,
+)
+from unionimage.container.places import boot_id
+from unionimage.container.state import ALIVE, Container
+from unionimage.errors import Conflict, UserError
+
+if TYPE_CHECKING:
+    from unionimage.container.lifecycle import Engine
+    from unionimage.store import Store
+
+
+def start(
+    engine: Engine,
+    container: Container,
+    *,
+    attach: bytes | None = None,
+    console_size: tuple[int, int] | None = None,
+    store: Store | None = None,
+) -> socket.socket | None:
+    """Start a container; with `attach` (a `terminal.request`) a connection to it is returned.
+
+    Raises UserError with docker's exit code; nothing is mounted or running then.
+    """
+    with container.locked():
+        remains.bury(engine, container)
+        container.reload()
+        state = container.state()
+        if state["Status"] in ALIVE or container.monitor_lives():
+            raise Conflict(f"container {container.name} is {state['Status']} already")
+        chosen = runtime.find(container.record.get("Runtime"))
+        with contextlib.ExitStack() as stack:
+            opened = store or stack.enter_context(engine.open_store())
+            prepare.prepare(container, opened, engine.containers, console_size)
+        kept = {"BootId": boot_id(), "RestartCount": 0, "StoppedByUser": False}
+        container.write_state(state | kept | {"Error": ""})
+        connection = _spawn(engine, container, chosen, attach)
+    return connection
+
+
+def _spawn(
+    engine: Engine, container: Container, chosen: runtime.Runtime, attach: bytes | None
+) -> socket.socket | None:
+    """Fork the monitor and wait until it has started the process."""
+    ours, theirs = socket.socketpair() if attach is not None else (None, None)
+    if ours is not None and attach is not None:
+        ours.sendall(attach)
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    gc.freeze()  # the child never touches what was made before: its pages stay shared
+    pid = os.fork()
+    if pid == 0:
+        _be_monitor(engine, container, chosen, theirs, writer)
+    os.close(writer)
+    if theirs is not None:
+        theirs.close()
+    with os.fdopen(reader, "rb") as pipe:
+        answer = pipe.readline()
+    os.waitpid(pid, 0)
+    if not answer:
+        prepare.undo(container)
+        raise UserError(f"the monitor of {container.name} died at its start", exit_code=125)
+    told = json.loads(answer)
+    if "error" in told:
+        if ours is not None:
+            ours.close()
+        raise UserError(told["error"], exit_code=told["exit_code"])
+    return ours
+
+
+def _be_monitor(
+    engine: Engine,
+    container: Container,
+    chosen: runtime.Runtime,
+    first: socket.socket | None,
+    ready: int,
+) -> None:
+    """The child's way: leave the command's session, keep the container, never return."""
+    try:
+        if os.fork() != 0:
+            os._exit(0)
+        os.setsid()
+        os.chdir("/")
+        log = os.open(container.run / "monitor.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        null = os.open(os.devnull, os.O_RDWR)
+        for target, source in ((0, null), (1, log), (2, log)):
+            os.dup2(source, target)
+        keep = sorted({ready} | ({first.fileno()} if first else set()))
+        _close_all_but(keep)
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_IGN)
+        signal.set_wakeup_fd(-1)
+        monitor.Monitor(container, chosen, _hooks(engine, container), first, ready).run()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def _hooks(engine: Engine, container: Container) -> monitor.Hooks:
+    namespace = -1
+    rootless_network: slirp.Connection | None = None
+
+    def connect(pid: int) -> None:
+        nonlocal namespace, rootless_network
+        if rootless.active():
+            ports = networks.live(container)["PortMappings"]
+            rootless_network = slirp.Connection.start(pid, container.run, ports)
+            return
+        # kept open: the addresses are taken away when the process is long gone
+        namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        if not networks.live(container)["Networks"]:
+            prepare.reserve(container, engine.networks, engine.containers)
+        networks.connect(container, engine.networks, f"/proc/{os.getpid()}/fd/{namespace}")
+
+    def disconnect() -> None:
+        nonlocal namespace, rootless_network
+        if rootless_network is not None:
+            rootless_network.stop()
+            rootless_network = None
+        if namespace >= 0:
+            with contextlib.suppress(UserError):
+                path = f"/proc/{os.getpid()}/fd/{namespace}"
+                networks.disconnect(container, engine.networks, path)
+            os.close(namespace)
+            namespace = -1
+
+    def event(action: str, **attributes: str) -> None:
+        engine.events.container(container, action, **attributes)
+
+    return monitor.Hooks(
+        connect=connect,
+        disconnect=disconnect,
+        unmount=lambda: prepare.undo(container),
+        removed=lambda: engine.delete(container, anonymous_volumes=True),
+        event=event,
+    )
+
+
+def _close_all_but(keep: list[int]) -> None:
+    low = 3
+    for descriptor in [*keep, 1 << 20]:
+        os.closerange(low, descriptor)
+        low = descriptor + 1
