@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import argparse
@@ -147,6 +147,14 @@ ALIASES: dict[tuple[str, ...], tuple[str, ...]] = {
 
 USAGE = 125
 """Docker's exit code for a flag that does not exist."""
+
+
+def command() -> NoReturn:
+    """The console script: `main`, and an end without taking the interpreter apart (10 ms)."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main(argv: list[str] | None = None) -> int:
