@@ -111,6 +111,29 @@ def test_what_came_from_a_registry_keeps_its_manifest(
         assert (image.layers[1].directory / "etc/new").read_bytes() == b"new\n"
 
 
+def test_a_copy_that_broke_is_gone_on_with(
+    sshd: Sshd, here: Command, there: Command, tmp_path: Path
+) -> None:
+    layout = OciLayout(tmp_path / "oci")
+    layout.image("x", [layer_tar({"random": os.urandom(5_000_000)})])
+    with Registry(tmp_path / "registry") as registry:
+        layout.push("x", f"{registry.host}/x:1")
+        here("pull", f"{registry.host}/x:1")
+    name = f"{registry.host}/x:1"
+    cut = tmp_path / "cut"
+    cut.write_text(
+        f'#!/bin/sh\ndd bs=1M iflag=count_bytes count=3000000 status=none | {sshd.ssh} "$@"\n'
+    )
+    cut.chmod(0o755)
+    to = ["--remote-command", remote(there)]
+    error = here("copy", *to, "--ssh", str(cut), name, sshd.address, code=1)
+    assert "bytes early" in error and error.count("\n") == 1
+    out = here("copy", *to, name, sshd.address)
+    moved = int(out.split()[-2])
+    assert 1_000_000 < moved < 3_000_000
+    assert there.image_id(name) == here.image_id(name)
+
+
 def test_what_a_login_shell_prints_is_passed_over(
     sshd: Sshd, here: Command, there: Command
 ) -> None:

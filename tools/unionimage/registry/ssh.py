@@ -279,7 +279,7 @@ class _Section:
     """The next `size` bytes of a stream, as a stream.
 
     Raises (from `read`):
-        BadContent: the stream ends before.
+        RegistryError: the stream ends before; what came of a layer is kept for the next time.
     """
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
@@ -291,7 +291,9 @@ class _Section:
             return b""
         data = self._stream.read(wanted)
         if not data:
-            raise BadContent(f"the copy ended {self._left} bytes early")
+            raise RegistryError(
+                "copy", f"the connection ended {self._left} bytes early", "try again"
+            )
         self._left -= len(data)
         return data
 
