@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from unionfuse.survival.survivor import Survivor
 
 _LOCK_PATIENCE = 5.0  # seconds that a daemon which is just ending may take
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def run(invocation: Invocation) -> int:
@@ -137,7 +138,7 @@ def _live(invocation: Invocation, ready: Callable[[], None], keeping: Keeping | 
         return 1
     log_to(log, options)
     # Until the event loop listens, a signal waits: ended in between, the mount would stay behind.
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         channel = mounting.attach(mountpoint, options)
     except mounting.MountError as refusal:
@@ -192,8 +193,7 @@ def _take_over(options: MountOptions, survivor: Survivor, ready: Callable[[], No
 
     No path is followed here: it might lead into the mount, and wait for ever.
     """
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     os.chdir("/")
     os.umask(0)
     _raise_limits()

@@ -102,7 +102,7 @@ class Server:
         ends = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         async with trio.open_nursery() as nursery:
             with trio.open_signal_receiver(signal.SIGUSR1, *ends) as signals:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1, *ends))
                 task_status.started()
                 ending = False
                 async for number in signals:
