@@ -23,6 +23,14 @@ BASE = layer_tar(
 UPPER = layer_tar({"etc/new": b"new\n"})
 
 
+FIRST_BYTES = """
+import os, sys
+left = int(sys.argv[1])
+while left and (data := os.read(0, min(left, 65536))):
+    left -= os.write(1, data)
+"""
+
+
 @dataclass
 class Sshd:
     """A running sshd: `ssh` is the client's command line, `address` what to copy to."""
@@ -121,9 +129,8 @@ def test_a_copy_that_broke_is_gone_on_with(
         here("pull", f"{registry.host}/x:1")
     name = f"{registry.host}/x:1"
     cut = tmp_path / "cut"
-    cut.write_text(
-        f'#!/bin/sh\ndd bs=1M iflag=count_bytes count=3000000 status=none | {sshd.ssh} "$@"\n'
-    )
+    first = shlex.join([sys.executable, "-c", FIRST_BYTES, "3000000"])
+    cut.write_text(f'#!/bin/sh\n{first} | {sshd.ssh} "$@"\n')
     cut.chmod(0o755)
     to = ["--remote-command", remote(there)]
     error = here("copy", *to, "--ssh", str(cut), name, sshd.address, code=1)
