@@ -50,13 +50,13 @@ def write_index(stack: Stack) -> Path:
 
 
 def indexed(
-    workshop: Workshop, *layers: object, watch_layers: bool = True, **options: str | None
+    workshop: Workshop, *layers: object, watch: str = "content", **options: str | None
 ) -> Mounted:
     number = len(list(workshop.directory.iterdir()))
     stack = Stack.make(workshop.directory / f"indexed{number}", layers)
     index = write_index(stack)
     found = {"stats": None, "lookup_index": str(index), **options}
-    return workshop.mount(stack, options=found, watch_layers=watch_layers)
+    return workshop.mount(stack, options=found, watch=watch)
 
 
 def status_line(tree: Mounted) -> dict[str, int]:
@@ -143,7 +143,7 @@ def test_reading_a_file_costs_no_flush_and_no_second_read(workshop: Workshop) ->
 
 
 def test_the_layers_are_not_touched_by_find_and_stat(workshop: Workshop) -> None:
-    tree = indexed(workshop, TOP, BASE, watch_layers=False)
+    tree = indexed(workshop, TOP, BASE, watch="nothing")
     base = tree.stack.lowers[1]
     os.rename(base / "many", base / "moved away")
     try:
