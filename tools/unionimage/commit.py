@@ -77,7 +77,5 @@ def with_changes(run: RunConfig, changes: Sequence[str]) -> RunConfig:
 
 def format_time(seconds: int | None) -> str:
     """Seconds since the epoch (None: now) as image configs have them."""
-    from datetime import UTC, datetime
-
-    moment = datetime.fromtimestamp(time.time() if seconds is None else seconds, UTC)
-    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    whole, rest = divmod(time.time_ns() if seconds is None else seconds * 10**9, 10**9)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{rest // 1000:06}Z"

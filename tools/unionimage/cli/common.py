@@ -81,10 +81,8 @@ def parse_time(text: str) -> float | None:
 
 def format_time(seconds: float) -> str:
     """Seconds since the epoch → RFC 3339 in UTC, as image configs have it."""
-    from datetime import datetime
-
-    text = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds")
-    return text.replace("+00:00", "Z")
+    whole, rest = divmod(int(seconds * 1e6), 10**6)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{rest:06}Z"
 
 
 def source_date_epoch() -> int | None:
