@@ -22,6 +22,10 @@ _URING = Path("/sys/module/fuse/parameters/enable_uring")
 
 
 def main() -> int:
+    if "--containers" in sys.argv:
+        from benchmark import containers
+
+        return containers.main()
     args = _arguments()
     cache = Path(args.cache).resolve()
     cache.mkdir(parents=True, exist_ok=True)

@@ -346,8 +346,8 @@ def test_hostname_and_hosts(box: Box) -> None:
 def test_domain_name_and_annotations(box: Box) -> None:
     options = ("--domainname", "example.org", "--hostname", "castle", "--annotation", "a.b=c")
     box.start("named", *options)
-    out = box.out("exec", "named", "sh", "-c", "cat /proc/sys/kernel/domainname; hostname -f")
-    assert out.split() == ["example.org", "castle.example.org"]
+    out = box.out("exec", "named", "sh", "-c", "cat /proc/sys/kernel/domainname; hostname")
+    assert out.split() == ["example.org", "castle"]
     (bundle,) = box.run_root.glob(f"*/{box.directory('named').name[:16]}/bundle/config.json")
     assert json.loads(bundle.read_text())["annotations"] == {"a.b": "c"}
 
