@@ -219,6 +219,11 @@ def test_tmpfs_mounts_and_networks(builder: Builder, tmp_path: Path) -> None:
     assert "tmpfs" in builder.read(image, "/fs") and "size=64k" in builder.read(image, "/fs")
     assert builder.read(image, "/none").split() == ["lo"]
     assert set(builder.read(image, "/host").split()) == set(os.listdir("/sys/class/net"))
+    context(
+        tmp_path, "RUN ls /sys/class/net > /seen\nRUN --network=host ls /sys/class/net > /host\n"
+    )
+    image = builder.build(tmp_path, "--network", "none")
+    assert builder.read(image, "/seen").split() == ["lo"] != builder.read(image, "/host").split()
     assert "t" not in builder.tree(image)
 
 

@@ -55,6 +55,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="how to show progress (default: auto)",
     )
+    add(
+        "--network",
+        choices=("default", "none", "host"),
+        default="default",
+        help="the network of RUN steps that do not say their own",
+    )
     add("--driver", choices=("fuse", "overlay"), help="what RUN runs on (default: fuse)")
     add("--runtime", metavar="PROGRAM", help="the OCI runtime for RUN (default: crun or runc)")
 
@@ -112,6 +118,7 @@ def _request(args: argparse.Namespace) -> Request:
         epoch=_epoch(arguments),
         driver=args.driver,
         runtime=args.runtime,
+        network=args.network,
     )
 
 

@@ -44,6 +44,7 @@ class Request(NamedTuple):
     epoch: int | None
     driver: str | None
     runtime: str | None
+    network: str = "default"
 
 
 Fetch = Callable[[Reference, Platform], "Image"]
@@ -70,7 +71,13 @@ def build(
         context, text = open_context(request.context, request.file, lease)
         stack.callback(context.close)
         bases = _Bases(store, lease, fetch, request.pull)
-        options = Options(request.build_args, request.labels, request.target, request.platform)
+        options = Options(
+            request.build_args,
+            request.labels,
+            request.target,
+            request.platform,
+            request.network,
+        )
         plan = make_plan(parse(text), options, bases.resolve)
         for warning in plan.warnings:
             warn(warning)

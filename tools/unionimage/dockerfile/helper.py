@@ -16,7 +16,6 @@ what is mounted below STAGING is detached, so that the daemons of these mounts e
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import importlib
 import json
@@ -62,7 +61,7 @@ class Helper:
 
     def begin(self, container: str, runtime: Runtime) -> None:
         """A container is about to run."""
-        self._send(["begin", container, dataclasses.asdict(runtime)])
+        self._send(["begin", container, runtime._asdict()])
 
     def end(self, container: str) -> None:
         """A container has ended."""

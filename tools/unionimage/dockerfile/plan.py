@@ -158,12 +158,16 @@ class Plan(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What the command line says about the plan. An empty `target` is the last stage."""
+    """What the command line says about the plan. An empty `target` is the last stage.
+
+    `network` is that of RUN steps which do not say their own: default, none or host.
+    """
 
     build_args: Mapping[str, str]
     labels: tuple[tuple[str, str], ...]
     target: str
     platform: Platform
+    network: str = "default"
 
 
 class _Stage(NamedTuple):
@@ -453,7 +457,7 @@ class _StageState:
             env=tuple(f"{name}={value}" for name, value in variables.items()),
             cwd=self.run.working_dir or "/",
             user=self.run.user,
-            network=run.network,
+            network=self.planner.options.network if run.network == "default" else run.network,
             mounts=mounts,
             script=script,
             proxy=tuple(
