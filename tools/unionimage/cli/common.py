@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import time
-from datetime import UTC
 from typing import BinaryIO
 
 from unionimage.changeset.limits import Limits

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -183,7 +183,7 @@ class Lease:
                 f"{what} unpacked",
             )
             try:
-                with Ahead(_Both(plain, peekable)) as ahead:
+                with _ahead(stream, _Both(plain, peekable)) as ahead:
                     unpacked = self._unpack(ahead, work, compression == "none", limits, what)
                     while ahead.read(CHUNK):
                         pass
@@ -496,6 +496,11 @@ class Lease:
 def _chained(first: bytes, rest: Iterable[bytes]) -> Iterator[bytes]:
     yield first
     yield from rest
+
+
+def _ahead(source: Readable, stream: Readable) -> AbstractContextManager[Readable]:
+    """Read ahead, but for what is made here as it is read: that needs the same processor."""
+    return nullcontext(stream) if isinstance(source, PieceStream) else Ahead(stream)
 
 
 class _Both:
