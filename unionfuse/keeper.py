@@ -22,7 +22,7 @@ import time
 
 UPGRADE = 75  # a daemon that ends with this wants to be replaced (EX_TEMPFAIL)
 _SIGCHLD, _SIGHUP, _SIGINT, _SIGUSR1, _SIGTERM, _SIGPIPE = 17, 1, 2, 10, 15, 13
-_LIFE = 1.0  # seconds; who dies sooner counts as one of many
+_LIFE = 0.2  # seconds of service; who dies sooner counts as one of many
 _MOST_SHORT_LIVES = 8  # in a row, then the mount ends
 _FREE_TRIES = 3  # short lives before it waits
 _LONGEST_WAIT = 5.0
@@ -46,7 +46,7 @@ class Keeper:
         self.reason = b""  # why a crash ends the mount
         self.short_lives = 0
         self.restarts = 0
-        self.born = time.monotonic()
+        self.serves_since = 0.0  # 0: the present daemon does not serve yet
         self.wake, waker = posix.pipe()
         for end in (self.wake, waker):
             posix.set_blocking(end, False)
@@ -138,6 +138,7 @@ class Keeper:
     def answers(self) -> None:
         """The mount is being served: who waits for it may go on."""
         self.served = True
+        self.serves_since = time.monotonic()
         if self.ready < 0:
             return
         try:
@@ -156,7 +157,7 @@ class Keeper:
 
     def replace(self, code: int) -> bool:
         """Start a new daemon; False when that has been tried often enough."""
-        lived = time.monotonic() - self.born
+        lived = time.monotonic() - self.serves_since if self.serves_since else 0.0
         upgrade = code == UPGRADE
         self.short_lives = self.short_lives + 1 if lived < _LIFE and not upgrade else 0
         if self.short_lives >= _MOST_SHORT_LIVES:
@@ -183,7 +184,7 @@ class Keeper:
 
     def start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.born = time.monotonic()
+        self.serves_since = 0.0
         self.pid = posix.fork()
         if self.pid == 0:
             try:

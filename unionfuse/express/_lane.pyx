@@ -21,6 +21,7 @@ cdef extern from *:
     #define XXH_INLINE_ALL
     #include <xxhash.h>
     #include <linux/fuse.h>
+    #include <sys/mman.h>
     #include <sys/uio.h>
     #include <time.h>
 
@@ -234,6 +235,7 @@ cdef extern from *:
     void lane_give(int *flag) nogil
     void lane_stay_on(int cpu) nogil
     int eventfd(unsigned count, int flags) nogil
+    int mlock(const void *address, size_t length) nogil
     ssize_t writev(int fd, const iovec *iov, int count) nogil
     uint64_t XXH3_64bits_withSeed(const void *data, size_t length, uint64_t seed) nogil
     double lane_clock() nogil
@@ -362,7 +364,7 @@ cdef class Loop:
 
     cdef int fd
     cdef object handler, index, trace
-    cdef bint tracing
+    cdef bint tracing, resident
     cdef uint64_t valid, forever
     cdef bint xattrs
     cdef const char *base
@@ -443,6 +445,15 @@ cdef class Loop:
         """Whether Python is asked about a node."""
         return not 0 < node <= self.count or bool(self.dirty[node] & CHANGED)
 
+    def stay_resident(self):
+        """Have memory that the kernel copies to or from in place before it does so.
+
+        In a process that is being killed no page can be brought in any more: the kernel would end
+        the request that it was about to hand over with EIO, not keep it for the next daemon.
+        Called before any thread runs.
+        """
+        self.resident = True
+
     def read_from(self, uint64_t handle, int descriptor):
         """READ of an open handle reads this descriptor from now on; -1 asks Python again."""
         if handle < self.handles:
@@ -495,6 +506,9 @@ cdef class Loop:
         thread.out = <char *>malloc(BUFFER)
         if not thread.request or not thread.out:
             raise MemoryError
+        if self.resident:
+            memset(thread.request, 0, BUFFER)
+            mlock(thread.request, BUFFER)  # where that is not allowed they are hardly ever swapped
         return thread
 
     cdef Thread *add_thread(self) except NULL:
@@ -537,10 +551,21 @@ cdef class Loop:
         if entry != NULL:
             self.put_in_entry(entry, &out, reply)
             return
+        if self.resident:
+            self.touch(reply)
         parts[0].iov_base, parts[0].iov_len = &out, OUT_HEADER
         parts[1].iov_base, parts[1].iov_len = <void *>reply.data, reply.length
         # A failure means that nobody waits any more (ENOENT, ENODEV): there is nothing to do.
         writev(self.fd, parts, 2 if reply.length else 1)
+
+    cdef void touch(self, const Reply *reply) noexcept nogil:
+        cdef size_t at = 0
+        cdef const volatile char *data = <const volatile char *>reply.data
+        while at < reply.length:
+            data[at]
+            at += 4096
+        if reply.length:
+            data[reply.length - 1]
 
     cdef void ask_python(self, Thread *thread, size_t size) noexcept:
         cdef const fuse_in_header *header = <const fuse_in_header *>thread.request

@@ -89,6 +89,7 @@ class Lane:
         self._methods = Requests(self, union).methods
         self._survivor = survivor
         if survivor is not None:
+            self._loop.stay_resident()
             survivor.settle(union)
             survivor.guard(self._methods)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
