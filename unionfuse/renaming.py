@@ -11,6 +11,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from unionfuse import syscalls, view, whiteout
 from unionfuse.copyup import CopyUp
@@ -87,7 +89,8 @@ class Renaming:
     ) -> None:
         self._copy.copy_up(parent)
         self._copy.copy_up(new_parent)
-        self._prepare_to_move(node, parent, name, new_parent, new_name)
+        with _in_use(node):
+            self._prepare_to_move(node, parent, name, new_parent, new_name)
         if target is not None:
             self._prepare_to_replace(target, new_parent, new_name)
         source = self._tree.upper_directory(parent)
@@ -221,21 +224,31 @@ class Renaming:
     def _detach(self, node: Directory) -> None:
         """Copy up all that a directory shows and cut it off: the way without redirects."""
         found = [node]
-        for directory in found:  # grows while it is walked; no recursion: trees may be deep
-            for name, _ in list(self._tree.names_after(directory, 0)):
-                child = self._tree.find(directory, name)
-                self._copy.copy_up(child)
-                self._tree.journal.name(child)  # its id is the index's, its place will not be
-                if isinstance(child, Directory):
-                    self._tree.load(child)
-                    found.append(child)
-                    continue
-                if child.index_name and not self._tree.is_physical(directory, name):
-                    self._copy.link_up(child, directory, name)
-                self._tree.release_if_unused(child)
-        for directory in reversed(found):
-            if directory.lowers:
-                self._make_standalone(directory)
+        try:
+            for directory in found:  # grows while it is walked; no recursion: trees may be deep
+                self._detach_names(directory, found)
+            for directory in reversed(found):
+                if directory.lowers:
+                    self._make_standalone(directory)
+        finally:
+            for directory in reversed(found[1:]):
+                directory.opened -= 1
+                self._tree.release_if_unused(directory)
+
+    def _detach_names(self, directory: Directory, found: list[Directory]) -> None:
+        """Copy up what a directory shows; add its directories to `found`, marked as in use."""
+        for name, _ in list(self._tree.names_after(directory, 0)):
+            child = self._tree.find(directory, name)
+            self._copy.copy_up(child)
+            self._tree.journal.name(child)  # its id is the index's, its place will not be
+            if isinstance(child, Directory):
+                self._tree.load(child)
+                child.opened += 1
+                found.append(child)
+                continue
+            if child.index_name and not self._tree.is_physical(directory, name):
+                self._copy.link_up(child, directory, name)
+            self._tree.release_if_unused(child)
 
     def _make_standalone(self, node: Directory) -> None:
         """Make a directory opaque that upper has all of by now; its whiteouts go."""
@@ -247,7 +260,6 @@ class Renaming:
             remove_tree(directory, name)
             del changes[name]
         self._tree.begin_changes(node, view.EMPTY_VIEW, changes)
-        self._tree.release_if_unused(node)
 
     def _cut_off(self, node: Directory, directory: int) -> None:
         self._upper.store.marker.set_opaque(directory, b"")
@@ -291,8 +303,9 @@ class Renaming:
             return
         self._copy.copy_up(parent)
         self._copy.copy_up(new_parent)
-        self._prepare_to_move(node, parent, name, new_parent, new_name)
-        self._prepare_to_move(target, new_parent, new_name, parent, name)
+        with _in_use(node, target):
+            self._prepare_to_move(node, parent, name, new_parent, new_name)
+            self._prepare_to_move(target, new_parent, new_name, parent, name)
         source = self._tree.upper_directory(parent)
         goal = self._tree.upper_directory(new_parent)
         self._tree.journal.moving(source, name)
@@ -309,3 +322,15 @@ class Renaming:
         target.names[there] = (parent, name)
         self._tree.journal.name(node)
         self._tree.journal.name(target)
+
+
+@contextmanager
+def _in_use(*nodes: Node) -> Iterator[None]:
+    """Keep nodes that nobody else may need: letting go of a child lets go of its parents, too."""
+    for node in nodes:
+        node.opened += 1
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.opened -= 1

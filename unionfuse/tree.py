@@ -185,6 +185,7 @@ class Tree:
             return self.upper.descriptor
         if directory.unnamed >= 0:
             return directory.unnamed
+        assert directory.id
         key = ("upper", directory.id)
         descriptor = self.stack.cache.get(key)
         if descriptor is None:
@@ -494,7 +495,10 @@ class Tree:
         if stub is not None and child.lowers and marks.redirect is None:
             child.record = stub.record
         self.adopt(child, directory, name, number=0)
-        child.ino = marks.inode or self._directory_inode(child)
+        if child.lowers:
+            child.ino = marks.inode or self._directory_inode(child)
+        else:  # not through its own descriptor: that is cached by its id, which it has yet to get
+            child.ino = marks.inode or self._inodes.of(view.entry_status(parent, name))
         self.number(child)
         return child
 
