@@ -1,8 +1,8 @@
 """Containers beside podman and docker: how long the everyday verbs take, what an idle one holds.
 
 `scripts/bench --containers`. Every round asks every peer in turn; medians in milliseconds. Memory
-is what the processes that keep an idle container hold for themselves: anonymous pages, divided among
-those that share them (Pss_Anon). The container's own `sleep` is left out.
+is what the processes that keep an idle container hold for themselves: anonymous pages, divided
+among those that share them (Pss_Anon). The container's own `sleep` is left out.
 """
 
 from __future__ import annotations
