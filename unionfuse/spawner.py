@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,14 +31,20 @@ NICE = 10  # for its own start: nobody waits for that
 
 def socket_of(directory: Path) -> Path:
     """Where the spawner of these very files listens, below a directory that is the user's own."""
-    newest = max(entry.stat().st_mtime_ns for entry in os.scandir(Path(__file__).parent))
-    return directory / f"spawner-{newest ^ hash_of(sys.executable):x}"
+    return directory / f"spawner-{_version():x}"
 
 
-def hash_of(text: str) -> int:
-    import zlib
-
-    return zlib.crc32(text.encode()) << 64
+def _version() -> int:
+    """Changes when a file of this package does, or the interpreter."""
+    here = Path(__file__).parent
+    files = [
+        entry
+        for place in (here, here / "express")
+        for entry in os.scandir(place)
+        if entry.name.endswith((".py", ".so"))
+    ]
+    newest = max(entry.stat().st_mtime_ns for entry in files)
+    return newest ^ zlib.crc32(sys.prefix.encode()) << 64
 
 
 def mount(directory: Path, words: Sequence[str], stderr: int) -> int | None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness.containers import Box, boxed, leftovers
+from harness.containers import Box, boxed, nothing_left
 
 
 @pytest.fixture(scope="module")
@@ -18,5 +18,4 @@ def box(containers: Box) -> Iterator[Box]:
     """The module's store; whatever a test leaves there is removed, what that leaves is an error."""
     yield containers
     containers.remove_all()
-    left = leftovers(containers)
-    assert left == {"mounts": [], "processes": [], "cgroups": []}
+    assert nothing_left(containers)

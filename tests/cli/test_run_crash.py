@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from harness.containers import COMMAND, Box, leftovers, wait_until
+from harness.containers import COMMAND, Box, nothing_left, wait_until
 
 
 def monitor_of(box: Box, name: str) -> int:
@@ -33,7 +33,7 @@ def test_a_killed_monitor(box: Box) -> None:
     assert "Exited (137)" in wait_until(lambda: box.out("ps", "-a", "--filter", "status=exited"))
     assert box.names() == []
     assert not alive(pid)
-    assert leftovers(box, (identity,)) == {"mounts": [], "processes": [], "cgroups": []}
+    assert nothing_left(box, (identity,))
     box("start", "kept")
     assert box.names() == ["kept"]
     box("rm", "-f", "kept")
@@ -57,7 +57,7 @@ def test_monitor_and_process_both_killed(box: Box) -> None:
     for pid in (monitor_of(box, "both"), box.state("both")["Pid"]):
         os.kill(pid, signal.SIGKILL)
     box("rm", "-f", "both")
-    assert leftovers(box, (identity,)) == {"mounts": [], "processes": [], "cgroups": []}
+    assert nothing_left(box, (identity,))
 
 
 def test_after_a_reboot_nothing_runs(box: Box, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_commands_killed_at_odd_moments(box: Box) -> None:
         box("rm", "-f", name)
     box("container", "prune", "-f")
     assert not list((box.root / "containers").glob(".new-*"))
-    assert leftovers(box) == {"mounts": [], "processes": [], "cgroups": []}
+    assert nothing_left(box)
     box("run", "--rm", "--name", "odd-0", "--network", "none", "busybox", "true")
 
 
@@ -213,5 +213,5 @@ def test_fifty_containers_of_one_image(box: Box) -> None:
     assert len(set(pids)) == 50
     names = [f"many-{number}" for number in range(50)]
     box("rm", "-f", *names, timeout=200)
-    assert leftovers(box) == {"mounts": [], "processes": [], "cgroups": []}
+    assert nothing_left(box)
     assert not any(alive(pid) for pid in pids)

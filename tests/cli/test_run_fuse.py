@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness.containers import Box, boxed, leftovers, wait_until
+from harness.containers import Box, boxed, leftovers, nothing_left, wait_until
 
 from unionfuse import mounting
 
@@ -74,7 +74,7 @@ def test_a_killed_file_system_daemon(box: Box) -> None:
     box("exec", "blind", "cat", "/etc/passwd", code=None)
     box("ps", "-a")
     box("rm", "-f", "blind")
-    assert leftovers(box, (identity,)) == {"mounts": [], "processes": [], "cgroups": []}
+    assert nothing_left(box, (identity,))
 
 
 def test_the_spawner_is_only_a_short_cut(box: Box) -> None:

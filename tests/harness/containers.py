@@ -169,6 +169,16 @@ def leftovers(box: Box, marks: tuple[str, ...] = ()) -> dict[str, list[str]]:
     return {"mounts": mounts, "processes": processes, "cgroups": cgroups}
 
 
+def nothing_left(box: Box, marks: tuple[str, ...] = ()) -> bool:
+    """True when nothing of a box is left, now or in a moment: a daemon may just be ending."""
+    nothing = {"mounts": [], "processes": [], "cgroups": []}
+    deadline = time.monotonic() + 5
+    while (left := leftovers(box, marks)) != nothing and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == nothing
+    return True
+
+
 def wait_until(condition: Callable[[], Any], seconds: float = 10, what: str = "it") -> Any:
     """Ask again until the answer is true; fail when it takes too long."""
     deadline = time.monotonic() + seconds

@@ -329,4 +329,4 @@ class Engine:
             try:
                 yield container.merged
             finally:
-                prepare.unmount(container.merged)
+                prepare.unmount_root(container)

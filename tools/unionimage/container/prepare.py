@@ -7,9 +7,11 @@ the command that starts a container; `undo` also in its monitor, at the end.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,32 +67,46 @@ def prepare(
 
 def undo(container: Container) -> None:
     """Unmount, and give addresses back. Does nothing where nothing was done."""
-    for path in (container.merged, container.run / "shm"):
-        unmount(path)
+    unmount_root(container)
+    unmount(container.run / "shm")
     networks.forget_live(container)
 
 
-def unmount(path: Path) -> None:
-    """Unmount, at once or as soon as nobody uses it; nothing mounted there is fine.
+def unmount_root(container: Container) -> None:
+    """Unmount the root file system and wait until its daemon has put everything away.
 
-    A daemon that serves the mount is waited for: the upper directory is its own until it ends.
+    The daemon holds a lock on the work directory as long as upper is its own.
     """
+    if not unmount(container.merged):
+        return
+    try:
+        descriptor = os.open(container.work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    deadline = time.monotonic() + DAEMON_PATIENCE
+    try:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(0.002)
+    finally:
+        os.close(descriptor)
+
+
+def unmount(path: Path) -> bool:
+    """Unmount, at once or as soon as nobody uses it; False when nothing was mounted there."""
     from unionfuse import mounting
 
     place = os.fsencode(path)
-    mount = mounting.mount_at(place)
-    if mount is None:
-        return
-    is_union = mount.kind == mounting.FILE_SYSTEM_TYPE
-    daemon = mounting.daemon_of(mount) if is_union else None
+    if mounting.mount_at(place) is None:
+        return False
     try:
         mounting.detach(place)
     except mounting.MountError:
         with contextlib.suppress(mounting.MountError):
             mounting.detach(place, lazy=True)
-    if daemon is not None:
-        mounting.wait_for_end(daemon, DAEMON_PATIENCE)
-        os.close(daemon)
+    return True
 
 
 def mount_root(container: Container, store: Store) -> None:

@@ -207,8 +207,8 @@ class Containers:
             created = {"Status": "created", "Pid": 0, "ExitCode": 0, "Error": ""}
             created |= {"StartedAt": NEVER, "FinishedAt": NEVER, "OOMKilled": False}
             replace_file(staged / "state.json", json.dumps(created))
+            self._link(name, identity)  # first: a container always has its name
             staged.rename(directory)
-            self._link(name, identity)
         return Container(identity, directory, self._run_of(identity), record)
 
     def rename(self, container: Container, name: str) -> None:
