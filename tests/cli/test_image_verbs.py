@@ -344,3 +344,30 @@ def test_the_configuration_is_read(unionfuse: Command, base: str, tmp_path: Path
 def test_modules_of_verbs_are_there() -> None:
     for module, _ in VERBS.values():
         importlib.import_module("unionimage.cli." + module)
+
+
+def test_containers_come_first(unionfuse: Command, base: str, tmp_path: Path) -> None:
+    """diff, commit, export and inspect of a container; an image of the same name comes second."""
+    unionfuse("tag", "base:1", "web")
+    identity = unionfuse("create", "--name", "web", "--network", "none", "base:1", "sh").strip()
+    file = tmp_path / "file"
+    file.write_text("new")
+    unionfuse("cp", str(file), "web:/etc/new")
+    try:
+        assert unionfuse("diff", "web").splitlines() == ["C /etc", "A /etc/new"]
+        (shown,) = json.loads(unionfuse("inspect", "web"))
+        assert (shown["Id"], shown["Image"]) == (identity, base)
+        (shown,) = json.loads(unionfuse("inspect", "--type", "image", "web"))
+        assert shown["Id"] == base
+        made = unionfuse("commit", "-m", "why", "-c", "ENV A=b", "web", "made:1").strip()
+        (shown,) = json.loads(unionfuse("inspect", "made:1"))
+        assert (shown["Id"], shown["Parent"], shown["Comment"]) == (made, base, "why")
+        assert "A=b" in shown["Config"]["Env"] and shown["Config"]["Cmd"] == ["sh"]
+        assert unionfuse("diff", "made:1").splitlines() == ["C /etc", "A /etc/new"]
+        unionfuse("export", "-o", str(tmp_path / "out.tar"), "web")
+        with tarfile.open(tmp_path / "out.tar") as read:
+            assert "etc/new" in read.getnames()
+        unionfuse("rmi", "web")
+        assert "is used by container" in unionfuse("rmi", base, code=1)
+    finally:
+        unionfuse("rm", "web")
