@@ -165,3 +165,21 @@ def test_what_takes_root_is_refused(person: Person) -> None:
     assert "needs root" in person("run", "--rm", "--network", "own", "busybox", code=125)
     person("network", "rm", "own")
     assert person("ps", "-aq") == ""
+
+
+def test_build(person: Person) -> None:
+    """COPY and RUN, with owners of their own where there is a range of ids; the result runs."""
+    has_range = "nobody" in Path("/etc/subuid").read_text()
+    context = person.home / "context"
+    context.mkdir(exist_ok=True)
+    owner = "--chown=5:6 " if has_range else ""
+    (context / "Dockerfile").write_text(
+        f"FROM busybox\nCOPY {owner}Dockerfile /copied\nRUN id -u > /ran && mkdir /d\n"
+        "RUN rm -r /d && mkdir /d && touch /d/new\n"
+    )
+    os.chown(context, person.uid, person.uid)
+    first = person("build", "-q", "-t", "built", str(context))
+    assert person("build", "-q", str(context)) == first, "it is cached"
+    words = "stat -c '%u:%g' /copied /ran; cat /ran; ls /d"
+    said = person("run", "--rm", "--network", "none", "built", "sh", "-c", words).split()
+    assert said == ["5:6" if has_range else "0:0", "0:0", "0", "new"]

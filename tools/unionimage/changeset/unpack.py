@@ -103,7 +103,8 @@ def unpack(
         UserError: an entry needs a privilege that is missing.
         OSError: the disk is full, and the like.
     """
-    rootless = os.geteuid() != 0 if rootless is None else rootless
+    if rootless is None:  # the variable is set where a user is root of a namespace of his own
+        rootless = os.geteuid() != 0 or "UNIONFUSE_ROOTLESS" in os.environ
     work = _Unpack(directory, displaced, recipe, rootless, fingerprint_from)
     reader = tar.Reader(stream, recipe, limits, what)
     try:

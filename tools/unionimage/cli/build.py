@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from unionimage.dockerfile.execute import StepFailed
     from unionimage.dockerfile.view import standard_error, view
 
+    _become_root(args)
     request = _request(args)
     progress = "quiet" if args.quiet else args.progress
     stream = standard_error()
@@ -95,6 +96,20 @@ def run(args: argparse.Namespace) -> int:
         for name in names:
             print(f"built {image.id.short} {name}".rstrip(), file=stream)
     return 0
+
+
+def _become_root(args: argparse.Namespace) -> None:
+    """Somebody who is not root builds as root of a user namespace; then this runs once more."""
+    from unionimage.container import rootless
+
+    if os.geteuid() != 0:
+        from unionimage import config
+
+        root = Path(args.root or config.load().root or config.default_root()).absolute()
+        os.environ["PWD"] = os.getcwd()
+        rootless.enter(root)
+    if rootless.active():
+        os.chdir(os.environ["PWD"])
 
 
 def _request(args: argparse.Namespace) -> Request:

@@ -260,7 +260,8 @@ def _system_mounts(
         Mount("tmpfs", "tmpfs", "/dev", ("nosuid", "strictatime", "mode=755", "size=65536k")),
         Mount("devpts", "devpts", "/dev/pts", pts),
     ]
-    if here.namespaces.user != "host" and here.namespaces.network == "host":
+    own_user = here.namespaces.user != "host" or rootless.active()
+    if own_user and here.namespaces.network == "host":
         mounts.append(Mount("none", "/sys", "/sys", ("rbind", *sys_options)))
     else:
         mounts.append(Mount("sysfs", "sysfs", "/sys", sys_options))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unionfuse import syscalls
+from unionimage.container import rootless
 from unionimage.digest import Digest
 from unionimage.dockerfile.ignore import Patterns
 from unionimage.dockerfile.select import Tree
@@ -99,12 +100,13 @@ class Kitchen:
         self.driver = driver
         self._lock = threading.Lock()
         self._helper: Helper | None = None
+        self._rootless = rootless.active()
+        if self._rootless:  # owners live in xattrs, which unionfuse shows and kernel overlayfs not
+            self.driver = "fuse"
         self._quick = "overlay"  # for a look or a few files
 
     def enter_private_namespace(self) -> None:
         """Leave the host's mount namespace; before the first mount and the first thread."""
-        if os.geteuid() != 0:
-            raise UserError("making layers needs root, to mount and to give files away; use sudo")
         import ctypes
 
         libc = ctypes.CDLL(None, use_errno=True)
@@ -131,12 +133,15 @@ class Kitchen:
         """
         from unionimage.mounts import mount_chain, unmount
 
-        if not diff_ids:
+        if not diff_ids and not self._rootless:
             yield upper or self.scratch()
             return
         place = self.scratch("merged", "work")
         target = place / "merged"
         wanted = driver or self.driver or self._quick
+
+        options = ["volatile"] if upper is not None else []
+        options += ["xattr_permissions=2"] if self._rootless else []
 
         def mount(driver: str) -> None:
             mount_chain(
@@ -146,7 +151,7 @@ class Kitchen:
                 upper=upper,
                 work=place / "work",
                 driver=driver,
-                options=("volatile",) if upper is not None else (),
+                options=options,
                 register=False,
                 index=False,  # it would be made for one step; what that reads is merged as it goes
                 start=self._start_daemon,
