@@ -298,7 +298,7 @@ def _umoci(cache: Path, base: Path, number: int) -> Iterator[tuple[str, float]]:
         run(["umoci", "insert", "--image", f"{layout}:base", root, "/"], check=True)
         shutil.rmtree(root)
     shutil.rmtree(bundle, ignore_errors=True)
-    unpack = ["umoci", "unpack", "--image", f"{layout}:base", bundle]
+    unpack: list[str | Path] = ["umoci", "unpack", "--image", f"{layout}:base", bundle]
     subprocess.run(unpack, check=True, capture_output=True)
     (bundle / "rootfs/etc/motd").write_text(f"{time.time()}\n")
     begun = time.perf_counter()
