@@ -100,15 +100,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _become_root(args: argparse.Namespace) -> None:
     """Somebody who is not root builds as root of a user namespace; then this runs once more."""
-    from unionimage.container import rootless
-
     if os.geteuid() != 0:
         from unionimage import config
+        from unionimage.container import rootless
 
         root = Path(args.root or config.load().root or config.default_root()).absolute()
         os.environ["PWD"] = os.getcwd()
         rootless.enter(root)
-    if rootless.active():
+    if "UNIONFUSE_ROOTLESS" in os.environ:  # entering the namespace led to its /
         os.chdir(os.environ["PWD"])
 
 
