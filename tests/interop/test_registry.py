@@ -187,6 +187,21 @@ def test_what_was_made_here_is_pulled_by_a_peer(
     assert other.image_id(name) == command.image_id("made:1")
 
 
+def test_a_layer_that_is_there_twice_goes_once(
+    registry: Registry, command: Command, tmp_path: Path
+) -> None:
+    layout = OciLayout(tmp_path / "oci")
+    layout.image("twice", [BASE, UPPER, BASE])
+    name = f"{registry.host}/twice:1"
+    layout.push("twice", name)
+    assert command("pull", name).count(": Pull complete\n") == 2
+    with Registry(tmp_path / "other") as other:
+        command.tag(name, f"{other.host}/twice:1")
+        out = command("push", f"{other.host}/twice:1")
+        assert out.count(": Pushed\n") == 2
+        assert raw_digest(f"{other.host}/twice:1") == raw_digest(name)
+
+
 def test_a_layer_is_compressed_once(registry: Registry, command: Command) -> None:
     make_image(command, "once:1", [BIG])
     command.tag("once:1", f"{registry.host}/once:1", f"{registry.host}/once:2")

@@ -5,11 +5,11 @@ What came from elsewhere leaves as it came, byte for byte, so that digests stay 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from unionimage.digest import Readable
+from unionimage.digest import Digest, Readable
 from unionimage.spec import (
     DOCKER_CONFIG,
     DOCKER_LAYER,
@@ -58,6 +58,12 @@ class Outgoing:
     def __init__(self, store: Store, lease: Lease, image: Image, wanted: Wanted) -> None:
         self.store, self.lease, self.image, self.wanted = store, lease, image, wanted
         self.original = self._original() if wanted.anything else None
+
+    def keys(self) -> Sequence[Digest]:
+        """For each layer, base first, what tells its blob from others: equal ones are sent once."""
+        if self.original is not None:
+            return [layer.digest for layer in self.original[1].layers]
+        return self.image.diff_ids
 
     def layer(self, position: int) -> Descriptor:
         """The blob of a layer; compresses it if it has none yet."""

@@ -46,9 +46,10 @@ def push(
     repository = session.repository(reference)
     with store.lease(f"push {reference.familiar}") as lease:
         made = Outgoing(store, lease, image, wanted)
+        keys = made.keys()
         tasks = [
-            (position, report.task(diff_id.short, "Preparing"))
-            for diff_id, position in {d: n for n, d in enumerate(image.diff_ids)}.items()
+            (position, report.task(image.diff_ids[position].short, "Preparing"))
+            for position in {key: n for n, key in enumerate(keys)}.values()
         ]
         sources = _Sources(store, reference)
         try:
@@ -57,8 +58,8 @@ def push(
             )
         except RegistryStatusError as error:
             raise _explain(error, reference) from error
-        layers = dict(zip((image.diff_ids[position] for position, _ in tasks), blobs, strict=True))
-        manifest_type, data = made.manifest([layers[diff_id] for diff_id in image.diff_ids])
+        layers = dict(zip((keys[position] for position, _ in tasks), blobs, strict=True))
+        manifest_type, data = made.manifest([layers[key] for key in keys])
         _push_config(repository, data, image)
         assert reference.tag is not None
         digest = repository.put_manifest(reference.tag, manifest_type, data)
