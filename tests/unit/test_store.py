@@ -547,3 +547,12 @@ def test_without_privilege(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> No
             ]
 
     assert as_user(NOBODY, run) == [True, [], (5, 6, 0o640), []]
+
+
+def test_lock_files_of_the_dead_are_removed(store: Store) -> None:
+    stale = store.root / "locks" / f"{'0' * 32}.lease"
+    stale.touch()
+    with store.lease("alive") as lease:
+        store.collect()
+        assert not stale.exists()
+        assert [path.name for path in stale.parent.iterdir()] == [f"{lease.owner[6:]}.lease"]

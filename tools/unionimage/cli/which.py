@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import stat
 from typing import Any
 
 from unionimage.chain import Chain
 from unionimage.cli.common import human_size, open_store
 from unionimage.cli.format import add_format_options, show
-from unionimage.errors import NotFound
+from unionimage.errors import NotFound, UserError
 from unionimage.spec import History
 from unionimage.store import Image, Layer
 
@@ -28,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
         image = store.image(args.image)
         with Chain(store.chain_directories(image.diff_ids)) as chain:
             path = chain.resolve(os.fsencode(args.path))
+            if not path:
+                raise UserError("the root directory is of all layers; name a path below it")
             rows = _rows(image, chain, path, args.no_trunc)
     if not rows:
         raise NotFound(f"{image.title} has no {args.path}, in none of its layers")
@@ -53,7 +56,8 @@ def _rows(image: Image, chain: Chain, path: bytes, whole: bool) -> list[dict[str
     rows = []
     for layer in range(len(steps)):
         if layer in places:
-            size = chain.status(places[layer]).st_size
+            status = chain.status(places[layer])
+            size = None if stat.S_ISDIR(status.st_mode) else status.st_size
             rows.append(_row("seen" if layer in seen else "hidden", steps[layer], size, whole))
         elif _deletes(chain, path, layer):
             rows.append(_row("deleted", steps[layer], None, whole))

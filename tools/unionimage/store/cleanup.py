@@ -95,7 +95,18 @@ def sweep(store: Store) -> None:
     with store.database.write() as database:
         for path in orphans(store, database):
             hide(path, trash)
+        _remove_stale_locks(store, {row[0] for row in database.execute("SELECT id FROM leases")})
     remove(trash)
+
+
+def _remove_stale_locks(store: Store, leases: set[str]) -> None:
+    """Lock files of leases that ended, but were killed before they could remove theirs."""
+    for entry in os.scandir(store.root / "locks"):
+        identity, _, kind = entry.name.rpartition(".")
+        if kind == "lease" and identity not in leases:
+            lock = FileLock.try_take(Path(entry.path), create=False)
+            if lock is not None:
+                lock.release()
 
 
 def orphans(store: Store, database: sqlite3.Connection) -> list[Path]:

@@ -412,9 +412,10 @@ class Store:
         """
         from unionimage.store.lease import Lease
 
-        identity = new_id()
-        lock = FileLock.try_take(self.root / "locks" / f"{identity}.lease")
-        assert lock is not None
+        lock = None
+        while lock is None:  # someone who cleans up may hold a new file for a moment
+            identity = new_id()
+            lock = FileLock.try_take(self.root / "locks" / f"{identity}.lease")
         with self.database.write() as database:
             database.execute(
                 "INSERT INTO leases VALUES (?, ?, ?)", (identity, purpose, time.time())
