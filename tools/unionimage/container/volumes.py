@@ -156,7 +156,11 @@ def parse_mount(text: str) -> Point:
     import csv
 
     given: dict[str, str] = {}
-    for field in next(csv.reader([text]), []):
+    try:
+        fields = next(csv.reader([text]), [])
+    except csv.Error as error:
+        raise UserError(f"--mount {text!r}: {error}") from None
+    for field in fields:
         key, _, value = field.partition("=")
         given[key.strip().lower()] = value.strip()
     aliases = {"source": "src", "target": "dst", "destination": "dst", "ro": "readonly"}
