@@ -185,6 +185,8 @@ def test_what_was_made_here_is_pulled_by_a_peer(
     other = make_command(tmp_path, "other")
     other("pull", name)
     assert other.image_id(name) == command.image_id("made:1")
+    with command.store() as store:  # that form was for once
+        assert store.image("made:1").manifest_digest is None
 
 
 def test_a_layer_that_is_there_twice_goes_once(

@@ -64,7 +64,8 @@ def push(
         assert reference.tag is not None
         digest = repository.put_manifest(reference.tag, manifest_type, data)
         by_digest = Reference(reference.registry, reference.path, None, digest)
-        store.note_digest(image, by_digest, lease.add_bytes(data))
+        # A form that was asked for this once does not become the image's own.
+        store.note_digest(image, by_digest, lease.add_bytes(data) if wanted.anything else None)
     return Pushed(reference, digest, len(data))
 
 
