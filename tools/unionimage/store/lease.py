@@ -444,7 +444,7 @@ class Lease:
                 "INSERT OR REPLACE INTO digests VALUES (?, ?)",
                 [(str(one), identity) for one in digests],
             )
-        return self.store.image_by_id(identity)
+            return self.store.image_by_id(identity)  # another may remove it right after
 
     @staticmethod
     def _insert(

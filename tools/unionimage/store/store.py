@@ -324,7 +324,7 @@ class Store:
                 "INSERT OR REPLACE INTO names VALUES (?, ?)",
                 (str(name.with_default_tag()), image.id),
             )
-        return self.image_by_id(image.id)
+            return self.image_by_id(image.id)
 
     def note_digest(self, image: Image, name: Reference, manifest: Digest | None = None) -> None:
         """Note that an image has this repository@digest (after a push).
