@@ -200,16 +200,26 @@ class Containers:
             record["Name"] = name
             directory = self.directory / identity
             staged = self.directory / f".new-{identity}"
-            os.makedirs(staged / "upper")
-            os.mkdir(staged / "work", 0o700)
-            os.chmod(staged, 0o711 if os.geteuid() == 0 else 0o700)
-            replace_file(staged / "config.json", json.dumps(record))
-            created = {"Status": "created", "Pid": 0, "ExitCode": 0, "Error": ""}
-            created |= {"StartedAt": NEVER, "FinishedAt": NEVER, "OOMKilled": False}
-            replace_file(staged / "state.json", json.dumps(created))
-            self._link(name, identity)  # first: a container always has its name
-            staged.rename(directory)
+            try:
+                self._fill(staged, record)
+                self._link(name, identity)  # first: a container always has its name
+                staged.rename(directory)
+            except BaseException:
+                remove_tree(staged)
+                with contextlib.suppress(FileNotFoundError):
+                    (self.directory / "names" / name).unlink()
+                raise
         return Container(identity, directory, self._run_of(identity), record)
+
+    @staticmethod
+    def _fill(staged: Path, record: Record) -> None:
+        os.makedirs(staged / "upper")
+        os.mkdir(staged / "work", 0o700)
+        os.chmod(staged, 0o711 if os.geteuid() == 0 else 0o700)
+        replace_file(staged / "config.json", json.dumps(record))
+        created = {"Status": "created", "Pid": 0, "ExitCode": 0, "Error": ""}
+        created |= {"StartedAt": NEVER, "FinishedAt": NEVER, "OOMKilled": False}
+        replace_file(staged / "state.json", json.dumps(created))
 
     def rename(self, container: Container, name: str) -> None:
         """Give another name. Raises Conflict or UserError."""
