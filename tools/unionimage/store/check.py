@@ -88,6 +88,8 @@ class _Checker:
                 with self._store.blobs.open(digest) as blob:
                     blob.drain()
             except UserError as error:
+                if not self._store.blobs.has(digest):
+                    continue  # removed meanwhile
                 self._bad_blobs.add(digest)
                 yield self._bad_blob(digest, error.message)
 
@@ -103,6 +105,8 @@ class _Checker:
 
     def layers(self) -> Iterator[Problem]:
         for layer in self._store.layers():
+            if self._lease.use_layer(layer.diff_id) is None:
+                continue  # removed meanwhile
             images = [image.title for image in self._images if layer.diff_id in image.diff_ids]
             name = f"layer {layer.diff_id.short}"
             try:
@@ -170,7 +174,8 @@ class _Checker:
                 data = image.manifest_bytes()
                 manifest = Manifest.from_json(data) if data else None
             except UserError as error:
-                yield Problem(f"image {image.id.short}: {error}", [image.title])
+                if self._store.find(image.id) is not None:
+                    yield Problem(f"image {image.id.short}: {error}", [image.title])
                 continue
             if config.diff_ids != image.diff_ids:
                 yield Problem(
@@ -181,6 +186,8 @@ class _Checker:
 
     def chains(self) -> Iterator[Problem]:
         for image in self._images:
+            if self._store.find(image.id) is None:
+                continue
             for count, chain_id in enumerate(chain_ids(image.diff_ids), 1):
                 below = self._store.chain_directories(image.diff_ids[:count])
                 wanted = "".join(f"{directory.name}\n" for directory in below)
