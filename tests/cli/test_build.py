@@ -1,4 +1,4 @@
-"""`unionfuse build` as its users meet it: every instruction and flag, the cache, failures."""
+"""`unionfuse build` as its users meet it: every instruction, flag and kind of context."""
 
 from __future__ import annotations
 
@@ -7,39 +7,28 @@ import hashlib
 import http.server
 import os
 import subprocess
-import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness.building import PROGRAM, Builder, write_files
+from harness.building import (
+    PROGRAM,
+    Builder,
+    added,
+    command_lines,
+    context,
+    short,
+    write_files,
+)
 from unionimage.store import Store
 
 
 @pytest.fixture(scope="module")
 def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
     return Builder(tmp_path_factory.mktemp("build"))
-
-
-def context(path: Path, dockerfile: str, **files: str) -> Path:
-    """A context with a Dockerfile on the image `base`; in names `__` stands for a dot."""
-    path.mkdir(exist_ok=True)
-    (path / "Dockerfile").write_text("FROM base\n" + dockerfile)
-    write_files(path, {name.replace("__", "."): text for name, text in files.items()})
-    return path
-
-
-def added(builder: Builder, image: str) -> dict[str, str]:
-    """What an image has that `base` has not, or has otherwise."""
-    base = builder.tree("base")
-    return {k: v for k, v in builder.tree(image).items() if base.get(k) != v}
-
-
-def short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 # ---- what buildah 1.28 refuses: the trees are written out
@@ -327,133 +316,6 @@ def test_onbuild_triggers_run_in_the_child(builder: Builder, tmp_path: Path) -> 
     assert "'file' is not in the build context" in builder.failing(child)
 
 
-# ---- the cache
-
-
-def made(builder: Builder, *words: str | Path) -> list[str]:
-    """The steps that a build carried out, the others came from the cache."""
-    lines = builder.run("build", "--progress", "plain", *words).stderr.splitlines()
-    cached = {line.split()[0] for line in lines if line.endswith(" CACHED")}
-    steps = [line for line in lines if line.split()[1:2] and line.split()[1].startswith("[")]
-    return [line.partition("] ")[2] for line in steps if line.split()[0] not in cached]
-
-
-def test_the_cache_goes_by_content_and_mode(builder: Builder, tmp_path: Path) -> None:
-    context(tmp_path, "COPY file /f\nRUN echo 1 > /one\nCMD x\n", file="unique to this test")
-    assert made(builder, tmp_path) == ["COPY file /f", "RUN echo 1 > /one"]
-    first = builder.build(tmp_path)
-    os.utime(tmp_path / "file", (1, 1))
-    assert made(builder, tmp_path) == [] and builder.build(tmp_path) == first
-    (tmp_path / "file").chmod(0o600)
-    assert made(builder, tmp_path) == ["COPY file /f", "RUN echo 1 > /one"]
-    (tmp_path / "file").write_text("other")
-    assert made(builder, tmp_path) == ["COPY file /f", "RUN echo 1 > /one"]
-    assert made(builder, "--no-cache", tmp_path) == ["COPY file /f", "RUN echo 1 > /one"]
-
-
-def test_a_changed_line_builds_from_there_on(builder: Builder, tmp_path: Path) -> None:
-    context(tmp_path, "RUN echo a1 > /a\nRUN echo a2 > /b\nRUN echo a3 > /c\n")
-    assert len(made(builder, tmp_path)) == 3
-    context(tmp_path, "RUN echo a1 > /a\nRUN echo other > /b\nRUN echo a3 > /c\n")
-    assert made(builder, tmp_path) == ["RUN echo other > /b", "RUN echo a3 > /c"]
-    context(tmp_path, "RUN echo a1 > /a\nENV X=1\nRUN echo a2 > /b\n")
-    assert made(builder, tmp_path) == ["RUN echo a2 > /b"], "the environment counts"
-
-
-def test_arguments_count_where_they_are_declared(builder: Builder, tmp_path: Path) -> None:
-    context(tmp_path, "RUN echo v0 > /a\nARG V\nRUN echo v$V > /b\n")
-    made(builder, "--build-arg", "V=1", tmp_path)
-    assert made(builder, "--build-arg", "V=2", tmp_path) == ["RUN echo v$V > /b"]
-    assert made(builder, "--build-arg", "V=1", tmp_path) == []
-    proxy = ("--build-arg", "http_proxy=http://127.0.0.1:9")
-    assert made(builder, "--build-arg", "V=1", *proxy, tmp_path) == []
-
-
-def test_a_failing_step_shows_itself_and_keeps_the_others(builder: Builder, tmp_path: Path) -> None:
-    context(tmp_path, "RUN echo f1 > /a\nRUN echo out; echo err >&2; \\\n  exit 7\nRUN never\n")
-    said = builder.failing(tmp_path)
-    last = said.splitlines()[-1]
-    assert last.startswith("unionfuse build: Dockerfile, line 3:") and "exit code 7" in last
-    assert "\nout\nerr\n" in said and "   3 | >>> RUN echo out" in said and "   4 | >>>" in said
-    context(tmp_path, "RUN echo f1 > /a\nRUN true\n")
-    assert made(builder, tmp_path) == ["RUN true"]
-
-
-def test_copies_between_stages_go_by_content(builder: Builder, tmp_path: Path) -> None:
-    text = "ARG N\nRUN echo $N > /other; echo same > /same\nFROM base\nCOPY --from=0 /same /same\n"
-    context(tmp_path, text + "RUN echo after > /after\n")
-    assert len(made(builder, "--build-arg", "N=1", tmp_path)) == 3
-    assert len(made(builder, "--build-arg", "N=2", tmp_path)) == 1
-    assert made(builder, "--build-arg", "N=2", tmp_path) == []
-
-
-def test_cached_layers_that_were_collected_are_made_again(builder: Builder, tmp_path: Path) -> None:
-    builder.build(context(tmp_path, "RUN echo collected > /c\n"), "-t", "collected")
-    with Store.open(builder.root) as store:
-        store.release("build-cache")
-        found = store.image("collected")
-        for name in found.names:
-            store.untag(name)
-        store.delete_image(found)
-        store.collect()
-        assert not store.has_layer(found.diff_ids[-1])
-    assert made(builder, tmp_path) == ["RUN echo collected > /c"]
-
-
-# ---- stages
-
-
-def test_only_needed_stages_are_built(builder: Builder, tmp_path: Path) -> None:
-    text = "RUN false\nFROM base AS wanted\nRUN echo w > /w\nFROM nowhere.invalid/none AS last\n"
-    image = builder.build(context(tmp_path, text), "--target", "wanted")
-    assert "w" in builder.tree(image)
-    assert "'nope' not found" in builder.failing(tmp_path, "--target", "nope")
-
-
-def test_independent_stages_run_side_by_side(builder: Builder, tmp_path: Path) -> None:
-    """Each of two stages waits until the other has begun; one after the other would fail."""
-    wait = "for i in $(seq 100); do test -e /c/{} && exit 0; sleep 0.1; done; exit 1"
-    mount = "--mount=type=cache,id=meet,target=/c"
-    text = (
-        f"RUN {mount} touch /c/one; {wait.format('two')}\n"
-        f"FROM base\nRUN {mount} touch /c/two; {wait.format('one')}\n"
-        "FROM base\nCOPY --from=0 /etc/passwd /a\nCOPY --from=1 /etc/passwd /b\n"
-    )
-    builder.build(context(tmp_path, text))
-
-
-def test_a_failing_stage_stops_the_others(builder: Builder, tmp_path: Path) -> None:
-    text = "RUN sleep 60\nFROM base\nRUN sleep 0.5; exit 4\nFROM base\n"
-    text += "COPY --from=0 /etc/passwd /a\nCOPY --from=1 /etc/passwd /b\n"
-    began = time.monotonic()
-    assert "exit code 4" in builder.failing(context(tmp_path, text)).splitlines()[-1]
-    assert time.monotonic() - began < 20
-
-
-# ---- reproducible layers
-
-
-def test_source_date_epoch_gives_the_same_bytes(builder: Builder, tmp_path: Path) -> None:
-    text = "COPY dir /dir\nRUN echo x > /new && touch -d '1999-01-01 00:00:00' /old\n"
-    text += "WORKDIR /w\nCOPY <<E /e\nE\n"
-    (tmp_path / "dir").mkdir()
-    write_files(tmp_path / "dir", {"a": "1", "sub/b": "2"})
-    context(tmp_path, text)
-    environment = {"SOURCE_DATE_EPOCH": "1000000000"}
-    first = builder.build(tmp_path, "--no-cache", env=environment)
-    for path in [*tmp_path.rglob("*")]:
-        os.utime(path, (5, 5))
-    time.sleep(1.1)
-    second = builder.build(tmp_path, "--no-cache", "--build-arg", "SOURCE_DATE_EPOCH=1000000000")
-    mine = len(builder.config("base").diff_ids)
-    one, two = builder.config(first), builder.config(second)
-    assert one.diff_ids[mine:] == two.diff_ids[mine:]
-    assert one.created == two.created == "2001-09-09T01:46:40Z"
-    assert first == second
-    other = builder.build(tmp_path, env={"SOURCE_DATE_EPOCH": "1000000001"})
-    assert builder.config(other).diff_ids[mine:] != one.diff_ids[mine:]
-
-
 # ---- flags
 
 
@@ -535,172 +397,3 @@ def test_dockerfiles_elsewhere_and_their_own_ignore_file(builder: Builder, tmp_p
     image = builder.build(directory, "-f", tmp_path / "d/My.Dockerfile")
     assert [name for name in added(builder, image) if name.startswith("c/")] == ["c/two"]
     assert "c/one" not in builder.tree(builder.build(directory))
-
-
-# ---- what is refused
-
-
-@pytest.mark.parametrize(
-    ("dockerfile", "expected"),
-    [
-        ("COPY missing /x\n", "line 2: 'missing' is not in the build context"),
-        ("COPY ignored /x\n", "line 2: 'ignored' is not in the build context (.dockerignore"),
-        ("COPY a b /x\n", "line 2: COPY of several sources needs a destination that ends"),
-        ("COPY --link=maybe a /x\n", "line 2: the flag --link is true or false"),
-        ("COPY --fancy a /x\n", "line 2: COPY does not take the flag --fancy"),
-        ("COPY --from=later a /x\nFROM base AS later\nCOPY --from=0 / /\n", "line 2: from=later"),
-        ("COPY --from=$X a /x\n", "line 2: from=$X: variables are not expanded"),
-        ("COPY http://x/y /x\n", "line 2: COPY takes no URL"),
-        ("ADD https://x/y.git /x\n", "line 2: ADD does not clone repositories"),
-        ("COPY --chmod=9 a /x\n", "line 2: --chmod=9"),
-        ("COPY --chown=nobody a /x\n", "line 2: COPY --chown=nobody a /x: unable to find user"),
-        ("RUN --mount=type=ssh true\n", "line 2: --mount=type=ssh is not offered"),
-        ("RUN --mount=type=bind true\n", "line 2: --mount=type=bind: it needs target="),
-        ("RUN --mount=target=/x,size=3 true\n", "line 2: --mount=target=/x,size=3: 'size' is not"),
-        ("RUN --security=insecure true\n", "line 2: --security=insecure is not offered"),
-        ("RUN --network=bridge true\n", "line 2: --network=bridge"),
-        ("EXPOSE 99999\n", "line 2: EXPOSE 99999"),
-        ("STOPSIGNAL SIGNONE\n", "line 2: STOPSIGNAL SIGNONE: no such signal"),
-        ("HEALTHCHECK --interval=3 CMD x\n", "line 2: --interval=3: a duration"),
-        ("WORKDR /x\n", "line 2: unknown instruction: WORKDR (did you mean WORKDIR?)"),
-        ("ENV a\n", "line 2: ENV must have two arguments"),
-        ("SHELL bash\n", "line 2: SHELL requires the arguments as JSON"),
-        ("ONBUILD FROM x\n", "line 2: FROM isn't allowed as an ONBUILD trigger"),
-        ("ENV X=\"${a:?set a}\"\n", "line 2: a: set a"),
-        ("RUN <<E\nx\n", "unterminated heredoc"),
-    ],
-)  # fmt: skip
-def test_mistakes_are_one_line_that_names_the_place(
-    builder: Builder, tmp_path: Path, dockerfile: str, expected: str
-) -> None:
-    files = {"a": "a", "b": "b", "ignored": "i", ".dockerignore": "ignored\n"}
-    said = builder.failing(
-        context(tmp_path, dockerfile, **{k.replace(".", "__"): v for k, v in files.items()})
-    )
-    assert expected in said.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["nowhere"], "the build context 'nowhere' is not there"),
-        (["-t", "UPPER", "."], "must be lower case"),
-        (["--platform", "a/b/c/d", "."], "is not a platform"),
-        (["--secret", "src=x", "."], "--secret 'src=x'"),
-        (["--secret", "id=x,src=/nowhere", "."], "cannot read the file /nowhere"),
-        (["--secret", "id=x,env=NOT_SET_HERE", "."], "the variable NOT_SET_HERE is not set"),
-        (["--label", "=x", "."], "--label '=x'"),
-        (["--build-arg", "=x", "."], "--build-arg '=x'"),
-        (["-f", "missing", "."], "cannot read the Dockerfile missing"),
-        (["--build-arg", "SOURCE_DATE_EPOCH=soon", "."], "SOURCE_DATE_EPOCH=soon"),
-    ],
-)  # fmt: skip
-def test_bad_flags(builder: Builder, tmp_path: Path, words: list[str], expected: str) -> None:
-    context(tmp_path, "ENV X=1\n")
-    place = [str(tmp_path) if word == "." else word for word in words]
-    assert expected in builder.failing(place[-1], *place[:-1])
-
-
-def test_unused_arguments_are_warned_of(builder: Builder, tmp_path: Path) -> None:
-    done = builder.run("build", "--build-arg", "typo=1", context(tmp_path, "ARG type\n"))
-    assert "warning: build-arg typo was not used" in done.stderr
-
-
-# ---- killed builds
-
-
-def test_a_killed_build_leaves_nothing_behind(builder: Builder, tmp_path: Path) -> None:
-    """Neither a container, nor a daemon, nor staged files; the finished step stays cached."""
-    context(tmp_path, "RUN echo k1 > /k1\nRUN sleep 77\n")
-    process = subprocess.Popen(
-        [PROGRAM, "--root", str(builder.root), "build", "--progress", "plain", str(tmp_path)],
-        stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    assert process.stderr is not None
-    for line in process.stderr:
-        if b"RUN sleep 77" in line:
-            break
-    until(lambda: any(b"sleep\x0077" in words for words in command_lines()))
-    process.kill()
-    process.wait()
-    process.stderr.close()
-    staging = os.fsencode(builder.root / "staging")
-    until(lambda: not any(b"sleep\x0077" in w or staging in w for w in command_lines()))
-    context(tmp_path, "RUN echo k1 > /k1\nRUN echo k2 > /k2\n")
-    assert made(builder, tmp_path) == ["RUN echo k2 > /k2"]
-    assert os.listdir(staging) == []
-
-
-def command_lines() -> list[bytes]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found.append(entry.read_bytes())
-        except OSError:
-            continue
-    return found
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen within 20 seconds"
-        time.sleep(0.05)
-
-
-# ---- progress
-
-
-def test_progress_on_a_terminal(builder: Builder, tmp_path: Path) -> None:
-    """A live picture of the steps that run, a line for each that is done; nothing hangs."""
-    text = "RUN echo t1; sleep 0.3; printf '\\033[31mcolour\\033[0m\\n' > /a\n"
-    text += (
-        "FROM base\nRUN echo t2; sleep 0.3\nFROM base\nCOPY --from=0 /a /a\nCOPY --from=1 /etc /e\n"
-    )
-    command = [PROGRAM, "--root", str(builder.root), "build", str(context(tmp_path, text))]
-    master, slave = os.openpty()
-    process = subprocess.Popen(command, stderr=slave, env={**os.environ, "COLUMNS": "100"})
-    os.close(slave)
-    shown = b""
-    while data := _read_terminal(master):
-        shown += data
-    os.close(master)
-    assert process.wait(30) == 0
-    for label in (b"=> [0 1/1] RUN echo t1", b"=> [1 1/1] RUN echo t2", b" => # t1", b"built "):
-        assert label in shown
-    plain = builder.run("build", "--progress", "tty", tmp_path).stderr
-    assert plain.count("=> CACHED [") == 4 and "\x1b" not in plain
-
-
-def _read_terminal(descriptor: int) -> bytes:
-    try:
-        return os.read(descriptor, 1 << 16)
-    except OSError:  # EIO: nobody has the other end any more
-        return b""
-
-
-KILLING = """
-import os, sys
-from harness.killing import kill_at_every_step
-from unionimage.cli import main
-root, context = sys.argv[1:]
-options = ["-q", "-t", "killed", "--driver", "overlay", "--no-cache"]
-build = ["--root", root, "build", *options, context]
-for step in kill_at_every_step(lambda: main(build), 12):
-    assert main(["--root", root, "check"]) == 0, step
-"""
-
-
-def test_a_build_killed_at_any_step_leaves_a_store_that_is_whole(
-    builder: Builder, tmp_path: Path
-) -> None:
-    text = "COPY file /new/file\nWORKDIR /new/dir\nRUN echo x > /ran && rm /etc/group\nCMD x\n"
-    context(tmp_path / "c", text, file="f")
-    command = [sys.executable, "-c", KILLING, str(builder.root), str(tmp_path / "c")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "new/file" in builder.tree("killed")
-    staging = os.fsencode(builder.root / "staging")
-    until(lambda: not any(staging in words for words in command_lines()))
-    assert builder.run("images", "-q").stdout.split()

@@ -8,7 +8,8 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from unionimage.spec import ImageConfig
@@ -139,3 +140,46 @@ def describe(root: Path) -> dict[str, str]:
                 words.append(hashlib.sha256(path.read_bytes()).hexdigest()[:12])
             found[str(path.relative_to(root))] = " ".join(words)
     return found
+
+
+def context(path: Path, dockerfile: str, **files: str) -> Path:
+    """A context with a Dockerfile on the image `base`; in names `__` stands for a dot."""
+    path.mkdir(exist_ok=True)
+    (path / "Dockerfile").write_text("FROM base\n" + dockerfile)
+    write_files(path, {name.replace("__", "."): text for name, text in files.items()})
+    return path
+
+
+def added(builder: Builder, image: str) -> dict[str, str]:
+    """What an image has that `base` has not, or has otherwise."""
+    base = builder.tree("base")
+    return {k: v for k, v in builder.tree(image).items() if base.get(k) != v}
+
+
+def short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def made(builder: Builder, *words: str | Path) -> list[str]:
+    """The steps that a build carried out, the others came from the cache."""
+    lines = builder.run("build", "--progress", "plain", *words).stderr.splitlines()
+    cached = {line.split()[0] for line in lines if line.endswith(" CACHED")}
+    steps = [line for line in lines if line.split()[1:2] and line.split()[1].startswith("[")]
+    return [line.partition("] ")[2] for line in steps if line.split()[0] not in cached]
+
+
+def command_lines() -> list[bytes]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(entry.read_bytes())
+        except OSError:
+            continue
+    return found
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen within 20 seconds"
+        time.sleep(0.05)

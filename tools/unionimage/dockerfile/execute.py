@@ -304,9 +304,8 @@ class StageBuild:
         self.done += 1
 
     def _label(self, step: Step) -> str:
-        number = self.plan.steps.index(step, self.done) + 1
         name = f"{self.plan.name} " if len(self.build.plan.stages) > 1 else ""
-        return f"[{name}{number}/{len(self.plan.steps)}] {step.text}"
+        return f"[{name}{self.done + 1}/{len(self.plan.steps)}] {step.text}"
 
     # ---- keys
 
