@@ -37,7 +37,7 @@ from unionimage.spec import RunConfig
 DEFAULT_SHELL = ("/bin/sh", "-c")
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-_PORT = re.compile(r"(?:(?P<host>[^/]*):)?(?P<first>\d+)(?:-(?P<last>\d+))?(?:/(?P<protocol>\w+))?")
+_PORT = r"(?:(?P<host>[^/]*):)?(?P<first>\d+)(?:-(?P<last>\d+))?(?:/(?P<protocol>\w+))?"
 
 
 def apply(run: RunConfig, instruction: Instruction, cmd_is_own: bool) -> tuple[RunConfig, str]:
@@ -125,7 +125,7 @@ def _quoted(words: Iterable[str]) -> str:
 
 def _ports(text: str) -> list[str]:
     """`80`, `80/udp`, `8000-8002/tcp` as the config lists them."""
-    found = _PORT.fullmatch(text)
+    found = re.fullmatch(_PORT, text)
     if found is None:
         raise DockerfileError(f"EXPOSE {text}: a port is written PORT[-LAST][/tcp|udp|sctp]")
     protocol = (found["protocol"] or "tcp").lower()

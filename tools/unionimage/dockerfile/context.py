@@ -17,7 +17,7 @@ from unionimage.dockerfile.kitchen import BuildLease, Context
 from unionimage.dockerfile.select import open_in
 from unionimage.errors import UserError
 
-_GIT = re.compile(r"(git://|ssh://|file://|git@|github\.com/|https?://.*\.git($|#)|.*\.git(#|$))")
+_GIT = r"(git://|ssh://|file://|git@|github\.com/|https?://.*\.git($|#)|.*\.git(#|$))"
 _NAMES = ("Dockerfile", "Containerfile")
 LARGEST_DOCKERFILE = 4 << 20
 
@@ -42,7 +42,7 @@ def open_context(text: str, file: str | None, lease: BuildLease) -> Opened:
     """
     if text == "-":
         return _from_stdin(file, lease)
-    if not os.path.exists(text) and _GIT.match(text):
+    if not os.path.exists(text) and re.match(_GIT, text):
         return _in_place(_clone(text, lease), file, f"the repository {text}")
     path = Path(text)
     if path.is_dir():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,8 +19,6 @@ from unionimage.dockerfile.select import Found, Tree, digest, find, open_file, o
 if TYPE_CHECKING:  # writing is imported when something is written: cached builds are quick
     from unionimage.dockerfile.execute import Build
     from unionimage.dockerfile.place import Owner, Target
-
-_URL = re.compile(r"https?://", re.IGNORECASE)
 
 
 class Download(NamedTuple):
@@ -69,7 +66,7 @@ def gather(build: Build, action: CopyAction, *, may_mount: bool) -> Goods | None
 
 
 def _is_url(action: CopyAction, source: str) -> bool:
-    return action.is_add and _URL.match(source) is not None
+    return action.is_add and source.lower().startswith(("http://", "https://"))
 
 
 def _find(build: Build, tree: Tree, action: CopyAction, sources: Sequence[str]) -> list[Found]:

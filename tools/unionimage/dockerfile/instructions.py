@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from unionimage.dockerfile.parser import Command, DockerfileError, Heredoc, parse
 
-_STAGE_NAME = re.compile(r"[a-z][a-z0-9-_.]*")
+_STAGE_NAME = r"[a-z][a-z0-9-_.]*"
 _HEREDOC = re.compile(r"(\d*)<<(-?)([^<]+)")
-_DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
+_DURATION = r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)"
 _NANOSECONDS = {
     "ns": 1,
     "us": 10**3,
@@ -236,7 +236,7 @@ def _from(command: Command) -> From:
     name = ""
     if len(words) == 3 and words[1].lower() == "as":
         name = words[2].lower()
-        if not _STAGE_NAME.fullmatch(name):
+        if not re.fullmatch(_STAGE_NAME, name):
             raise DockerfileError(f"invalid name for a stage: {words[2]!r}")
     elif len(words) != 1:
         raise DockerfileError("FROM is written: FROM [--platform=P] IMAGE [AS NAME]")
@@ -434,7 +434,7 @@ def _duration(name: str, text: str) -> int:
     """A duration as Go writes it (`1m30s`, `500ms`), in nanoseconds."""
     if text in ("", "0"):
         return 0
-    parts = _DURATION.findall(text)
+    parts = re.findall(_DURATION, text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
         raise DockerfileError(f"--{name}={text}: a duration is written like 30s or 1m30s")
     total = round(sum(float(number) * _NANOSECONDS[unit] for number, unit in parts))

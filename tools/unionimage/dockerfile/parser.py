@@ -15,9 +15,8 @@ import dockerfile as official
 from unionimage.errors import UserError
 
 _DIRECTIVE = re.compile(r"^#\s*([a-zA-Z][a-zA-Z0-9]*)\s*=\s*(.+?)\s*$")
-_BUILT_IN_SYNTAX = re.compile(
-    r"^(docker\.io/)?docker/dockerfile(-upstream)?(:[\w.-]+)?(@sha256:\w+)?$"
-)
+# Patterns that few files need are compiled when they are used: start-up counts.
+_BUILT_IN_SYNTAX = r"^(docker\.io/)?docker/dockerfile(-upstream)?(:[\w.-]+)?(@sha256:\w+)?$"
 
 
 class DockerfileError(UserError):
@@ -72,7 +71,7 @@ def parse(text: str) -> Dockerfile:
     if escape not in ("\\", "`"):
         raise DockerfileError(f"escape={escape!r}: the escape character must be \\ or `")
     syntax = directives.get("syntax")
-    if syntax is not None and not _BUILT_IN_SYNTAX.match(syntax):
+    if syntax is not None and not re.match(_BUILT_IN_SYNTAX, syntax):
         raise DockerfileError(f"syntax={syntax}: only docker/dockerfile is understood here", 1)
     try:
         found = official.parse_string(text)

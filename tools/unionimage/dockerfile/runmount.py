@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from unionimage.dockerfile.parser import DockerfileError
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", re.IGNORECASE)
+_SIZE = r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?"
 _OWN_KEYS = {
     "bind": {"from", "source", "target", "readonly"},
     "cache": {"from", "source", "target", "readonly", "id", "sharing", "mode", "uid", "gid"},
@@ -153,7 +153,7 @@ def _number(fields: dict[str, str], key: str, base: int, default: int) -> int:
 
 
 def _size(text: str) -> int:
-    found = _SIZE.fullmatch(text.strip())
+    found = re.fullmatch(_SIZE, text.strip(), re.IGNORECASE)
     if found is None:
         raise DockerfileError(f"--mount: size={text} is not a size like 64m")
     return int(float(found[1]) * 1024 ** " kmgt".index(found[2].lower() or " "))
