@@ -157,6 +157,7 @@ def main() -> int:
     parser.add_argument("--idle", type=int, default=5, help="containers to measure memory with")
     parser.add_argument("--no-network", action="store_true", help="leave the bridge out")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed program is compiled
     args = parser.parse_args([word for word in sys.argv[1:] if word != "--containers"])
     makers: list[Callable[[Path], contextlib.AbstractContextManager[Peer]]] = [
         lambda scratch: unionfuse(scratch, "fuse"),
