@@ -13,10 +13,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from harness.layers import File
-from harness.mounts import Mounted, Workshop
+from harness.layers import File, Layer
+from harness.mounts import Mounted, Stack, Workshop
+
+from unionfuse.index_builder import build
+from unionfuse.layer import LayerStack
 
 pytestmark = pytest.mark.on("unionfuse")
 
@@ -70,6 +75,53 @@ def test_modes(workshop: Workshop, mode: str) -> None:
     assert (tree / "f").read_bytes() == LOWER
 
 
+def with_index(workshop: Workshop, layer: Layer) -> Mounted:
+    """Mounted with a lookup index: opens for reading are answered without Python."""
+    stack = Stack.make(workshop.directory / "indexed", [layer])
+    layers = LayerStack.open([os.fsencode(lower) for lower in stack.lowers])
+    build(layers.layers).write(str(stack.base / "index"))
+    layers.close()
+    return workshop.mount(stack, options={"lookup_index": str(stack.base / "index")})
+
+
+def test_a_reader_of_an_indexed_file_outlives_writer_and_unlink(workshop: Workshop) -> None:
+    tree = with_index(workshop, {"f": LOWER, "g": LOWER, "h": LOWER})
+    readers = [os.open(tree / name, os.O_RDONLY) for name in "fgh"]  # nothing is read yet
+    (tree / "f").write_bytes(b"changed")
+    os.unlink(tree / "f")
+    os.unlink(tree / "g")
+    os.rename(tree / "h", tree / "i")
+    assert os.read(readers[0], 100) == b"changed"
+    assert os.read(readers[1], 6000) == LOWER
+    assert os.read(readers[2], 6000) == LOWER
+    assert [os.fstat(reader).st_nlink for reader in readers] == [0, 0, 1]
+    for reader in readers:
+        os.fsync(reader)
+        assert os.lseek(reader, 0, os.SEEK_DATA) == 0
+        os.close(reader)
+    assert (tree / "i").read_bytes() == LOWER
+
+
+def test_many_threads_open_read_and_close_indexed_files(workshop: Workshop) -> None:
+    contents = {f"{number:02}": bytes([number]) * (20000 + number) for number in range(40)}
+    tree = with_index(workshop, contents)
+    assert tree.daemon is not None
+    descriptors = Path(f"/proc/{tree.daemon.process.pid}/fd")
+    before = len(list(descriptors.iterdir()))
+
+    def read_all(first: int) -> None:
+        for step in range(400):
+            name = f"{(first * 7 + step * 11) % 40:02}"
+            descriptor = os.open(tree / name, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # ask the daemon again
+            assert os.read(descriptor, 30000) == contents[name]
+            os.close(descriptor)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(read_all, range(6)))
+    assert len(list(descriptors.iterdir())) <= before + 10
+
+
 def read_open(tree: Mounted) -> int:
     return os.open(tree / "f", os.O_RDONLY)
 
@@ -88,12 +140,12 @@ STEPS: dict[str, Step] = {
 }
 
 
-@pytest.mark.parametrize("where", ["lower", "upper"])
+@pytest.mark.parametrize("where", ["lower", "upper", "indexed"])
 def test_every_order_of_three_steps(workshop: Workshop, where: str) -> None:
     """After each order all descriptors that are open read and write one and the same file."""
     orders = [order for order in itertools.permutations(STEPS, 3) if "unlink" not in order[:-1]]
     layer = {f"{number}/f": LOWER for number in range(len(orders))}
-    tree = workshop(layer)
+    tree = with_index(workshop, layer) if where == "indexed" else workshop(layer)
     for number, order in enumerate(orders):
         place = tree.root / str(number)
         if where == "upper":
@@ -117,8 +169,9 @@ def check_agreement(descriptors: list[int], order: tuple[str, ...]) -> None:
         os.close(descriptor)
 
 
-def test_a_mapped_lower_file_shows_what_a_writer_writes(workshop: Workshop) -> None:
-    tree = workshop({"f": LOWER})
+@pytest.mark.parametrize("index", [False, True])
+def test_a_mapped_lower_file_shows_what_a_writer_writes(workshop: Workshop, index: bool) -> None:
+    tree = with_index(workshop, {"f": LOWER}) if index else workshop({"f": LOWER})
     with (
         open(tree / "f", "rb") as reader,
         mmap.mmap(reader.fileno(), 0, prot=mmap.PROT_READ) as view,

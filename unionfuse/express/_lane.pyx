@@ -164,6 +164,16 @@ cdef extern from *:
         sched_setaffinity(0, sizeof set, &set);
     }
 
+    static inline int lane_add(int *counter, int by) {
+        return __atomic_add_fetch(counter, by, __ATOMIC_SEQ_CST);
+    }
+    static inline int lane_load(int *counter) {
+        return __atomic_load_n(counter, __ATOMIC_SEQ_CST);
+    }
+    static inline int lane_swap(int *counter, int value) {
+        return __atomic_exchange_n(counter, value, __ATOMIC_SEQ_CST);
+    }
+
     static inline double lane_clock(void) {
         struct timespec now;
         clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
@@ -186,6 +196,15 @@ cdef extern from *:
         uint64_t fh
         uint64_t offset
         uint32_t size
+    struct fuse_open_in:
+        uint32_t flags
+        uint32_t open_flags
+    struct fuse_open_out:
+        uint64_t fh
+        uint32_t open_flags
+        uint32_t padding
+    struct fuse_release_in:
+        uint64_t fh
     struct fuse_getxattr_in:
         uint32_t size
         uint32_t padding
@@ -234,6 +253,9 @@ cdef extern from *:
     int lane_take(int *flag) nogil
     void lane_give(int *flag) nogil
     void lane_stay_on(int cpu) nogil
+    int lane_add(int *counter, int by) nogil
+    int lane_load(int *counter) nogil
+    int lane_swap(int *counter, int value) nogil
     int eventfd(unsigned count, int flags) nogil
     int mlock(const void *address, size_t length) nogil
     ssize_t writev(int fd, const iovec *iov, int count) nogil
@@ -246,8 +268,10 @@ cdef enum:
     FORGET = 2
     GETATTR = 3
     READLINK = 5
+    OPEN = 14
     READ = 15
     STATFS = 17
+    RELEASE = 18
     GETXATTR = 22
     LISTXATTR = 23
     FLUSH = 25
@@ -268,6 +292,16 @@ cdef enum:
     ATTR_AT = 40  # in a fuse_entry_out
     RECORD_SIZE = 152
     NAME_MAX = 255
+
+cdef enum:
+    ACCESS_MODE = 3  # O_ACCMODE
+    TRUNCATE = 0o1000  # O_TRUNC
+    KEEP_CACHE_NOFLUSH = 1 << 1 | 1 << 5
+    BUSY = 256  # counters of reads that are under way
+
+# A handle that the loop gave: this bit, and the node id. It stands for all opens of the node.
+cdef uint64_t NODE_BIT = <uint64_t>1 << 62
+NODE_HANDLE = NODE_BIT
 
 # How a request ended.
 cdef enum:
@@ -382,6 +416,11 @@ cdef class Loop:
     cdef int thread_count
     cdef bint stopping
     cdef const unsigned char[:] view
+    cdef bint opening
+    cdef uint64_t open_size  # files of this size and more are for Python to open
+    cdef int *opens  # by node: how many opens the loop has answered
+    cdef int *files  # by node: the descriptor to read such opens from, plus one; 0 for none yet
+    cdef int busy[256]
     cdef int *descriptors  # by handle: where READ reads, plus one; 0 is for Python to say
     cdef uint64_t handles
 
@@ -395,6 +434,8 @@ cdef class Loop:
 
     def __dealloc__(self):
         free(self.own_dirty)
+        free(self.opens)
+        free(self.files)
         free(self.descriptors)
         for i in range(self.thread_count):
             free_thread(self.threads[i])
@@ -458,6 +499,33 @@ cdef class Loop:
         """READ of an open handle reads this descriptor from now on; -1 asks Python again."""
         if handle < self.handles:
             self.descriptors[handle] = descriptor + 1
+
+    def open_here(self, uint64_t below):
+        """Answer OPEN for reading, of files that are as in the index and smaller than `below`.
+
+        Nothing is opened then: who reads such a file asks Python for a descriptor first.
+        """
+        self.opens = <int *>calloc(self.count + 1, sizeof(int))
+        self.files = <int *>calloc(self.count + 1, sizeof(int))
+        if not self.opens or not self.files:
+            raise MemoryError
+        self.open_size, self.opening = below, True
+
+    def opened_here(self, uint64_t node):
+        """How many opens of a node the loop has answered that are still open."""
+        # An addition, not a look: it comes after the mark that `changed` has just set.
+        return lane_add(&self.opens[node], 0) if self.opening and node <= self.count else 0
+
+    def read_node_from(self, uint64_t node, int descriptor):
+        """READ of opens that the loop has answered reads this descriptor; -1 asks Python again.
+
+        When it returns, nobody reads the one before any more.
+        """
+        if not self.opening or not 0 < node <= self.count:
+            return
+        lane_swap(&self.files[node], descriptor + 1)
+        while lane_load(&self.busy[node % BUSY]):
+            pass  # a pread that began before; it needs no GIL
 
     def counts(self):
         """Requests by opcode: (answered here, handed to Python)."""
@@ -747,12 +815,16 @@ cdef class Loop:
             return ANSWERED
         if opcode == READ:
             return self.read_data(thread, body, size, reply)
+        if opcode == RELEASE:
+            return self.release(body, size)
         if not self.is_as_indexed(node):
             return FOR_PYTHON
         if opcode == LOOKUP:
             return self.lookup(thread, node, body, size, reply)
         if opcode == GETATTR:
             return self.getattr(thread, node, reply)
+        if opcode == OPEN:
+            return self.open(thread, node, body, size, reply)
         if opcode == READDIRPLUS or opcode == READDIR:
             return self.readdir(thread, node, opcode == READDIRPLUS, body, size, reply)
         if opcode == READLINK:
@@ -974,7 +1046,11 @@ cdef class Loop:
         cdef ssize_t got
         if size < sizeof(fuse_read_in):
             return self.fail(reply, EINVAL)
-        if wanted.fh >= self.handles or wanted.size > BUFFER:
+        if wanted.size > BUFFER:
+            return self.fail(reply, EINVAL)
+        if wanted.fh & NODE_BIT:
+            return self.read_node(thread, wanted.fh & ~NODE_BIT, wanted, reply)
+        if wanted.fh >= self.handles:
             return FOR_PYTHON
         descriptor = self.descriptors[wanted.fh] - 1
         if descriptor < 0:
@@ -984,6 +1060,63 @@ cdef class Loop:
             return self.fail(reply, errno)
         reply.data, reply.length = thread.out, got
         return ANSWERED
+
+    cdef int read_node(
+        self, Thread *thread, uint64_t node, const fuse_read_in *wanted, Reply *reply
+    ) noexcept nogil:
+        cdef int descriptor
+        cdef ssize_t got = 0
+        cdef int failure = 0
+        if not self.opening or not 0 < node <= self.count:
+            return self.fail(reply, EINVAL)
+        lane_add(&self.busy[node % BUSY], 1)  # before the look: see read_node_from
+        descriptor = lane_load(&self.files[node]) - 1
+        if descriptor >= 0:
+            got = pread(descriptor, thread.out, wanted.size, <off_t>wanted.offset)
+            failure = errno
+        lane_add(&self.busy[node % BUSY], -1)
+        if descriptor < 0:
+            return FOR_PYTHON
+        if got < 0:
+            return self.fail(reply, failure)
+        reply.data, reply.length = thread.out, got
+        return ANSWERED
+
+    cdef int open(
+        self, Thread *thread, uint64_t node, const char *body, size_t size, Reply *reply
+    ) noexcept nogil:
+        cdef const fuse_open_in *wanted = <const fuse_open_in *>body
+        cdef fuse_open_out *out = <fuse_open_out *>thread.out
+        cdef const char *record
+        if size < sizeof(fuse_open_in):
+            return self.fail(reply, EINVAL)
+        if not self.opening or wanted.flags & (ACCESS_MODE | TRUNCATE):
+            return FOR_PYTHON
+        record = self.record(<uint64_t>self.nodes[node].record * 8, self.records_length)
+        if record == NULL:
+            return self.fail(reply, EIO)
+        if (<const uint64_t *>(record + ATTR_AT))[1] >= self.open_size:
+            return FOR_PYTHON
+        lane_add(&self.opens[node], 1)
+        if self.dirty[node] & CHANGED:  # in between: Python may have looked before we counted
+            lane_add(&self.opens[node], -1)
+            return FOR_PYTHON
+        memset(out, 0, sizeof(fuse_open_out))
+        out.fh, out.open_flags = NODE_BIT | node, KEEP_CACHE_NOFLUSH
+        reply.data, reply.length = thread.out, sizeof(fuse_open_out)
+        return ANSWERED
+
+    cdef int release(self, const char *body, size_t size) noexcept nogil:
+        cdef const fuse_release_in *wanted = <const fuse_release_in *>body
+        cdef uint64_t node
+        if size < sizeof(fuse_release_in) or not wanted.fh & NODE_BIT or not self.opening:
+            return FOR_PYTHON
+        node = wanted.fh & ~NODE_BIT
+        if not 0 < node <= self.count:
+            return FOR_PYTHON
+        if lane_add(&self.opens[node], -1) > 0 or lane_load(&self.files[node]) == 0:
+            return ANSWERED
+        return FOR_PYTHON  # the last one: Python closes what it has opened for it
 
     def keep_statfs(self, bytes answer):
         """Answer STATFS with these bytes for a moment: the kernel never caches it."""

@@ -12,6 +12,7 @@ of one directory, and sends RELEASE of a handle after everything else that uses 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -25,7 +26,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from unionfuse.express import passthrough, protocol
-from unionfuse.express._lane import Loop, can_use_rings
+from unionfuse.express._lane import NODE_HANDLE, Loop, can_use_rings
 from unionfuse.express.passthrough import Passthrough
 from unionfuse.express.protocol import InitFlag, Opcode, Wanted
 from unionfuse.express.requests import MALFORMED, Call, Requests
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 _READERS = 2  # threads that read /dev/fuse: two are faster than one, more are not
 _WAITERS = 4  # threads for what may take long
 _SOCKET_BUFFER = 4 << 20
+_LARGE = 1 << 20  # bytes
 _OPCODE_NAMES = {int(opcode): opcode.name for opcode in Opcode}
 
 _ENDS = (0, errno.ENODEV, errno.ENOTCONN, errno.ECANCELED)  # of a mount, not failures
@@ -76,8 +78,10 @@ class Lane:
         self._waiters = 0
         self._idle = 0
         self._relayed: Counter[int] = Counter()  # by opcode
+        self._opened_nodes: dict[int, int] = {}  # node -> handle, for opens that the loop answered
         self._direct: dict[int, set[int]] = {}  # node -> handles that the loop reads by itself
         self._lock = threading.Lock()  # of the fields above; never held across a call
+        self._survivor = survivor
         valid = min(int(options.timeout), protocol.FOREVER)
         self._loop = Loop(fuse, self._serve, valid, not (options.noxattrs or options.noacl))
         if options.debug:
@@ -86,8 +90,9 @@ class Lane:
         if self._index is not None:
             marks = survivor.marks(self._index.count + 1) if survivor is not None else None
             self._loop.use_index(self._index, marks)
+            if survivor is None:  # the next daemon would not know what this one has answered
+                self._loop.open_here(below=self._size_to_pass_through())
         self._methods = Requests(self, union).methods
-        self._survivor = survivor
         if survivor is not None:
             self._loop.stay_resident()
             survivor.settle(union)
@@ -154,6 +159,11 @@ class Lane:
         if self._options.upperdir is None:
             return self._options.passthrough == "auto"  # "upper" means no lower files
         return self._options.passthrough != "off"
+
+    def _size_to_pass_through(self) -> int:
+        """Lower files from this size on are passed through; to open a small one costs more."""
+        passes = self._options.upperdir is None and self._passes_files_through()
+        return _LARGE if passes and passthrough.is_permitted() else 1 << 63
 
     def started(self) -> None:
         """libfuse has shaken hands: nothing is to be done, it goes on with its end of the pair."""
@@ -288,7 +298,8 @@ class Lane:
         """(open_flags, backing id) for the reply to an OPEN."""
         with self._union.lock:  # a copy-up in between would change the file
             descriptor = self._union.descriptor(handle)
-            settled = self._union.is_settled(handle)
+            # The loop's own opens of the node go through the page cache.
+            settled = self._union.is_settled(handle) and not self._loop.opened_here(node)
             return self._passthrough.opened(node, handle, descriptor, settled)
 
     def released(self, node: int, handle: int) -> None:
@@ -301,6 +312,26 @@ class Lane:
                 handles.discard(handle)
                 if not handles:
                     del self._direct[node]
+
+    def union_handle(self, handle: int) -> int:
+        """The union's handle for one that the kernel has: it may be one that the loop gave."""
+        if not handle & NODE_HANDLE:
+            return handle
+        node = handle & ~NODE_HANDLE
+        with self._union.lock:
+            found = self._opened_nodes.get(node)
+            if found is None:
+                found = self._opened_nodes[node] = self._union.open(node, os.O_RDONLY)
+                self._loop.read_node_from(node, self._union.descriptor(found))
+            return found
+
+    def released_here(self, handle: int) -> None:
+        """The last open of a node that the loop has answered may be gone."""
+        node = handle & ~NODE_HANDLE
+        with self._union.lock:
+            if not self._loop.opened_here(node) and node in self._opened_nodes:
+                self._loop.read_node_from(node, -1)
+                self._union.release(self._opened_nodes.pop(node))
 
     def read_directly(self, node: int, handle: int, descriptor: int) -> None:
         """Let the loop answer READ of this handle from now on."""
@@ -316,12 +347,15 @@ class Lane:
             handles = self._direct.pop(node, ())
         for handle in handles:
             self._loop.read_from(handle, -1)
-        if (
-            self._index is not None
-            and node <= self._index.count
-            and not self._loop.is_changed(node)
-        ):
+        if self._index is None or node > self._index.count:
+            return
+        if not self._loop.is_changed(node):
             self._loop.changed(node, [parent for parent, _ in self._index.names(node)])
+        if self._loop.opened_here(node):
+            # Open it while it can still be found; the file may be another one than before.
+            with contextlib.suppress(OSError):
+                opened = self.union_handle(NODE_HANDLE | node)
+                self._loop.read_node_from(node, self._union.descriptor(opened))
 
 
 def _queues() -> int:

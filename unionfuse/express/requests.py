@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from unionfuse import syscalls
 from unionfuse.express import protocol
+from unionfuse.express._lane import NODE_HANDLE
 from unionfuse.express.protocol import Opcode, OpenFlag, SetattrValid
 from unionfuse.node import NOW, Attributes, Caller, Changes, Entry
 from unionfuse.union import Union
@@ -173,9 +174,17 @@ class Requests:
         (name,) = call.names(protocol.MKDIR_IN.size, 1)
         return self._entry(self._union.mkdir(call.node, name, mode, call.caller(umask)))
 
-    def _unlink(self, call: Call) -> bytes:
-        self._union.unlink(call.node, *call.names(0, 1))
+    def _unlink(self, call: Call) -> bytes | None:
+        (name,) = call.names(0, 1)
+        if self._linked_up_later(call, call.node, name):
+            return None
+        self._union.unlink(call.node, name)
         return b""
+
+    def _linked_up_later(self, call: Call, parent: int, name: bytes) -> bool:
+        """A lower file with several names is copied up before one of them goes."""
+        linked = self._union.linked(parent, name)
+        return bool(linked) and self._copied_up_later(call, linked)
 
     def _rmdir(self, call: Call) -> bytes:
         self._union.rmdir(call.node, *call.names(0, 1))
@@ -197,6 +206,8 @@ class Requests:
                 return None
         finally:
             self._union.forget(moved, 1)
+        if self._linked_up_later(call, new_parent, new):
+            return None
         self._union.rename(call.node, old, new_parent, new, flags)
         return b""
 
@@ -235,6 +246,8 @@ class Requests:
 
     def _read(self, call: Call) -> bytes:
         handle, offset, size, *_ = protocol.READ_IN.unpack_from(call.body)
+        if handle & NODE_HANDLE:
+            return self._union.read(self._lane.union_handle(handle), offset, min(size, 1 << 20))
         with self._union.lock:  # a copy-up in between would leave the loop with the old descriptor
             self._lane.read_directly(call.node, handle, self._union.descriptor(handle))
         return self._union.read(handle, offset, min(size, 1 << 20))
@@ -249,12 +262,17 @@ class Requests:
 
     def _release(self, call: Call) -> bytes:
         handle, *_ = protocol.RELEASE_IN.unpack_from(call.body)
+        if handle & NODE_HANDLE:
+            self._lane.released_here(handle)
+            return b""
         self._lane.released(call.node, handle)
         self._union.release(handle)
         return b""
 
     def _fsync(self, call: Call) -> None:
-        self._lane.relay(call)
+        handle, flags, padding = protocol.FSYNC_IN.unpack_from(call.body)
+        handle = self._lane.union_handle(handle)
+        self._lane.relay(call._replace(body=protocol.FSYNC_IN.pack(handle, flags, padding)))
 
     def _fsyncdir(self, call: Call) -> None:
         handle, flags, _ = protocol.FSYNC_IN.unpack_from(call.body)
@@ -286,7 +304,8 @@ class Requests:
         handle, offset, whence, _ = protocol.LSEEK_IN.unpack_from(call.body)
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        found = os.lseek(self._union.descriptor(handle), offset, whence)
+        descriptor = self._union.descriptor(self._lane.union_handle(handle))
+        found = os.lseek(descriptor, offset, whence)
         return protocol.LSEEK_OUT.pack(found)
 
     def _copy_file_range(self, call: Call) -> bytes | None:
@@ -302,6 +321,7 @@ class Requests:
         if flags:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         length = min(length, _COPY_MOST)
+        source = self._lane.union_handle(source)
 
         def copy() -> bytes:
             descriptors = self._union.descriptor(source), self._union.descriptor(target)
