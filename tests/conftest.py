@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line(
         "markers",
-        "doors: this scenario runs through pyfuse3 alone, too, in short runs (tests/README.md)",
+        "doors: this scenario runs through other doors, too, in short runs (tests/README.md)",
     )
 
 
@@ -46,7 +46,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _other_doors(metafunc: pytest.Metafunc) -> list[str]:
     if metafunc.config.getoption("--long"):
         return list(DOORS)
-    return ["unionfuse-pyfuse3"] if metafunc.definition.get_closest_marker("doors") else []
+    chosen = metafunc.definition.get_closest_marker("doors") is not None
+    return ["unionfuse-pyfuse3", "unionfuse-indexed"] if chosen else []
 
 
 def _covers(named: tuple[str, ...], kind: str) -> bool:

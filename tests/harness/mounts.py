@@ -24,12 +24,14 @@ from harness.snapshot import Tree, assert_equal, snapshot
 DOORS: dict[str, tuple[str, ...]] = {
     "unionfuse": (),
     "unionfuse-pyfuse3": ("express=off",),
+    "unionfuse-indexed": (),  # and a lookup index of the layers, made before each mount
     "unionfuse-uring": ("uring=on",),
 }
 KINDS = ("plain", "overlay", "fuse-overlayfs", *DOORS)
 
 # the oracle, as the field's own test suites mount it; a test's options go over these
 _OVERLAY_OPTIONS = {"index": "on", "redirect_dir": "on", "xino": "on"}
+_INDEX_BUILD = (Path(sys.executable).with_name("unionfuse"), "index", "build", "-o")
 _SECONDS_TO_MOUNT = 20
 _SECONDS_TO_END = 20
 
@@ -198,6 +200,8 @@ class Mounted:
                 self._start(["fuse-overlayfs", "-f"], self.options, environment)
             case _:
                 door = dict.fromkeys(DOORS[self.kind])
+                if self.kind == "unionfuse-indexed":
+                    door |= self._build_index()
                 self._start(unionfuse_command("-f"), {**self.options, **door}, environment)
 
     def _mount_overlay(self) -> None:
@@ -221,6 +225,17 @@ class Mounted:
                 if error.errno != errno.EBUSY or time.monotonic() > limit:
                     raise
                 time.sleep(0.1)
+
+    def _build_index(self) -> dict[str, str | None]:
+        """The option that names a fresh index; none where these layers cannot have one."""
+        path = self.stack.base / "lookup.index"
+        made = subprocess.run(
+            [*_INDEX_BUILD, path, *self.stack.lowers], capture_output=True, text=True, check=False
+        )
+        if made.returncode:
+            assert "several file systems" in made.stderr or "device" in made.stderr, made.stderr
+            return {}
+        return {f"lookup_index={escaped(path)}": None}
 
     def _start(
         self, command: list[str], options: Options, environment: Mapping[str, str] | None
