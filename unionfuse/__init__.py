@@ -11,6 +11,7 @@
 #   index, layer, whiteout  what lies on disk: lookup index, layer directories, marks
 #   syscalls   the only raw system calls
 #
+# keeper (a process of its own) and survival are what a mount outlives its daemon by.
 # options (the -o line) is used by all of them. Nothing here imports unionimage.
 
 __version__ = "0.1.0"

@@ -108,18 +108,51 @@ def detach(mountpoint: bytes, lazy: bool = False) -> None:
 def daemon_of(mount: Mount) -> int | None:
     """A pidfd of the process that serves a FUSE mount; None where /proc does not tell.
 
-    Linux 6.17 and later name the connection in the fdinfo of /dev/fuse.
+    Where the mount has a keeper it is that: it ends after its daemon.
+    """
+    try:
+        found = server_of(mount)
+        return None if found is None else os.pidfd_open(found[0])
+    except ProcessLookupError:
+        return None
+
+
+def server_of(mount: Mount) -> tuple[int, int] | None:
+    """The process ids of a mount's keeper and of its daemon; without a keeper both are one.
+
+    Linux 6.17 and later name the connection in the fdinfo of /dev/fuse; None before that.
     """
     connection = mount.device.partition(b":")[2]
     wanted = re.compile(rb"^fuse_connection:\t%s$" % connection, re.MULTILINE)
-    for process in filter(str.isdigit, os.listdir("/proc")):
-        infos = f"/proc/{process}/fdinfo"
-        try:
-            if any(wanted.search(_contents(f"{infos}/{number}")) for number in os.listdir(infos)):
-                return os.pidfd_open(int(process))
-        except OSError:
-            continue  # it ended, or is not ours to look into
+    for process in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        if _holds(process, wanted):
+            parent = _relative(process, "stat")
+            if parent is not None and _holds(parent, wanted):
+                return parent, process
+            child = _relative(process, f"task/{process}/children")
+            if child is not None and _holds(child, wanted):
+                return process, child
+            return process, process
     return None
+
+
+def _holds(process: int, wanted: re.Pattern[bytes]) -> bool:
+    infos = f"/proc/{process}/fdinfo"
+    try:
+        return any(wanted.search(_contents(f"{infos}/{number}")) for number in os.listdir(infos))
+    except OSError:
+        return False  # it ended, or is not ours to look into
+
+
+def _relative(process: int, file: str) -> int | None:
+    """A process's parent (`stat`) or first child (`task/PID/children`)."""
+    try:
+        words = _contents(f"/proc/{process}/{file}").rpartition(b")")[2].split()
+    except OSError:
+        return None
+    if file == "stat":
+        return int(words[1])
+    return int(words[0]) if words else None
 
 
 def wait_for_end(pidfd: int, seconds: float) -> bool:

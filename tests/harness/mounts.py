@@ -26,6 +26,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "unionfuse-pyfuse3": ("express=off",),
     "unionfuse-indexed": (),  # and a lookup index of the layers, made before each mount
     "unionfuse-uring": ("uring=on",),
+    "unionfuse-keeper": ("keeper=on",),
 }
 KINDS = ("plain", "overlay", "fuse-overlayfs", *DOORS)
 

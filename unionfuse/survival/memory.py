@@ -107,7 +107,8 @@ class SharedMemory:
 
     def give_back(self, offset: int, length: int) -> None:
         """Let go of pages that are not needed any more; they read as zeros afterwards."""
-        syscalls.fallocate(self.descriptor, 0x3, offset, length)  # PUNCH_HOLE, KEEP_SIZE
+        if length:
+            syscalls.fallocate(self.descriptor, 0x3, offset, length)  # PUNCH_HOLE, KEEP_SIZE
 
     def close(self) -> None:
         self.words.release()

@@ -40,6 +40,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "mount": ("mount", "Mount an image, or what it was after a step, at a directory"),
     "umount": ("umount", "Unmount"),
     "mounts": ("mounts", "List mounted images"),
+    "upgrade": ("upgrade", "Replace the daemon of a mount that has a keeper, while it is in use"),
     "check": ("check", "Verify every blob, layer and index in the store"),
     # The lookup index
     "index": ("index", "Build, verify or show lookup indexes"),
