@@ -149,7 +149,11 @@ def ltp(suite: Path, program: MountProgram, only: Sequence[str]) -> Outcome:
 
 def _has_its_own_device(path: Path) -> bool:
     source = path.with_suffix(".c").read_text(errors="replace")
-    return bool(re.search(r"mount_device|all_filesystems|needs_device|format_device", source))
+    return bool(
+        re.search(
+            r"mount_device|all_filesystems|needs_device|format_device|tst_acquire_device", source
+        )
+    )
 
 
 def _ltp_test(name: str, path: Path, words: Sequence[str], mnt: Path) -> Outcome:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmark import report, trees, workloads
-from benchmark.peers import PEERS, Peer, mounted
+from benchmark.peers import PEERS, Peer, lookup_index, mounted
 from benchmark.report import Results, Row
 
 _URING = Path("/sys/module/fuse/parameters/enable_uring")
@@ -48,6 +48,9 @@ def measure(args: argparse.Namespace, cache: Path, peers: list[Peer], results: R
     scratch = cache / "mounts"
     for layers in args.layers:
         tree = trees.make(cache, layers, args.files, big)
+        if any(peer.indexed for peer in peers):
+            lookup_index(tree)
+        trees.protect(tree)
         sessions = list(workloads.READING)
         if layers == args.layers[min(1, len(args.layers) - 1)]:
             sessions += workloads.WRITING

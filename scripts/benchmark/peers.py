@@ -79,6 +79,10 @@ class Peer:
     copies_up: bool = True
 
     @property
+    def indexed(self) -> bool:
+        return self.name in ("unionfuse+index", "unionfuse+uring")
+
+    @property
     def installed(self) -> bool:
         return self.program == "" or shutil.which(self.program) is not None
 
@@ -167,8 +171,6 @@ def mounted(peer: Peer, tree: Tree, scratch: Path, pinned: bool) -> Iterator[Mou
     if peer.command is None:
         yield Mounted(tree.flat, tree, False, pinned, None)
         return
-    if "index" in peer.name or "uring" in peer.name:
-        lookup_index(tree)
     mount = Mounted(stack.mountpoint, tree, True, pinned, None)
     words = mount.pin(peer.command(stack))
     if peer.fuse:
