@@ -16,6 +16,8 @@ from harness.snapshot import KINDS, Record, Tree
 # a number that no count reaches: the hooks are put in place, and daemons do not inherit it
 os.environ["UNIONFUSE_TEST_KILL_AT"] = "-1"
 from unionfuse import syscalls
+from unionfuse.index import LookupIndex
+from unionfuse.index_builder import build as build_index
 from unionfuse.layer import LayerStack
 from unionfuse.node import Caller, Changes, Entry
 from unionfuse.options import MountOptions
@@ -27,16 +29,26 @@ ROOT_CALLER = Caller(0, 0, os.getpid(), 0o022)
 
 
 class Direct:
-    """One union, its files named by paths relative to the root (str, "" for the root)."""
+    """One union, its files named by paths relative to the root (str, "" for the root).
 
-    def __init__(self, stack: Stack, **options: object) -> None:
+    `options` are fields of MountOptions; `indexed` gives it a lookup index of the layers.
+    """
+
+    def __init__(self, stack: Stack, *, indexed: bool = False, **options: object) -> None:
         parsed = MountOptions(
             lowerdir=tuple(os.fsencode(lower) for lower in stack.lowers),
             upperdir=stack.upper and os.fsencode(stack.upper),
             workdir=stack.work and os.fsencode(stack.work),
             **options,  # type: ignore[arg-type]
         )
-        self.union = Union(LayerStack.open(parsed.lowerdir), parsed)
+        layers = LayerStack.open(parsed.lowerdir)
+        index = None
+        if indexed:
+            path = stack.base / "lookup.index"
+            if not path.exists():
+                build_index(layers.layers).write(os.fsencode(path))
+            index = LookupIndex.open(os.fsencode(path))
+        self.union = Union(layers, parsed, index)
 
     def close(self) -> None:
         self.union.close()

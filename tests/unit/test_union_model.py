@@ -255,7 +255,11 @@ class UnionWithMetacopy(UnionAsDict):
     options = {"metacopy": True}  # noqa: RUF012
 
 
-MACHINES = (UnionAsDict, UnionWithoutRedirects, UnionWithMetacopy)
+class UnionWithLookupIndex(UnionAsDict):
+    options = {"indexed": True}  # noqa: RUF012
+
+
+MACHINES = (UnionAsDict, UnionWithoutRedirects, UnionWithMetacopy, UnionWithLookupIndex)
 
 
 def _run(machine: type[UnionAsDict], examples: int) -> None:
