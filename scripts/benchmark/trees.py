@@ -64,7 +64,7 @@ def make(cache: Path, layers: int, files: int, big: int) -> Tree:
 def protect(tree: Tree) -> None:
     """Have the kernel refuse every change of the layers, in this mount namespace.
 
-    Not every peer leaves its read-only branches alone: mergerfs deletes the target of a rename there.
+    Not every peer leaves read-only branches alone: mergerfs deletes the target of a rename there.
     """
     subprocess.run(["mount", "--bind", tree.root, tree.root], check=True)
     subprocess.run(["mount", "-o", "remount,bind,ro", tree.root], check=True)
