@@ -124,6 +124,7 @@ class Monitor:
         while not self._done:
             self._step()
         server.close()
+        os.close(alive)  # everything is put away: whoever hears of the end may start it again
         self._farewell()
 
     # ---- starting
