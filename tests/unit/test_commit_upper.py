@@ -123,6 +123,11 @@ CHANGES: dict[str, Change] = {
     "renamed twice": lambda root: (
         move(root / "d", root / "x"), move(root / "x", root / "e/y"),
     ),
+    "renamed, and what is in it too": lambda root: (
+        (root / "d/f").chmod(0o600), (root / "d/sub/f").chmod(0o600),
+        move(root / "d", root / "d2"), move(root / "d2/sub", root / "d2/sub2"),
+        move(root / "d2/f", root / "d2/f2"),
+    ),
     "renamed over": lambda root: (
         shutil.rmtree(root / "e"), move(root / "d", root / "e"), (root / "d").mkdir(),
     ),

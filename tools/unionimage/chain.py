@@ -201,10 +201,7 @@ class Chain:
                 if not marks.metacopy:
                     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
                     return os.open(name, flags, dir_fd=parent)
-            path = place.path
-            if marks.redirect is not None:
-                path = view.redirect_target(marks.redirect, path)
-            lower = self.find(path, below=place.layer)
+            lower = self.find(self._below(place), below=place.layer)
             if lower is None or lower.kind != stat.S_IFREG:
                 raise FileNotFoundError(errno.ENOENT, "its data is in no lower layer", place.path)
             place = lower.places[0]
@@ -223,7 +220,22 @@ class Chain:
             if scan.marks.opaque:
                 return
             if scan.marks.redirect is not None:
-                target = view.redirect_target(scan.marks.redirect, place.path)
-                lower = self.find(target, below=place.layer)
+                lower = self.find(self._below(place), below=place.layer)
                 merged = lower is not None and lower.kind == stat.S_IFDIR
                 places = list(lower.places) if lower is not None and merged else []
+
+    def _below(self, place: Place) -> bytes:
+        """Where to look for it in the layers below, by its own redirect and its parents'.
+
+        A relative redirect names a sibling in what the parent stands for below.
+        """
+        above, _, name = place.path.rpartition(b"/")
+        if not place.path:
+            return b""
+        with ExitStack() as stack:
+            redirect = whiteout.read_marks(*self.parent(place, stack)).redirect
+        if redirect is not None and redirect.startswith(b"/"):
+            return redirect.strip(b"/")
+        parent = self._below(Place(place.layer, above))
+        name = name if redirect is None else redirect
+        return parent + b"/" + name if parent else name
