@@ -479,3 +479,25 @@ def test_healthcheck(box: Box) -> None:
     assert box.names("--filter", "health=healthy") == ["patient"]
     assert box.state("patient")["Health"]["Log"][-1]["ExitCode"] == 0
     box("run", "--health-cmd", "x", "--no-healthcheck", "busybox", code=125)
+
+
+def test_stop_all_before_a_shutdown_and_autostart_after(box: Box) -> None:
+    quick = "trap 'exit 0' TERM; while :; do sleep 0.05; done"
+    box.start("service", "--restart", "unless-stopped", command=quick)
+    box.start("task", command=quick)
+    box.start("retired", "--restart", "unless-stopped")
+    box("stop", "-t", "0", "retired")
+    box("update", "--restart", "no", "task")
+    for name in ("service", "task"):
+        box("exec", name, "true")
+    box("container", "stop-all", timeout=90)
+    assert box.names() == []
+    assert box.out("container", "autostart") == "service\n"
+    assert box.names() == ["service"]
+
+
+def test_stop_and_start_in_a_row(box: Box) -> None:
+    box.start("again", command="exit 3")
+    for _ in range(5):
+        assert box.out("wait", "again") == "3\n"
+        box("start", "again")

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import time
 from typing import TYPE_CHECKING
 
 from unionimage.container import (
@@ -22,6 +23,8 @@ from unionimage.container import (
 from unionimage.container.places import boot_id
 from unionimage.container.state import ALIVE, Container
 from unionimage.errors import Conflict, UserError
+
+LAST_MOMENTS = 5.0  # seconds that a monitor may take between writing the end and its own
 
 if TYPE_CHECKING:
     from unionimage.container.lifecycle import Engine
@@ -44,6 +47,11 @@ def start(
         remains.bury(engine, container)
         container.reload()
         state = container.state()
+        deadline = time.monotonic() + LAST_MOMENTS
+        while state["Status"] not in ALIVE and container.monitor_lives():
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.005)
         if state["Status"] in ALIVE or container.monitor_lives():
             raise Conflict(f"container {container.name} is {state['Status']} already")
         chosen = runtime.find(container.record.get("Runtime"))
