@@ -5,17 +5,17 @@ import ctypes
 import os
 import re
 import select
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from harness import linux
-from harness.mounts import is_mounted, staging_files, unionfuse_command
+from harness.mounts import is_mounted, remove_tree, staging_files, unionfuse_command
 from harness.users import as_user
 
 import unionfuse.__main__
@@ -74,12 +74,12 @@ def ended(pidfd: int, seconds: float = 10) -> bool:
 
 @pytest.fixture
 def place(scratch: Path) -> Iterator[Place]:
-    base = scratch / "program"
-    base.mkdir()
+    base = Path(tempfile.mkdtemp(prefix="program-", dir=scratch))
+    base.chmod(0o755)
     yield Place(base)
     for point, _, _ in linux.mounts_below(base):
         linux.umount(point, linux.MNT_DETACH)
-    shutil.rmtree(base)
+    remove_tree(base)  # a daemon may still be putting its things away in it
 
 
 def test_it_returns_when_the_mount_answers_and_lets_go_of_everything(place: Place) -> None:
