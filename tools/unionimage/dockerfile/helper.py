@@ -54,8 +54,10 @@ class Helper:
     def mount(self, words: Sequence[str]) -> tuple[int, str]:
         """Run the mount program with these words; its exit code, and what it said on stderr."""
         answer = self._send(["mount", list(words)], answer=True)
-        if not answer:
-            return 1, "the build's helper process has ended"
+        if not answer:  # it has ended: the program itself tells why, or does without it
+            command = [sys.executable, "-m", "unionfuse", *words]
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+            return done.returncode, done.stderr
         code, said = json.loads(answer)
         return int(code), str(said)
 
