@@ -3,18 +3,23 @@
 docs/survival.md promises it; here is how it is kept.
 """
 
+import contextlib
+import ctypes
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from harness import torture
-from harness.layers import Layer
-from harness.mounts import Mounted, Workshop
+from harness.layers import File, HardLink, Layer
+from harness.linux import RENAME_EXCHANGE
+from harness.mounts import Mounted, Workshop, is_mounted, unionfuse_command
 from harness.snapshot import assert_equal
 
 pytestmark = [pytest.mark.on("unionfuse"), pytest.mark.timeout(300)]
@@ -108,3 +113,241 @@ def test_nobody_notices_for_minutes(workshop: Workshop) -> None:
     kills = survive(workshop, {name: count * 12 for name, count in SHORT.items()}, 1.0, 3.0)
     print(f"{kills} kills survived")
     assert kills >= 30
+
+
+# --- one call, killed wherever it can be ------------------------------------------------------
+
+LAYERS: tuple[Layer, Layer] = (
+    {"d/top": "top", "full/x": "x", "gone": None},
+    {
+        "d/f": File(data=b"lower" * 3000, mode=0o4750, uid=3, gid=4, xattrs={"user.x": b"1"}),
+        "d/sub/g": "g",
+        "one": "linked",
+        "d/two": HardLink("one"),
+        "gone/old": "old",
+        "empty/x": "x",
+    },
+)
+
+
+def exchange(one: Path, other: Path) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(one), os.fsencode(other)
+    assert libc.renameat2(-100, names[0], -100, names[1], RENAME_EXCHANGE) == 0, ctypes.get_errno()
+
+
+def do_everything(root: Path) -> None:
+    """Each kind of change, of names that layers have and of others; no call may fail."""
+    (root / "gone").mkdir(0o750)
+    (root / "new").write_text("new")
+    (root / "made").mkdir()
+    os.mkfifo(root / "made/fifo")
+    os.symlink("target", root / "made/link")
+    os.link(root / "d/two", root / "made/three")
+    (root / "d/f").chmod(0o600)
+    os.setxattr(root / "d/top", "user.new", b"1", os.XATTR_CREATE)
+    os.removexattr(root / "d/f", "user.x")
+    os.rename(root / "d/sub/g", root / "made/g")
+    os.rename(root / "d", root / "moved")
+    exchange(root / "moved/top", root / "full/x")
+    (root / "one").unlink()
+    (root / "empty/x").unlink()
+    (root / "empty").rmdir()
+    os.rename(root / "new", root / "moved/f")
+    with open(root / "moved/f", "r+") as opened:
+        opened.truncate(2)
+        (root / "moved/f").unlink()
+        assert opened.read() == "ne"
+    os.mkdir(root / "empty")
+    os.rename(root / "made", root / "empty")
+
+
+def killed_in_the_middle(workshop: Workshop, oracle: Mounted, number: int) -> bool:
+    """Do everything, the daemon being killed before its changing call `number`; False if it ended
+    before that."""
+    armed = workshop.directory / f"armed{number}"
+    tree = workshop(
+        *LAYERS,
+        options={"keeper": "on"},
+        environment={
+            "UNIONFUSE_TEST_KILL_AT": str(number),
+            "UNIONFUSE_TEST_ARMED_BY": str(armed),
+        },
+    )
+    armed.touch()
+    do_everything(tree.root)
+    assert_equal(oracle.snapshot(), tree.snapshot(), ("overlayfs", f"killed at {number}"))
+    assert tree.daemon is not None
+    killed = "takes over" in tree.daemon.messages()
+    tree.remount("overlay", {})
+    assert_equal(oracle.snapshot(), tree.snapshot(), ("overlayfs", f"upper, killed at {number}"))
+    tree.unmount()
+    return killed
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 4, 5])
+def test_a_call_survives_wherever_its_daemon_dies(
+    workshop: Workshop, first: int, request: pytest.FixtureRequest
+) -> None:
+    oracle = workshop(*LAYERS, kind="overlay")
+    do_everything(oracle.root)
+    step = 5 if request.config.getoption("--long") else 23
+    number, kills = first, 0
+    while killed_in_the_middle(workshop, oracle, number):
+        kills += 1
+        number += step
+    assert kills >= 2
+
+
+# --- what is open -----------------------------------------------------------------------------
+
+
+def kill_daemon(tree: Mounted) -> None:
+    pid = daemon_of(tree)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_open_and_deleted_files_go_on(workshop: Workshop) -> None:
+    tree = workshop({"low": "below", "gone": "deleted", "d/x": "x"}, options={"keeper": "on"})
+    reader = os.open(tree / "low", os.O_RDONLY)
+    lower = os.open(tree / "gone", os.O_RDONLY)
+    upper = os.open(tree / "new", os.O_RDWR | os.O_CREAT)
+    secret = os.open(tree / "only-mine", os.O_WRONLY | os.O_CREAT, 0)
+    nameless = os.open(tree.root, os.O_TMPFILE | os.O_RDWR, 0o600)
+    inside = os.open(tree / "d", os.O_RDONLY | os.O_DIRECTORY)
+    os.write(upper, b"1")
+    os.write(nameless, b"a")
+    for name in ("gone", "new", "d/x"):
+        (tree / name).unlink()
+    (tree / "d").rmdir()
+    inodes = [os.fstat(descriptor).st_ino for descriptor in (reader, lower, upper, nameless)]
+    for _ in range(2):
+        kill_daemon(tree)
+        assert os.pread(reader, 9, 0) == b"below"
+        assert os.pread(lower, 9, 0) == b"deleted"
+        for descriptor in (upper, secret, nameless):
+            os.write(descriptor, b"2")
+        assert os.fstat(upper).st_nlink == 0
+        assert os.listdir(inside) == []
+        found = [os.fstat(descriptor).st_ino for descriptor in (reader, lower, upper, nameless)]
+        assert found == inodes
+    assert os.pread(upper, 9, 0) == b"122"
+    assert os.pread(nameless, 9, 0) == b"a22"
+    # With a descriptor given Python says AT_SYMLINK_FOLLOW.
+    os.link(f"/proc/self/fd/{nameless}", tree / "named", src_dir_fd=inside, follow_symlinks=True)
+    for descriptor in (reader, lower, upper, secret, nameless, inside):
+        os.close(descriptor)
+    kill_daemon(tree)
+    assert (tree / "named").read_bytes() == b"a22"
+    assert (tree / "only-mine").read_bytes() == b"22"
+    assert (tree / "only-mine").stat().st_mode & 0o777 == 0
+    assert sorted(os.listdir(tree.root)) == ["low", "named", "only-mine"]
+
+
+def test_a_lower_hard_link_is_one_file_after_a_kill(workshop: Workshop) -> None:
+    tree = workshop({"a": "data", "b": HardLink("a"), "c": HardLink("a")}, options={"keeper": "on"})
+    with open(tree / "a", "a") as opened:
+        (tree / "a").unlink()
+        kill_daemon(tree)
+        opened.write("+")
+    assert [(tree / name).read_text() for name in "bc"] == ["data+"] * 2
+    assert (tree / "b").stat().st_nlink == 2
+
+
+def test_upgrade_while_a_file_is_open(workshop: Workshop) -> None:
+    tree = workshop({"f": "1"}, options={"keeper": "on"})
+    before = daemon_of(tree)
+    with open(tree / "f", "a") as opened:
+        said = subprocess.run(
+            [Path(sys.executable).with_name("unionfuse"), "upgrade", tree.root],
+            capture_output=True,
+            text=True,
+        )
+        assert said.returncode == 0, said.stderr
+        assert str(before) in said.stdout and str(daemon_of(tree)) in said.stdout
+        opened.write("2")
+    assert (tree / "f").read_text() == "12"
+
+
+def test_upgrade_needs_a_keeper(workshop: Workshop) -> None:
+    tree = workshop({"f": "1"})
+    program = Path(sys.executable).with_name("unionfuse")
+    for place, words in ((tree.root, "no keeper"), (tree.root / "f", "no union")):
+        said = subprocess.run([program, "upgrade", place], capture_output=True, text=True)
+        assert said.returncode == 1 and words in said.stderr and said.stderr.count("\n") == 1
+
+
+def test_a_daemon_that_always_dies_ends_the_mount(workshop: Workshop) -> None:
+    tree = workshop({"f": "1"}, options={"keeper": "on"})
+    assert tree.daemon is not None
+    limit = time.monotonic() + 60
+    while tree.daemon.process.poll() is None:
+        assert time.monotonic() < limit
+        pid = daemon_of(tree)
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    assert tree.daemon.process.returncode == 1
+    assert "died 8 times in a row; the mount ends" in tree.daemon.messages()
+    assert not is_mounted(tree.root)
+    tree.daemon = None
+
+
+def test_the_index_knows_after_a_kill_what_has_changed(workshop: Workshop) -> None:
+    """What differs from the lookup index is remembered: the compiled loop would answer from it."""
+    layer = {f"d{n}/f{k}": f"{n}{k}" for n in range(3) for k in range(3)}
+    plain = workshop(layer)
+    lower = plain.stack.lowers[0]
+    index = plain.stack.base / "index"
+    program = Path(sys.executable).with_name("unionfuse")
+    subprocess.run([program, "index", "build", lower, "-o", index], check=True)
+    tree = workshop.mount(
+        type(plain.stack).around(plain.stack.base.with_name("second"), [lower]),
+        options={"keeper": "on", "lookup_index": str(index)},
+    )
+    subprocess.run(["find", tree.root, "-ls"], check=True, stdout=subprocess.DEVNULL)
+    with open(tree / "d0/f0") as held:
+        (tree / "d0/f1").chmod(0o600)
+        (tree / "d1/f0").unlink()
+        (tree / "d1/new").write_text("new")
+        os.rename(tree / "d2", tree / "moved")
+        os.rename(tree / "d0/f2", tree / "d0/renamed")
+        expected = tree.snapshot(inodes=True)
+        for _ in range(2):
+            kill_daemon(tree)
+            Path("/proc/sys/vm/drop_caches").write_text("2")
+            assert_equal(expected, tree.snapshot(inodes=True), ("before", "after the kill"))
+            assert held.read() in ("00", "")
+
+
+def test_in_the_background_and_with_a_log(workshop: Workshop) -> None:
+    """The usual way to mount: the command returns, the keeper stays; SIGTERM to it unmounts."""
+    plain = workshop({"f": "1"})
+    stack = type(plain.stack).around(plain.stack.base.with_name("second"), plain.stack.lowers)
+    log = stack.base / "log"
+    options = f"lowerdir={stack.lowers[0]},upperdir={stack.upper},workdir={stack.work}"
+    command = unionfuse_command("-o", f"{options},keeper=on,log={log}", stack.mountpoint)
+    assert subprocess.run(command, capture_output=True, text=True).stderr == ""
+    pids = subprocess.run(
+        ["pgrep", "-f", f"keeper.py.*{stack.mountpoint}$"], capture_output=True, text=True
+    ).stdout.split()
+    keeper = int(pids[0])
+    try:
+        children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+        os.kill(int(children[0]), signal.SIGKILL)
+        assert (stack.mountpoint / "f").read_text() == "1"
+        assert "replacement 1 takes over" in log.read_text()
+        anonymous = [
+            int(line.split()[1])
+            for line in Path(f"/proc/{keeper}/status").read_text().splitlines()
+            if line.startswith("RssAnon")
+        ]
+        assert anonymous[0] < 8000, "kB of anonymous memory in the keeper"
+    finally:
+        pidfd = os.pidfd_open(keeper)
+        os.kill(keeper, signal.SIGTERM)
+    assert select.select([pidfd], [], [], 20)[0]
+    os.close(pidfd)
+    assert not is_mounted(stack.mountpoint)

@@ -121,6 +121,7 @@ class Lane:
                 self._has_rings = False
                 self._pair.send(protocol.init_for_libfuse(request))
                 return
+            self._survivor.ask_again(self._fuse)
         request = os.read(self._fuse, 1 << 20)
         header = protocol.parse_header(request)
         # With ALLOW_IDMAP only requests that create something would say who asks.

@@ -36,6 +36,7 @@ class Survivor:
         self._keeping = keeping
         self._kept = keeping.kept
         self.taken_over = "fuse" in self._kept
+        self._has_asked = False
         if self.taken_over:
             if "memory" not in self._kept:
                 raise TakeOverError("it died before it served")
@@ -97,7 +98,8 @@ class Survivor:
 
     def ask_again(self, fuse: int) -> None:
         """Have the kernel send what was not answered. Once, before anything is read."""
-        if self.taken_over:
+        if self.taken_over and not self._has_asked:
+            self._has_asked = True
             os.write(fuse, protocol.notification(protocol.Notify.RESEND, b""))
 
     def marks(self, size: int) -> mmap.mmap:
