@@ -75,14 +75,14 @@ def test_run_detach_attach_and_exit(box: Box, screen: Screen) -> None:
 
 
 def test_other_detach_keys_and_start(box: Box, screen: Screen) -> None:
-    screen.type("$U run -it --detach-keys ctrl-x,q --name keys --network none busybox sh")
+    run = "$U run -it --detach-keys ctrl-x,q --name keys --network none busybox sh"
+    screen.type(f"{run}; echo left=$?")
     screen.see("/ #")
     screen.press("C-p")
     screen.type("echo not-detached")
     screen.see("not-detached")
     screen.press("C-x", "q")
-    screen.type("clear; echo outside")
-    screen.see("outside")
+    screen.see("left=0")
     box("stop", "-t", "0", "keys")
     screen.type("clear; $U start -ai keys; echo code=$?")
     screen.see("/ #")
