@@ -466,7 +466,7 @@ class _Overlay:
         elif found.marks.redirect is not None and node != ROOT:
             if below:
                 self._hide_below(node, below)
-            below = self._find(view.redirect_target(found.marks.redirect, path))
+            below = self._find(view.path_below(self.layer, path))
             if below:
                 places: _Places = [(self.number, None)]
                 places += builder.full_places(below)

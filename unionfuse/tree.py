@@ -252,9 +252,7 @@ class Tree:
             marks = whiteout.read_marks(directory, place.name)
             if not marks.metacopy:
                 break
-            path = place.inside()
-            if marks.redirect is not None:
-                path = view.redirect_target(marks.redirect, path)
+            path = view.path_below(place.layer, place.inside())
             below = self.resolve_file(path, place.layer.number + 1)
             if below is None:
                 raise failure(errno.EIO)
@@ -429,25 +427,36 @@ class Tree:
             known = self._upper_links.get(status.st_ino)
             if known is not None:
                 return self.alias(known, directory, name)
-        place = None
         stub = self.below(directory, name)
-        if stub is not None and stub.kind == stat.S_IFREG:
-            assert directory.view is not None
-            top = directory.view.places()[stub.positions[0]]
-            place = Place(top.layer, top.path, name)
-        node = self._make_upper_node(parent, name, status, place)
+        place = self._file_below(directory, name)
+        node = self._make_upper_node(parent, name, status, place, directory)
         node.record = stub.record if stub is not None else 0
         return self.adopt(node, directory, name)
 
+    def _file_below(self, directory: Directory, name: bytes) -> Place | None:
+        stub = self.below(directory, name)
+        if stub is None or stub.kind != stat.S_IFREG:
+            return None
+        assert directory.view is not None
+        top = directory.view.places()[stub.positions[0]]
+        return Place(top.layer, top.path, name)
+
     def _make_upper_node(
-        self, parent: int, name: bytes, status: os.stat_result, below: Place | None
+        self,
+        parent: int,
+        name: bytes,
+        status: os.stat_result,
+        below: Place | None,
+        directory: Directory | None = None,
     ) -> Node:
         node = Node(stat.S_IFMT(status.st_mode))
         node.in_upper = True
         marks = whiteout.read_marks(parent, name)
         if marks.metacopy:
             node.metacopy = True
-            if marks.redirect is not None:
+            if marks.redirect is not None and directory and marks.redirect[:1] != b"/":
+                below = self._file_below(directory, marks.redirect)
+            elif marks.redirect is not None:
                 inside = below.inside() if below else name
                 below = self.resolve_file(view.redirect_target(marks.redirect, inside), 0)
             if below is None:

@@ -10,10 +10,13 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from unionfuse import whiteout
 from unionfuse.node import DOT_COOKIES, Place
+
+if TYPE_CHECKING:
+    from unionfuse.layer import Layer
 
 
 class Stub(NamedTuple):
@@ -189,9 +192,23 @@ def merge(candidates: Sequence[Place], resolve: Resolve) -> ScannedView:
         if found.marks.opaque:
             break
         if found.marks.redirect is not None:
-            target = redirect_target(found.marks.redirect, place.path)
-            queue = list(resolve(target, place.layer.number + 1))
+            queue = list(resolve(path_below(place.layer, place.path), place.layer.number + 1))
     return ScannedView(merged.stubs(), tuple(merged.places))
+
+
+def path_below(layer: Layer, path: bytes) -> bytes:
+    """Where the layers below have what a layer has at a path, by the redirects on the way to it.
+
+    A relative redirect names a sibling in what the directory above stands for.
+    """
+    if not path:
+        return b""
+    above, _, name = path.rpartition(b"/")
+    redirect = whiteout.read_marks(layer.directory(above), name).redirect
+    if redirect is not None and redirect.startswith(b"/"):
+        return redirect.strip(b"/")
+    parent, name = path_below(layer, above), redirect or name
+    return parent + b"/" + name if parent else name
 
 
 def redirect_target(redirect: bytes, path: bytes) -> bytes:
