@@ -42,7 +42,7 @@ CHANGES: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_old_or_new_after_the_daemon_was_killed(workshop: Workshop, name: str) -> None:
-    """Three kills: at the first changing call, in the middle, and before the last."""
+    """Two kills: in the middle of the changing calls, and before the last."""
     whole = workshop(*LAYERS)
     states = [whole.snapshot()]
     if name == "opaque":
@@ -54,7 +54,7 @@ def test_old_or_new_after_the_daemon_was_killed(workshop: Workshop, name: str) -
         step(whole.root)
         states.append(whole.snapshot())
     calls = _count_changing_calls(workshop, name)
-    for number in sorted({1, 2, calls // 2, calls}):
+    for number in sorted({max(1, calls // 2), calls}):
         armed = workshop.directory / f"armed{number}"
         tree = workshop(
             *LAYERS,
