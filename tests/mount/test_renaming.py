@@ -7,7 +7,7 @@ import stat
 import pytest
 from harness import linux
 from harness.layers import Dir, File, Special, Symlink
-from harness.mounts import Workshop
+from harness.mounts import Mounted, Stack, Workshop
 from harness.snapshot import assert_equal
 
 STACK = (
@@ -266,3 +266,38 @@ def test_a_sticky_directory_and_setgid_move_along(workshop: Workshop) -> None:
     os.rename(tree / "d", tree / "e")
     info = os.stat(tree / "e")
     assert (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid) == (0o3777, 4, 5)
+
+
+@pytest.mark.on("unionfuse", "unionfuse-pyfuse3", "unionfuse-indexed")
+def test_redirects_inside_redirected_directories(workshop: Workshop) -> None:
+    """A redirect that is a mere name means a sibling in what the parent stands for below."""
+    options = {"metacopy": "on"}
+    first = workshop(
+        {"d/f": "data", "d/sub/f": "deep", "d/sub/s/x": "deeper"}, kind="overlay", options=options
+    )
+    os.chmod(first / "d/f", 0o600)
+    os.chmod(first / "d/sub/f", 0o600)
+    os.rename(first / "d", first / "d2")
+    os.rename(first / "d2/sub", first / "d2/sub2")
+    os.rename(first / "d2/f", first / "d2/f2")
+    os.rename(first / "d2/sub2/s", first / "s")
+    wanted = {"d2/f2": "data", "d2/sub2/f": "deep", "s/x": "deeper"}
+
+    def check(tree: Mounted) -> None:
+        assert {path: (tree / path).read_text() for path in wanted} == wanted
+        assert not (tree / "d").exists() and not (tree / "d2/sub").exists()
+
+    check(first)
+    first.remount(workshop.kind)
+    check(first)
+    first.unmount()
+    lowers = [first.upper, *first.stack.lowers]
+    again = workshop.mount(Stack.around(workshop.directory / "again", lowers), options=options)
+    check(again)
+    os.chmod(again / "d2/sub2/f", 0o640)
+    (again / "s/x").write_text("deeper")
+    os.rename(again / "d2/sub2", again / "d2/sub3")
+    os.rename(again / "d2/sub3", again / "d2/sub2")
+    check(again)
+    again.remount()
+    check(again)
