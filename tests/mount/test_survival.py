@@ -98,8 +98,14 @@ def survive(workshop: Workshop, rounds: dict[str, int], least: float, most: floa
 
 
 SHORT = {
-    **{"fio": 5, "sqlite": 30, "git": 20, "tar": 12, "mapped": 40, "names": 100},
-    **{"listing": 40, "lower": 400},
+    "fio": 5,
+    "sqlite": 30,
+    "git": 20,
+    "tar": 12,
+    "mapped": 40,
+    "names": 100,
+    "listing": 40,
+    "lower": 400,
 }
 
 
