@@ -543,21 +543,35 @@ class Tree:
         parent.children[name] = node
         if not node.id:
             self.number(node)
+        elif len(node.names) > 1:
+            self.journal.also(node)
         return node
 
     def number(self, node: Node) -> None:
         """Give a node its id: the index's record of it, or its inode number where that is free."""
         number = self.journal.claim(node)
+        others = self.journal.names(number) if number else []
         if not number:
             number = self._free_number(node)
         elif isinstance(node, Directory) and node.lowers and number <= self._indexed_ids:
             node.record = number  # it has moved, and what it merges is still what the index says
         node.id = number
         self.nodes[number] = node
-        if node.names and number > self._indexed_ids:
+        for above, name in others:
+            self._find_other_name(node, above, name)
+        if node.names and (number > self._indexed_ids or others):
             self.journal.name(node)
         if node.in_upper and number <= self._indexed_ids:
             self.changed(node)
+
+    def _find_other_name(self, node: Node, above: int, name: bytes) -> None:
+        """Put a hard link that an earlier daemon knew under one more of the names that it had."""
+        try:
+            parent = self.directory(above)
+            if (parent, name) not in node.names and self.exists(parent, name):
+                self.find(parent, name)
+        except OSError:
+            pass  # it is not there any more
 
     def _free_number(self, node: Node) -> int:
         number = node.ino

@@ -358,3 +358,24 @@ def test_in_the_background_and_with_a_log(workshop: Workshop) -> None:
     assert select.select([pidfd], [], [], 20)[0]
     os.close(pidfd)
     assert not is_mounted(stack.mountpoint)
+
+
+def test_every_name_of_a_hard_link_is_known_after_a_kill(workshop: Workshop) -> None:
+    """The kernel has the other name, and asks for the node by its id: it is not deleted yet."""
+    tree = workshop({"low": "low", "lowlink": HardLink("low")}, options={"keeper": "on"})
+    (tree / "first").write_text("data")
+    os.link(tree / "first", tree / "second")
+    os.link(tree / "first", tree / "third")
+    for name in ("first", "second", "third", "low", "lowlink"):
+        (tree / name).stat()
+    kill_daemon(tree)
+    (tree / "first").unlink()
+    (tree / "low").unlink()
+    assert (tree / "second").read_text() == "data"
+    assert (tree / "lowlink").read_text() == "low"
+    assert (tree / "second").stat().st_nlink == 2
+    os.rename(tree / "second", tree / "renamed")
+    kill_daemon(tree)
+    (tree / "third").unlink()
+    assert (tree / "renamed").read_text() == "data"
+    assert (tree / "renamed").stat().st_nlink == 1

@@ -15,7 +15,7 @@ import logging
 import stat
 import struct
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from unionfuse import view
 from unionfuse.node import Node
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 FIRST_FRESH_ID = 1 << 62
 
-_DEAD, _NAME, _GOING, _GONE, _OPEN = range(5)
+_DEAD, _NAME, _GOING, _GONE, _OPEN, _ALIAS = range(6)
 _RECORD = struct.Struct("=5Q")  # header, id, lookups, inode number, parent; then the payload
 # header: size of the record in bytes (32 bits), one of the above (8), bytes of payload (16),
 # type of the file as in a mode, shifted by 12 (4)
@@ -76,6 +76,13 @@ class Journal:
 
     def name(self, node: Node) -> None:
         """A node has got its id, or its first name has changed."""
+
+    def also(self, node: Node) -> None:
+        """A node has got one more name."""
+
+    def names(self, number: int) -> list[tuple[int, bytes]]:
+        """Where a node was last: (parent id, name) of each of its names, the first one first."""
+        return []
 
     def count(self, node: Node) -> None:
         """The kernel's lookups of a node have changed."""
@@ -143,6 +150,7 @@ class SharedJournal(Journal):
         self._half = self._words[Word.HALF]
         self._at: dict[int, int] = {}  # id -> offset of its record
         self._handles: dict[int, int] = {}  # handle -> offset of its record
+        self._aliases: dict[int, dict[tuple[int, bytes], int]] = {}  # further names -> offsets
         self._live = 0  # bytes of records that count
         self._lost: set[int] = set()  # ids that nobody has asked this daemon for
         self._forgotten: set[int] = set()  # of the lost, those that the kernel has dropped, too
@@ -162,7 +170,12 @@ class SharedJournal(Journal):
             size, kind, length = header & 0xFFFFFFFF, header >> 32 & 0xFF, header >> 40 & 0xFFFF
             if size < _RECORD.size + length or size % 8 or size > end - at:
                 raise TakeOverError("its journal is damaged")
-            if kind:
+            if kind == _ALIAS:
+                start = at + _RECORD.size
+                alias = parent, bytes(data[start : start + length])
+                self._aliases.setdefault(number, {})[alias] = at
+                self._live += size
+            elif kind:
                 known = self._handles if kind == _OPEN else self._at
                 if number in known:
                     self._kill(known[number])
@@ -180,6 +193,10 @@ class SharedJournal(Journal):
             self._by_name[parent, name if kind == _NAME else name[1:]] = number
             if header >> 56 & 0xF != stat.S_IFDIR >> 12:
                 self._by_inode[inode] = number
+
+        for number, aliases in self._aliases.items():
+            for alias in aliases:
+                self._by_name.setdefault(alias, number)
 
     def handles(self) -> list[Handle]:
         """What was open when the daemon before this one ended."""
@@ -208,6 +225,8 @@ class SharedJournal(Journal):
         if node.names:
             parent, name = node.names[0]
             number = self._by_name.get((parent.id, name), 0)
+            if number not in self._lost:
+                number = 0
         if number and not node.is_directory and self._inode(number) != node.ino:
             number = 0  # another file has taken the name
         if not number and (node.lower_key is not None or node.upper_key or node.index_name):
@@ -239,6 +258,10 @@ class SharedJournal(Journal):
         if self._kind(at) == _GOING:
             payload = payload[1 : 1 + payload[0]]
         return self._words[at // 8 + 4], payload
+
+    def names(self, number: int) -> list[tuple[int, bytes]]:
+        place = self.place(number)
+        return ([] if place is None else [place]) + list(self._aliases.get(number, ()))
 
     def farewell(self, number: int) -> bytes | None:
         at = self._at.get(number)
@@ -279,6 +302,18 @@ class SharedJournal(Journal):
     def name(self, node: Node) -> None:
         parent, name = node.names[0]
         self._write(node, _NAME, parent.id, name)
+        if len(node.names) > 1 or node.id in self._aliases:
+            self.also(node)
+            wanted = {(parent.id, name) for parent, name in node.names[1:]}
+            for alias in self._aliases[node.id].keys() - wanted:
+                self._kill(self._aliases[node.id].pop(alias))
+
+    def also(self, node: Node) -> None:
+        aliases = self._aliases.setdefault(node.id, {})
+        for parent, name in node.names[1:]:
+            if (parent.id, name) not in aliases:
+                at = self._append(_ALIAS, 0, node.id, 0, 0, parent.id, name)
+                aliases[parent.id, name] = at
 
     def going(self, node: Node, farewell: Callable[[Node], bytes]) -> None:
         parent, name = node.names[0] if node.names else (None, b"")
@@ -313,6 +348,8 @@ class SharedJournal(Journal):
         at = self._at.pop(number, None)
         if at is not None:
             self._kill(at)
+        for at in self._aliases.pop(number, {}).values():
+            self._kill(at)
 
     def opened(self, handle: int, node: int, flags: int) -> None:
         if self.intents is not None:
@@ -330,9 +367,19 @@ class SharedJournal(Journal):
         self._kill(at)
         return self._words[at // 8 + 4]
 
-    def moved(self, subject: tuple[int, int, int], parent: int, name: bytes) -> None:
+    def moved(
+        self, subject: tuple[int, int, int], before: tuple[int, bytes], parent: int, name: bytes
+    ) -> None:
         """Note what an earlier daemon could not: a rename of a node that nobody has asked for."""
         number, inode, kind = subject
+        alias = self._aliases.get(number, {}).pop(before, None)
+        if alias is not None:
+            new = self._append(_ALIAS, 0, number, 0, 0, parent, name)
+            self._aliases[number][parent, name] = new
+            self._kill(alias)
+            self._by_name.pop(before, None)
+            self._by_name[parent, name] = number
+            return
         at = self._at.get(number)
         lookups = 0 if at is None else self._words[at // 8 + 2]
         old = None if at is None else self.place(number)
@@ -402,6 +449,7 @@ class SharedJournal(Journal):
             return []
         needed = {self._words[at // 8 + 4] for at in self._at.values()}
         needed |= {self._words[at // 8 + 4] for at in self._handles.values()}
+        needed |= {parent for aliases in self._aliases.values() for parent, _ in aliases}
         return [number for number in self._forgotten & self._lost if number not in needed]
 
     def _compact(self) -> None:
@@ -412,11 +460,12 @@ class SharedJournal(Journal):
         old, old_end = self._start, self._words[Word.END + self._half]
         self._half ^= 1
         end = self._start
-        for known in (self._handles, self._at):
-            for number, at in known.items():
+        tables: list[dict[Any, int]] = [self._handles, self._at, *self._aliases.values()]
+        for known in tables:
+            for key, at in known.items():
                 size = self._words[at // 8] & 0xFFFFFFFF
                 self._bytes[end : end + size] = self._bytes[at : at + size]
-                known[number] = end
+                known[key] = end
                 end += size
         self._words[Word.END + self._half] = end
         self._words[Word.HALF] = self._half

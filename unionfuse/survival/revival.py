@@ -59,12 +59,23 @@ class Revival:
                 raise _stale()
         node = tree.nodes[above]
         for expected, name in reversed(missing):
-            if not isinstance(node, Directory) or not tree.exists(node, name):
-                raise _stale()
-            node = tree.find(node, name)
-            if node.id != expected:
-                raise _stale()
+            found = None
+            if isinstance(node, Directory) and tree.exists(node, name):
+                found = tree.find(node, name)
+            if found is None or found.id != expected:
+                found = self._by_other_name(expected)
+            node = found
         return node
+
+    def _by_other_name(self, number: int) -> Node:
+        """The node that has lost the first of several names."""
+        for parent, name in self._tree.journal.names(number)[1:]:
+            directory = self._tree.directory(parent)
+            if self._tree.exists(directory, name):
+                found = self._tree.find(directory, name)
+                if found.id == number:
+                    return found
+        raise _stale()
 
     # --- deleted nodes -----------------------------------------------------------------------
 

@@ -93,9 +93,9 @@ class Settling:
         if not intent.moving or self._union.inode_in_upper(new_parent, new_name) != intent.moving:
             return False
         source, target = intent.subjects
-        self._journal.moved(source, new_parent, new_name)
+        self._journal.moved(source, (intent.node, name), new_parent, new_name)
         if flags & RENAME_EXCHANGE:
-            self._journal.moved(target, intent.node, name)
+            self._journal.moved(target, (new_parent, new_name), intent.node, name)
         else:
             self._union.finish_rename(intent.node, name)
         return True
