@@ -29,6 +29,7 @@ from unionfuse.node import (
 from unionfuse.options import MountOptions
 from unionfuse.origins import Origins
 from unionfuse.owners import Owners, acl_group_bits
+from unionfuse.redirects import Redirects
 from unionfuse.survival.journal import FIRST_FRESH_ID, Journal
 from unionfuse.survival.revival import Revival
 from unionfuse.upperdir import UpperDirectory
@@ -81,6 +82,7 @@ class Tree:
         self._lower_links: dict[tuple[int, int], Node] = {}  # (st_dev, st_ino) of lower links
         self._upper_links: dict[int, Node] = {}  # st_ino of upper files with several links
         self._inodes = InodeNumbers(stack, upper, options.xino != "off")
+        self.redirects = Redirects(stack, options.redirect_dir != "nofollow")
         self.origins = Origins(stack, self._inodes)
         self.nodes: dict[int, Node] = {}
         self.root = self._make_root()
@@ -239,59 +241,10 @@ class Tree:
     def data_location(self, node: Node) -> tuple[int, bytes]:
         """Where a regular file's data lies: for a metacopy that is not where the node lies."""
         if node.metacopy and node.lower is not None:
-            return self._lower_data(node.lower)
+            return self.redirects.data(node.lower)
         if not node.in_upper and node.lower is not None:
-            return self._lower_data(node.lower)
+            return self.redirects.data(node.lower)
         return self.location(node)
-
-    def _lower_data(self, place: Place) -> tuple[int, bytes]:
-        """Follow metacopies through lower layers down to the data."""
-        last = self.stack.layers[-1].number
-        while place.layer.number < last:
-            directory = place.layer.directory(place.path)
-            marks = whiteout.read_marks(directory, place.name)
-            if not marks.metacopy:
-                break
-            path = view.path_below(place.layer, place.inside())
-            below = self.resolve_file(path, place.layer.number + 1)
-            if below is None:
-                raise failure(errno.EIO)
-            place = below
-        return place.layer.directory(place.path), place.name
-
-    # --- redirects -----------------------------------------------------------------------
-
-    def resolve(self, path: bytes, first: int) -> Sequence[Place]:
-        """The directories that layers from number `first` on have at a path of their own.
-
-        Raises:
-            OSError: EPERM with `redirect_dir=nofollow`, as on overlayfs.
-        """
-        if self.options.redirect_dir == "nofollow":
-            raise failure(errno.EPERM)
-        places: Sequence[Place] = [Place(layer, b"") for layer in self.stack.layers[first:]]
-        for name in path.split(b"/"):
-            if not places or not name:
-                return places
-            merged = view.merge(places, self.resolve)
-            stub = merged.get(name)
-            if stub is None or stub.kind != stat.S_IFDIR:
-                return ()
-            places = _stub_places(merged, stub, name)
-        return places
-
-    def resolve_file(self, path: bytes, first: int) -> Place | None:
-        """The regular file that layers from number `first` on show at a path of their own."""
-        parent, _, name = path.strip(b"/").rpartition(b"/")
-        places = self.resolve(parent, first)
-        if not places:
-            return None
-        merged = view.merge(places, self.resolve)
-        stub = merged.get(name)
-        if stub is None or stub.kind != stat.S_IFREG:
-            return None
-        place = merged.places()[stub.positions[0]]
-        return Place(place.layer, place.path, name)
 
     # --- lookup --------------------------------------------------------------------------
 
@@ -316,7 +269,7 @@ class Tree:
         if directory.record and self.index is not None:
             return self.index.view(directory.record, self.stack.layers)
         if directory.lowers:
-            return view.merge(directory.lowers, self.resolve)
+            return view.merge(directory.lowers, self.redirects.resolve)
         return view.EMPTY_VIEW
 
     def _hide_marks(self, directory: Directory, changes: dict[bytes, int]) -> None:
@@ -372,7 +325,7 @@ class Tree:
         assert directory.view is not None
         if stub.kind == stat.S_IFDIR:
             child = Directory()
-            child.lowers = tuple(_stub_places(directory.view, stub, name))
+            child.lowers = tuple(view.child_places(directory.view, stub, name))
             child.record = stub.record
             child.ino = self._directory_inode(child)
             return self.adopt(child, directory, name)
@@ -458,7 +411,7 @@ class Tree:
                 below = self._file_below(directory, marks.redirect)
             elif marks.redirect is not None:
                 inside = below.inside() if below else name
-                below = self.resolve_file(view.redirect_target(marks.redirect, inside), 0)
+                below = self.redirects.file(view.redirect_target(marks.redirect, inside), 0)
             if below is None:
                 raise failure(errno.EIO)
             node.lower = below
@@ -518,13 +471,13 @@ class Tree:
             if self.options.redirect_dir == "nofollow":
                 raise failure(errno.EPERM)
             if redirect.startswith(b"/"):
-                return self.resolve(redirect.strip(b"/"), 0)
+                return self.redirects.resolve(redirect.strip(b"/"), 0)
             name = redirect
         stub = self.below(directory, name)
         if stub is None or stub.kind != stat.S_IFDIR:
             return ()
         assert directory.view is not None
-        return _stub_places(directory.view, stub, name)
+        return view.child_places(directory.view, stub, name)
 
     # --- nodes come and go ---------------------------------------------------------------
 
@@ -703,7 +656,7 @@ class Tree:
             status = self.status(node)
         attributes = Attributes(status, node.ino, self._links(node, status))
         if node.metacopy and node.lower is not None:
-            directory, name = self._lower_data(node.lower)
+            directory, name = self.redirects.data(node.lower)
             attributes.blocks = view.entry_status(directory, name).st_blocks
         if not self.owners.plain:
             self.owners.show(attributes, *self.location(node))
@@ -767,11 +720,3 @@ class Tree:
     def is_empty(self, directory: Directory) -> bool:
         """Whether a directory shows nothing but `.` and `..`."""
         return next(self.names_after(directory, 0), None) is None
-
-
-def _stub_places(merged: view.View, stub: view.Stub, name: bytes) -> list[Place]:
-    places = merged.places()
-    return [
-        Place(place.layer, place.path + b"/" + name if place.path else name)
-        for place in (places[position] for position in stub.positions)
-    ]

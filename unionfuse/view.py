@@ -222,6 +222,15 @@ def redirect_target(redirect: bytes, path: bytes) -> bytes:
     return parent + b"/" + redirect if parent else redirect
 
 
+def child_places(merged: View, stub: Stub, name: bytes) -> list[Place]:
+    """The lower directories behind a name that a view shows as a directory."""
+    places = merged.places()
+    return [
+        Place(place.layer, place.path + b"/" + name if place.path else name)
+        for place in (places[position] for position in stub.positions)
+    ]
+
+
 class _Merge:
     """The state of merging directories from the top down."""
 
