@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness import direct
 from harness.mounts import DOORS, KINDS, Workshop, remove_tree
 from harness.watchdog import Watchdog
 
@@ -23,6 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Imported before any test can import unionfuse, `direct` puts the hooks for faults in place.
+    assert direct.changing_calls() == 0
     config.addinivalue_line(
         "markers", "on(*kinds): the kinds of tree that this scenario is about (default: all)"
     )

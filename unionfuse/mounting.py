@@ -105,6 +105,9 @@ def detach(mountpoint: bytes, lazy: bool = False) -> None:
             raise _not_unmounted(mountpoint, error.errno) from None
 
 
+_PARENT, _START_TIME = 4, 22
+
+
 def daemon_of(mount: Mount) -> int | None:
     """A pidfd of the process that serves a FUSE mount; None where /proc does not tell.
 
@@ -124,16 +127,23 @@ def server_of(mount: Mount) -> tuple[int, int] | None:
     """
     connection = mount.device.partition(b":")[2]
     wanted = re.compile(rb"^fuse_connection:\t%s$" % connection, re.MULTILINE)
-    for process in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        if _holds(process, wanted):
-            parent = _relative(process, "stat")
-            if parent is not None and _holds(parent, wanted):
-                return parent, process
-            child = _relative(process, f"task/{process}/children")
-            if child is not None and _holds(child, wanted):
-                return process, child
-            return process, process
-    return None
+    processes = map(int, filter(str.isdigit, os.listdir("/proc")))
+    holders = [process for process in processes if _holds(process, wanted)]
+    if not holders:
+        return None
+    # The number is used anew as soon as a mount is gone, while its daemon may still be ending:
+    # what serves this mount was started last.
+    process = max(holders, key=lambda holder: _stat_field(holder, _START_TIME))
+    parent = _stat_field(process, _PARENT)
+    return (parent, process) if parent in holders else (process, process)
+
+
+def _stat_field(process: int, number: int) -> int:
+    """A field of /proc/PID/stat behind the name (proc(5): 4 is the parent); 0 if it is gone."""
+    try:
+        return int(_contents(f"/proc/{process}/stat").rpartition(b")")[2].split()[number - 3])
+    except (OSError, IndexError):
+        return 0
 
 
 def _holds(process: int, wanted: re.Pattern[bytes]) -> bool:
@@ -142,17 +152,6 @@ def _holds(process: int, wanted: re.Pattern[bytes]) -> bool:
         return any(wanted.search(_contents(f"{infos}/{number}")) for number in os.listdir(infos))
     except OSError:
         return False  # it ended, or is not ours to look into
-
-
-def _relative(process: int, file: str) -> int | None:
-    """A process's parent (`stat`) or first child (`task/PID/children`)."""
-    try:
-        words = _contents(f"/proc/{process}/{file}").rpartition(b")")[2].split()
-    except OSError:
-        return None
-    if file == "stat":
-        return int(words[1])
-    return int(words[0]) if words else None
 
 
 def wait_for_end(pidfd: int, seconds: float) -> bool:
