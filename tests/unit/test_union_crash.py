@@ -70,7 +70,7 @@ def test_old_or_new_with_metacopy(directory: Path, name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if "rename" in name])
 def test_old_or_new_without_redirects(directory: Path, name: str) -> None:
     if "director" in name and ("merged" in name or "full" in name):
-        pytest.skip("a full copy of a merged directory is many steps; see docs on userxattr")
+        pytest.skip("a full copy of a merged directory is many steps; see docs/promises.md")
     _kill_at_every_step(directory, name, redirect_dir="off")
 
 
