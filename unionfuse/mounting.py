@@ -149,9 +149,17 @@ def _stat_field(process: int, number: int) -> int:
 def _holds(process: int, wanted: re.Pattern[bytes]) -> bool:
     infos = f"/proc/{process}/fdinfo"
     try:
-        return any(wanted.search(_contents(f"{infos}/{number}")) for number in os.listdir(infos))
+        numbers = os.listdir(infos)
     except OSError:
         return False  # it ended, or is not ours to look into
+    return any(_matches(f"{infos}/{number}", wanted) for number in numbers)
+
+
+def _matches(path: str, wanted: re.Pattern[bytes]) -> bool:
+    try:
+        return bool(wanted.search(_contents(path)))
+    except OSError:
+        return False  # closed since it was listed: a daemon that starts opens and closes many
 
 
 def wait_for_end(pidfd: int, seconds: float) -> bool:
