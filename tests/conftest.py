@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import direct
+from harness import direct, linux
 from harness.mounts import DOORS, KINDS, Workshop, remove_tree
-from harness.watchdog import Watchdog
+from harness.watchdog import Watchdog, unmount_everything
 
 _SECONDS_FOR_A_TEST = 60
 _USUAL_KINDS = ("plain", "overlay", "unionfuse")
@@ -78,6 +78,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     if report.failed and isinstance(shop, Workshop) and (messages := shop.messages()):
         report.sections.append(("what the daemons said", messages))
     return report
+
+
+@pytest.fixture(autouse=True)
+def no_mount_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A mount that a test leaves in pytest's directories fails it: they could not go away."""
+    yield
+    root = tmp_path_factory.getbasetemp()
+    if left := linux.mounts_below(root):
+        unmount_everything(root)
+        pytest.fail(f"still mounted: {', '.join(point for point, _, _ in left)}")
 
 
 @pytest.fixture(scope="session")
