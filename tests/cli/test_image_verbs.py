@@ -14,7 +14,8 @@ import pytest
 from harness.command import Command, make_command
 from harness.inside import Inside
 from harness.tars import archive, member
-from unionimage.cli import ALIASES, VERBS, load_verb, parser_of
+from unionimage.cli import load_verb, parser_of
+from unionimage.cli.verbs import ALIASES, VERBS
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 
+from unionimage.cli.verbs import VERBS
+
 EXAMPLE = """
 unionfuse completion bash > /etc/bash_completion.d/unionfuse
 unionfuse completion zsh > ~/.zfunc/_unionfuse
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _options() -> dict[str, list[tuple[str, str]]]:
     """verb -> its long options with their help."""
-    from unionimage.cli import VERBS, load_verb, parser_of
+    from unionimage.cli import load_verb, parser_of
 
     table: dict[str, list[tuple[str, str]]] = {}
     for verb in VERBS:
@@ -95,7 +97,6 @@ complete -o default -F _unionfuse unionfuse
 
 
 def _zsh(options: dict[str, list[tuple[str, str]]]) -> str:
-    from unionimage.cli import VERBS
 
     def quoted(text: str) -> str:
         return text.replace("'", "'\\''").replace("[", "(").replace("]", ")").replace(":", "\\:")
@@ -133,7 +134,6 @@ _unionfuse "$@"
 
 
 def _fish(options: dict[str, list[tuple[str, str]]]) -> str:
-    from unionimage.cli import VERBS
 
     def quoted(text: str) -> str:
         return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from unionimage.cli.verbs import VERBS
 from unionimage.errors import UserError
 
 EXAMPLE = """
@@ -19,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from unionimage.cli import VERBS, load_verb, parser_of, resolve
+    from unionimage.cli import load_verb, parser_of, resolve
 
     if args.directory is not None:
         directory = Path(args.directory)
@@ -40,7 +41,6 @@ def run(args: argparse.Namespace) -> int:
 
 def overview() -> str:
     """The page unionfuse(1)."""
-    from unionimage.cli import VERBS
 
     lines = [
         *_head("unionfuse", "images and containers on a union file system"),
@@ -57,7 +57,6 @@ def overview() -> str:
 
 def page(verb: str, parser: argparse.ArgumentParser) -> str:
     """The page unionfuse-VERB(1)."""
-    from unionimage.cli import VERBS
 
     usage = parser.format_usage().removeprefix("usage: ").split()
     lines = [*_head(f"unionfuse-{verb}", VERBS[verb][1]), _escaped(" ".join(usage))]
