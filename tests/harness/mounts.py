@@ -208,7 +208,7 @@ class Mounted:
     def _mount_overlay(self) -> None:
         options = {**_OVERLAY_OPTIONS, **self.options}
         if "userxattr" in options:  # which refuses to follow what anybody could have written
-            options = {k: v for k, v in options.items() if k not in ("redirect_dir", "index")}
+            options = {k: v for k, v in options.items() if k != "redirect_dir"}
         pairs: list[tuple[str, str | None]] = [
             ("lowerdir+", str(lower)) for lower in self.stack.lowers
         ]

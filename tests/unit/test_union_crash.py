@@ -49,7 +49,10 @@ def seen(stack: Stack, **options: Any) -> tuple[Tree, Tree]:
     ours = direct.snapshot()
     direct.close()
     assert stack.work is not None and staging_files(stack.work) == []
-    mounted = Mounted("overlay", stack, {"metacopy": "on"} if options.get("metacopy") else {})
+    oracle: dict[str, str | None] = {"metacopy": "on"} if options.get("metacopy") else {}
+    if options.get("userxattr"):
+        oracle["userxattr"] = None
+    mounted = Mounted("overlay", stack, oracle)
     mounted.mount()
     try:
         return ours, mounted.snapshot()
@@ -67,11 +70,13 @@ def test_old_or_new_with_metacopy(directory: Path, name: str) -> None:
     _kill_at_every_step(directory, name, metacopy=True)
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if "rename" in name])
-def test_old_or_new_without_redirects(directory: Path, name: str) -> None:
-    if "director" in name and ("merged" in name or "full" in name):
-        pytest.skip("a full copy of a merged directory is many steps; see docs/promises.md")
-    _kill_at_every_step(directory, name, redirect_dir="off")
+@pytest.mark.parametrize("options", [{"redirect_dir": "off"}, {"userxattr": True}])
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if "director" in name])
+def test_old_or_new_without_redirects(
+    directory: Path, name: str, options: dict[str, object]
+) -> None:
+    """A merged directory is copied whole before the one rename; until then it is as it was."""
+    _kill_at_every_step(directory, name, **options)
 
 
 def _kill_at_every_step(directory: Path, name: str, **options: Any) -> None:
