@@ -180,6 +180,21 @@ def filesystem_uuid(descriptor: int) -> bytes:
     return bytes(buffer[1:17]) if buffer[0] == 16 else bytes(16)
 
 
+# linux/fs.h: the numbers that chattr(1) and lsattr(1) use, and their newer form
+_FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS = 0x80086601, 0x40086602
+_FS_IOC_FSGETXATTR, _FS_IOC_FSSETXATTR = 0x801C581F, 0x401C5820
+READ_INODE_FLAGS = (_FS_IOC_GETFLAGS, _FS_IOC_FSGETXATTR)
+WRITE_INODE_FLAGS = (_FS_IOC_SETFLAGS, _FS_IOC_FSSETXATTR)
+_INODE_FLAGS_SIZE = {_FS_IOC_GETFLAGS: 4, _FS_IOC_FSGETXATTR: 28}
+
+
+def read_inode_flags(descriptor: int, command: int) -> bytes:
+    """What an ioctl of READ_INODE_FLAGS says of an open file: an int, or a struct fsxattr."""
+    answer = bytearray(_INODE_FLAGS_SIZE[command])
+    fcntl.ioctl(descriptor, command, answer)
+    return bytes(answer)
+
+
 # --- identity of the thread -------------------------------------------------------------------
 
 
@@ -372,6 +387,12 @@ def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
 def clone_file(target: int, source: int) -> None:
     """Share all of `source`'s blocks with `target` (FICLONE)."""
     fcntl.ioctl(target, _FICLONE, source)
+
+
+@changing
+def write_inode_flags(descriptor: int, command: int, flags: bytes) -> None:
+    """An ioctl of WRITE_INODE_FLAGS: immutable, append-only and so on."""
+    fcntl.ioctl(descriptor, command, flags)
 
 
 @changing

@@ -302,6 +302,35 @@ class Union:
             if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM):
                 raise
 
+    def read_inode_flags(self, number: int, command: int) -> bytes:
+        """What lsattr(1) asks; see syscalls.READ_INODE_FLAGS. Raises ENOTTY: there are none."""
+        with self.lock:
+            descriptor = self._open_itself(self.tree.node(number))
+        try:
+            return syscalls.read_inode_flags(descriptor, command)
+        finally:
+            os.close(descriptor)
+
+    def write_inode_flags(self, number: int, command: int, flags: bytes) -> None:
+        """What chattr(1) sets, in upper; see syscalls.WRITE_INODE_FLAGS."""
+        with self.lock:
+            self._changes()
+            node = self.tree.node(number)
+            self._copy.copy_up(node)
+            descriptor = self._open_itself(node)
+            try:
+                syscalls.write_inode_flags(descriptor, command, flags)
+            finally:
+                os.close(descriptor)
+            self._changed(node)
+
+    def _open_itself(self, node: Node) -> int:
+        """A readable descriptor of a regular file or directory, for what has to have one."""
+        directory, name = self.tree.location(node)
+        if name:
+            return view.open_entry(directory, name, os.O_RDONLY)
+        return os.open(syscalls.proc_path(directory), os.O_RDONLY | os.O_CLOEXEC)
+
     # --- names ---------------------------------------------------------------------------
 
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Entry:
@@ -446,11 +475,18 @@ class Union:
             node = self.tree.node(number)
             if node.is_directory:
                 raise failure(errno.EISDIR)
+            append = flags & os.O_APPEND
             flags &= _OPEN_FLAGS
             if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
                 self._changes()
                 self._copy.copy_up(node, size=0 if flags & os.O_TRUNC else None)
-            descriptor = self._open_data(node, flags)
+            try:
+                descriptor = self._open_data(node, flags)
+            except PermissionError:
+                if not append:
+                    raise
+                flags |= append  # an append-only file (chattr +a) is not to be had without
+                descriptor = self._open_data(node, flags)
             if kill_privileges and flags & os.O_TRUNC:
                 self._kill_privileges(node)
             return self._opened(node, descriptor, flags)

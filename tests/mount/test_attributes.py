@@ -1,8 +1,12 @@
 """Mode, owner, times and inode numbers; what POSIX lets whom do."""
 
 import errno
+import fcntl
 import os
 import stat
+import struct
+import subprocess
+import termios
 import time
 
 import pytest
@@ -12,6 +16,7 @@ from harness.snapshot import assert_equal
 from harness.users import NOBODY, as_user, in_child
 
 ALICE, BOB, STAFF = 4001, 4002, 4500
+FS_IOC_SETFLAGS, FS_IMMUTABLE_FL = 0x40086602, 0x10
 
 
 def mode_of(path: os.PathLike[str]) -> int:
@@ -34,8 +39,6 @@ def test_utimens_now_omit_and_nanoseconds(workshop: Workshop) -> None:
         info = os.lstat(path)
         assert abs(info.st_mtime_ns - before) < 5_000_000_000
     # one of them UTIME_OMIT, as touch -a and touch -m do
-    import subprocess
-
     os.utime(tree / "f", ns=(1_000_000_001, 2_000_000_002))
     subprocess.run(["touch", "-a", "-d", "@5.5", tree / "f"], check=True)
     assert _times(tree / "f") == (5_500_000_000, 2_000_000_002)
@@ -407,3 +410,68 @@ def test_a_readonly_union_refuses_every_change(workshop: Workshop) -> None:
     assert_equal(tree.snapshot(), before)
     assert not as_user(NOBODY, os.access, str(tree / "f"), os.W_OK)
     assert os.statvfs(tree.root).f_flag & os.ST_RDONLY
+
+
+# --- flags of the inode (chattr) ------------------------------------------------------------------
+
+
+@pytest.mark.on("plain", "overlay", "unionfuse")
+def test_immutable_and_append_only(workshop: Workshop) -> None:
+    if workshop.kind == "unionfuse-pyfuse3":
+        pytest.skip("pyfuse3 has no handler for ioctl")
+    tree = workshop({"f": "data", "d/g": ""})
+    written = tree.root if tree.kind == "plain" else tree.upper
+    try:
+        chattr("+i", tree / "f", tree / "d")
+        assert "i" in lsattr(tree / "f") and "i" in lsattr(tree / "d")
+        for refused in (
+            lambda: os.chmod(tree / "f", 0o600),
+            lambda: os.setxattr(tree / "f", "user.x", b""),
+            lambda: os.truncate(tree / "f", 0),
+            lambda: os.unlink(tree / "f"),
+            lambda: os.rename(tree / "f", tree / "moved"),
+            lambda: os.unlink(tree / "d/g"),
+            lambda: os.mkdir(tree / "d/new"),
+        ):
+            with pytest.raises(PermissionError):
+                refused()
+        assert (tree / "f").read_text() == "data"
+        chattr("-i", tree / "f", tree / "d")
+        chattr("+a", tree / "f")
+        with open(tree / "f", "a") as file:
+            file.write("+")
+        with pytest.raises(PermissionError):
+            open(tree / "f", "r+").close()
+        chattr("-a", tree / "f")
+        os.unlink(tree / "d/g")
+        (tree / "f").write_text("new")
+    finally:  # nothing could remove these otherwise
+        subprocess.run(["chattr", "-R", "-ia", written], capture_output=True)
+
+
+@pytest.mark.on("plain", "overlay", "unionfuse")
+def test_an_ordinary_user_cannot_make_a_file_immutable(workshop: Workshop) -> None:
+    tree = workshop({"f": File(data="x", uid=ALICE, mode=0o644)})
+
+    def make_immutable() -> None:
+        with open(tree / "f") as file:
+            fcntl.ioctl(file, FS_IOC_SETFLAGS, struct.pack("i", FS_IMMUTABLE_FL))
+
+    with pytest.raises(PermissionError):
+        as_user(ALICE, make_immutable)
+
+
+def test_a_file_is_no_terminal(workshop: Workshop) -> None:
+    tree = workshop({"f": "x"})
+    with open(tree / "f") as file, pytest.raises(OSError) as caught:
+        fcntl.ioctl(file, termios.TCGETS, bytes(60))
+    assert caught.value.errno == errno.ENOTTY
+
+
+def chattr(change: str, *paths: os.PathLike[str]) -> None:
+    subprocess.run(["chattr", change, *paths], check=True)
+
+
+def lsattr(path: os.PathLike[str]) -> str:
+    listed = subprocess.run(["lsattr", "-d", path], check=True, capture_output=True, text=True)
+    return listed.stdout.split()[0]

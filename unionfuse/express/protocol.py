@@ -203,6 +203,8 @@ GETXATTR_OUT = struct.Struct("=II")  # size padding
 FORGET_IN = struct.Struct("=Q")  # nlookup
 BATCH_FORGET_IN = struct.Struct("=II")  # count dummy; FORGET_ONE each
 FORGET_ONE = struct.Struct("=QQ")  # nodeid nlookup
+IOCTL_IN = struct.Struct("=QIIQII")  # fh flags cmd arg in_size out_size; what the call hands over
+IOCTL_OUT = struct.Struct("=iIII")  # result flags in_iovs out_iovs; what the call gets
 FALLOCATE_IN = struct.Struct("=QQQII")  # fh offset length mode padding
 LSEEK_IN = struct.Struct("=QQII")  # fh offset whence padding
 LSEEK_OUT = struct.Struct("=Q")  # offset
@@ -290,6 +292,7 @@ ALWAYS = (
     | InitFlag.ATOMIC_O_TRUNC
     | InitFlag.BIG_WRITES
     | InitFlag.DONT_MASK
+    | InitFlag.HAS_IOCTL_DIR
     | InitFlag.DO_READDIRPLUS
     | InitFlag.ASYNC_DIO
     | InitFlag.PARALLEL_DIROPS

@@ -333,6 +333,21 @@ class Requests:
         self._lane.later(call.unique, copy)
         return None
 
+    def _ioctl(self, call: Call) -> bytes | None:
+        _, _, command, _, given, room = protocol.IOCTL_IN.unpack_from(call.body)
+        argument = call.body[protocol.IOCTL_IN.size :]
+        if command in syscalls.WRITE_INODE_FLAGS:
+            if len(argument) != given:
+                raise OSError(errno.EINVAL, "malformed ioctl")
+            if self._copied_up_later(call, call.node):
+                return None
+            self._union.write_inode_flags(call.node, command, argument)
+            return protocol.IOCTL_OUT.pack(0, 0, 0, 0)
+        if command not in syscalls.READ_INODE_FLAGS:
+            raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+        answer = self._union.read_inode_flags(call.node, command)
+        return protocol.IOCTL_OUT.pack(0, 0, 0, 0) + answer[:room]
+
     # --- directories --------------------------------------------------------------------------
 
     def _readdirplus(self, call: Call) -> bytes:
