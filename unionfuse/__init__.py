@@ -6,6 +6,7 @@
 #   daemon     mount, event loop, signals, unmount
 #   operations, express     the two doors: pyfuse3 on trio, and the compiled fast lane
 #   union      what the doors call: the lock, open files, attributes
+#   openfiles               handles, and the descriptors behind them
 #   upper, renaming, copyup changes: what is written, and how a file gets into upper first
 #   tree, node, view        the merged tree: nodes, lookup, listing
 #   index, layer, whiteout  what lies on disk: lookup index, layer directories, marks

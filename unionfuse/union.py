@@ -20,6 +20,7 @@ from unionfuse import syscalls, view, whiteout
 from unionfuse.copyup import INLINE_SIZE, CopyUp
 from unionfuse.layer import LayerStack
 from unionfuse.node import NOW, Attributes, Caller, Changes, Directory, Entry, Node
+from unionfuse.openfiles import OpenFiles
 from unionfuse.options import MountOptions
 from unionfuse.renaming import Renaming
 from unionfuse.survival.journal import Journal
@@ -44,18 +45,6 @@ class Watcher(Protocol):
     """Is told when the lookup index's answer for a node stops being true."""
 
     def changed(self, node: int) -> None: ...
-
-
-class OpenFile:
-    """An open regular file: where to read and write now, and the descriptors it had before."""
-
-    __slots__ = ("descriptor", "node", "replaced", "writable")
-
-    def __init__(self, node: Node, descriptor: int, writable: bool) -> None:
-        self.node = node
-        self.descriptor = descriptor
-        self.writable = writable
-        self.replaced: list[int] = []
 
 
 class Union:
@@ -92,8 +81,7 @@ class Union:
         self._journal = self.tree.journal
         self.tree.changed = self._changed
         self._store = upper
-        self._handles: dict[int, OpenFile | Directory] = {}
-        self._readers: dict[int, set[int]] = {}  # node id -> handles on lower data
+        self.files = OpenFiles(self.tree, self.lock)
         self._copy = CopyUp(self.tree, self.lock, self._published)
         read_only = upper is None or options.read_only
         self._upper = None if read_only else Upper(self.tree, self._copy, self._changed)
@@ -104,7 +92,7 @@ class Union:
     def close(self) -> None:
         """Let go of everything; the staging directory is empty afterwards."""
         with self.lock:
-            for handle in list(self._handles):
+            for handle in self.files.handles():
                 self.release(handle)
             for node in self.tree.nodes.values():
                 self.tree.close_unnamed(node)
@@ -116,7 +104,7 @@ class Union:
     def status(self) -> tuple[int, int]:
         """How many nodes are known and how many files are open."""
         with self.lock:
-            return len(self.tree.nodes), len(self._handles)
+            return len(self.tree.nodes), len(self.files)
 
     # --- who watches ---------------------------------------------------------------------
 
@@ -148,11 +136,7 @@ class Union:
 
     def _published(self, node: Node) -> None:
         """A node's file is upper's now: whoever reads the lower one goes on with the copy."""
-        for handle in self._readers.pop(node.id, ()):
-            opened = self._handles[handle]
-            assert isinstance(opened, OpenFile)
-            opened.replaced.append(opened.descriptor)
-            opened.descriptor = self._open_data(node, os.O_RDONLY)
+        self.files.published(node)
         self._changed(node)
 
     def _entry(self, node: Node, status: os.stat_result | None = None) -> Entry:
@@ -268,9 +252,9 @@ class Union:
     ) -> None:
         if node.is_directory:
             raise failure(errno.EISDIR)
-        opened = self._handles.get(handle) if handle is not None else None
-        if isinstance(opened, OpenFile) and opened.writable:
-            syscalls.ftruncate(opened.descriptor, size)
+        opened = self.files.file(handle) if handle is not None else None
+        if handle is not None and opened is not None and opened.writable:
+            syscalls.ftruncate(self.files.descriptor(handle), size)
         else:
             syscalls.truncate(directory, name, size)
 
@@ -366,14 +350,14 @@ class Union:
             directory = self.tree.directory(parent)
             flags &= _OPEN_FLAGS & ~os.O_TRUNC
             node, descriptor = self._changes().create(directory, name, mode, flags, caller)
-            handle = self._opened(node, descriptor, flags)
+            handle = self.files.add(node, descriptor, flags)
             return self._entry(node), handle
 
     def tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> tuple[Entry, int]:
         """Create a regular file without a name in a directory (O_TMPFILE)."""
         with self.lock:
             node, descriptor = self._changes().tmpfile(self.tree.directory(parent), mode, caller)
-            handle = self._opened(node, descriptor, os.O_RDWR)
+            handle = self.files.add(node, descriptor, os.O_RDWR)
             return self._entry(node), handle
 
     def unlink(self, parent: int, name: bytes) -> None:
@@ -480,110 +464,49 @@ class Union:
             if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
                 self._changes()
                 self._copy.copy_up(node, size=0 if flags & os.O_TRUNC else None)
-            try:
-                descriptor = self._open_data(node, flags)
-            except PermissionError:
-                if not append:
-                    raise
-                flags |= append  # an append-only file (chattr +a) is not to be had without
-                descriptor = self._open_data(node, flags)
+            handle = self.files.open(node, flags | append)
             if kill_privileges and flags & os.O_TRUNC:
                 self._kill_privileges(node)
-            return self._opened(node, descriptor, flags)
-
-    def _open_data(self, node: Node, flags: int) -> int:
-        if node.unnamed >= 0 and not node.metacopy:
-            return os.open(syscalls.proc_path(node.unnamed), flags | os.O_CLOEXEC)
-        directory, name = self.tree.data_location(node)
-        if node.in_upper and not node.metacopy:
-            return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-        return view.open_entry(directory, name, flags)
-
-    def _opened(self, node: Node, descriptor: int, flags: int) -> int:
-        handle = self._journal.fresh_handle()
-        self._journal.opened(handle, node.id, flags & ~os.O_TRUNC)
-        self._take_in(handle, node, descriptor, flags)
-        return handle
-
-    def _take_in(self, handle: int, node: Node, descriptor: int, flags: int) -> None:
-        writable = flags & os.O_ACCMODE != os.O_RDONLY
-        self._handles[handle] = OpenFile(node, descriptor, writable)
-        node.opened += 1
-        node.written = node.written or writable
-        if not node.in_upper or node.metacopy:
-            self._readers.setdefault(node.id, set()).add(handle)
+            return handle
 
     def reopen(self, handle: int, number: int, flags: int) -> None:
         """Open a file again under a handle that the kernel has from an earlier daemon."""
         with self.lock:
-            node = self.tree.node(number)
-            self._take_in(handle, node, self._open_again(node, flags), flags)
+            self.files.reopen(handle, self.tree.node(number), flags)
 
-    def _open_again(self, node: Node, flags: int) -> int:
-        try:
-            return self._open_data(node, flags)
-        except PermissionError:
-            # Only who created the file could open it so: let us in for a moment, as its owner.
-            directory, name = self.tree.location(node)
-            status = view.entry_status(directory, name) if name else os.stat(directory)
-            mode = stat.S_IMODE(status.st_mode)
-            syscalls.chmod(directory, name, mode | stat.S_IRUSR | stat.S_IWUSR)
-            try:
-                return self._open_data(node, flags)
-            finally:
-                syscalls.chmod(directory, name, mode)
-
-    def _file(self, handle: int) -> OpenFile:
-        opened = self._handles.get(handle)
-        if not isinstance(opened, OpenFile):
-            raise failure(errno.EBADF)
-        return opened
-
-    def descriptor(self, handle: int) -> int:
-        """The descriptor to read from now; it stays open until `release`."""
-        return self._file(handle).descriptor
-
-    def is_settled(self, handle: int) -> bool:
-        """Whether no copy-up will ever give this open file another descriptor."""
-        node = self._file(handle).node
+    def is_settled(self, number: int) -> bool:
+        """Whether no copy-up will ever give a node's open files another descriptor."""
+        node = self.tree.node(number)
         return self._store is None or (node.in_upper and not node.metacopy)
 
     def read(self, handle: int, offset: int, size: int) -> bytes:
         """Bytes from an open file."""
-        return os.pread(self.descriptor(handle), size, offset)
+        opened = self.files.begin(handle)
+        try:
+            return os.pread(opened.descriptor, size, offset)
+        finally:
+            self.files.end(opened)
 
     def write(self, handle: int, offset: int, data: bytes, kill_privileges: bool = False) -> int:
         """Write at an offset, wherever the file was opened to append; returns the byte count."""
-        opened = self._file(handle)
-        if kill_privileges:
-            with self.lock:
-                self._kill_privileges(opened.node)
-        done = syscalls.pwrite(opened.descriptor, data, offset)
-        while done < len(data):
-            done += syscalls.pwrite(opened.descriptor, data[done:], offset + done)
-        return done
+        opened = self.files.begin(handle)
+        try:
+            if kill_privileges:
+                with self.lock:
+                    self._kill_privileges(opened.node)
+            done = syscalls.pwrite(opened.descriptor, data, offset)
+            while done < len(data):
+                done += syscalls.pwrite(opened.descriptor, data[done:], offset + done)
+            return done
+        finally:
+            self.files.end(opened)
 
     def release(self, handle: int) -> None:
         """Close a handle of a file or directory."""
         with self.lock:
-            opened = self._handles.pop(handle, None)
-            self._journal.released(handle)
-            if opened is None:
-                return
-            if isinstance(opened, OpenFile):
-                os.close(opened.descriptor)
-                for descriptor in opened.replaced:
-                    os.close(descriptor)
-                node = opened.node
-                readers = self._readers.get(node.id)
-                if readers is not None:
-                    readers.discard(handle)
-                    if not readers:
-                        del self._readers[node.id]
-            else:
-                node = opened
-            node.opened -= 1
-            self.tree.release_if_unused(node)
+            node = self.files.release(handle)
+            if node is not None:
+                self.tree.release_if_unused(node)
 
     releasedir = release
 
@@ -593,7 +516,8 @@ class Union:
     def fsync(self, handle: int, datasync: bool) -> None:
         """Bring an open file's data to disk; may take long and holds no lock."""
         if self._store is not None and self._store.sync:
-            syscalls.fsync(self.descriptor(handle), datasync)
+            with self.files.using(handle) as descriptor:
+                syscalls.fsync(descriptor, datasync)
 
     # --- directories ---------------------------------------------------------------------
 
@@ -602,17 +526,11 @@ class Union:
         with self.lock:
             directory = self.tree.directory(number)
             self.tree.load(directory)
-            handle = self._journal.fresh_handle()
-            self._handles[handle] = directory
-            directory.opened += 1
-            return handle
+            return self.files.add_directory(directory)
 
     def opened_directory(self, handle: int) -> int:
         """The node id behind a handle that `opendir` gave."""
-        opened = self._handles.get(handle)
-        if not isinstance(opened, Directory):
-            raise failure(errno.EBADF)
-        return opened.id
+        return self.files.directory(handle).id
 
     def listing(self, number: int, cookie: int) -> Iterator[tuple[bytes, int, Entry]]:
         """(name, cookie, entry) of a directory's names behind a cookie, without `.` and `..`.

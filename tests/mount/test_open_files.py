@@ -1,14 +1,17 @@
 """Open descriptors: after unlink, rename and copy-up; mappings, locks, flags."""
 
+import contextlib
 import errno
 import fcntl
 import mmap
 import os
+import resource
 import stat
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from harness.layers import File, HardLink
@@ -409,3 +412,51 @@ def test_unlinked_open_files_leave_nothing_in_work(workshop: Workshop) -> None:
         file.close()
     tree.unmount()  # which looks into work
     assert {path.name for path in tree.upper.rglob("*")} == {"f", "d", "g"}
+
+
+@pytest.mark.doors
+@pytest.mark.on("unionfuse")
+@pytest.mark.parametrize("options", [{}, {"passthrough": "off"}, {"keeper": "on"}], ids=str)
+def test_more_open_files_than_the_daemon_may_have_descriptors(
+    workshop: Workshop, options: dict[str, str | None]
+) -> None:
+    if workshop.kind == "unionfuse-pyfuse3" and options:
+        pytest.skip("these choose between parts of the express lane")
+    lower = {f"low{number}": f"lower {number}" for number in range(100)}
+    tree = workshop({**lower, "one": "the one"}, options=options)
+    assert tree.daemon is not None
+    for process in process_tree(tree.daemon.process.pid):
+        resource.prlimit(process, resource.RLIMIT_NOFILE, (300, 300))
+    os.mkdir(tree / "d")
+    with contextlib.ExitStack() as opened:
+        readers = [opened.enter_context(open(tree / name)) for name in lower]
+        again = [opened.enter_context(open(tree / "one")) for _ in range(200)]
+        writers = [opened.enter_context(open(tree / f"d/{n}", "w+")) for n in range(400)]
+        for number, file in enumerate(writers):
+            file.write(f"upper {number}")
+            file.flush()
+        for number in range(0, 40, 2):
+            os.unlink(tree / f"d/{number}")
+            os.chmod(tree / f"d/{number + 1}", 0)
+        os.rename(tree / "d", tree / "e")
+        (tree / "low1").write_text("copied up")
+        os.unlink(tree / "low2")
+        for number, file in enumerate(writers):
+            os.pwrite(file.fileno(), b"UPPER", 0)
+            os.fsync(file.fileno()) if number % 50 == 0 else None
+            assert os.pread(file.fileno(), 100, 0) == b"UPPER %d" % number
+            assert os.fstat(file.fileno()).st_size == len(f"upper {number}")
+        os.ftruncate(writers[0].fileno(), 5)
+        os.ftruncate(writers[300].fileno(), 5)
+        assert os.pread(writers[0].fileno(), 100, 0) == b"UPPER"
+        assert (tree / "e/300").read_text() == "UPPER"
+        for number, file in enumerate(readers):
+            expected = "copied up" if number == 1 else f"lower {number}"
+            assert os.pread(file.fileno(), 100, 0) == expected.encode()
+        assert {os.pread(file.fileno(), 100, 0) for file in again} == {b"the one"}
+
+
+def process_tree(process: int) -> list[int]:
+    """A process and its children (a keeper has its daemon for a child)."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [process, *map(int, children)]

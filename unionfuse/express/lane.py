@@ -298,9 +298,9 @@ class Lane:
     def opened(self, node: int, handle: int) -> tuple[int, int]:
         """(open_flags, backing id) for the reply to an OPEN."""
         with self._union.lock:  # a copy-up in between would change the file
-            descriptor = self._union.descriptor(handle)
+            descriptor = self._union.files.descriptor(handle)
             # The loop's own opens of the node go through the page cache.
-            settled = self._union.is_settled(handle) and not self._loop.opened_here(node)
+            settled = self._union.is_settled(node) and not self._loop.opened_here(node)
             return self._passthrough.opened(node, handle, descriptor, settled)
 
     def released(self, node: int, handle: int) -> None:
@@ -323,7 +323,7 @@ class Lane:
             found = self._opened_nodes.get(node)
             if found is None:
                 found = self._opened_nodes[node] = self._union.open(node, os.O_RDONLY)
-                self._loop.read_node_from(node, self._union.descriptor(found))
+                self._loop.read_node_from(node, self._union.files.pin(found))
             return found
 
     def released_here(self, handle: int) -> None:
@@ -335,7 +335,9 @@ class Lane:
                 self._union.release(self._opened_nodes.pop(node))
 
     def read_directly(self, node: int, handle: int, descriptor: int) -> None:
-        """Let the loop answer READ of this handle from now on."""
+        """Let the loop answer READ of this handle from now on; not without a descriptor."""
+        if descriptor < 0:
+            return
         with self._lock:
             self._direct.setdefault(node, set()).add(handle)
         self._loop.read_from(handle, descriptor)
@@ -356,7 +358,7 @@ class Lane:
             # Open it while it can still be found; the file may be another one than before.
             with contextlib.suppress(OSError):
                 opened = self.union_handle(NODE_HANDLE | node)
-                self._loop.read_node_from(node, self._union.descriptor(opened))
+                self._loop.read_node_from(node, self._union.files.pin(opened))
 
 
 def _queues() -> int:

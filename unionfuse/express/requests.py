@@ -249,7 +249,7 @@ class Requests:
         if handle & NODE_HANDLE:
             return self._union.read(self._lane.union_handle(handle), offset, min(size, 1 << 20))
         with self._union.lock:  # a copy-up in between would leave the loop with the old descriptor
-            self._lane.read_directly(call.node, handle, self._union.descriptor(handle))
+            self._lane.read_directly(call.node, handle, self._union.files.pin(handle))
         return self._union.read(handle, offset, min(size, 1 << 20))
 
     def _write(self, call: Call) -> bytes:
@@ -297,15 +297,16 @@ class Requests:
 
     def _fallocate(self, call: Call) -> bytes:
         handle, offset, length, mode, _ = protocol.FALLOCATE_IN.unpack_from(call.body)
-        syscalls.fallocate(self._union.descriptor(handle), mode, offset, length)
+        with self._union.files.using(handle) as descriptor:
+            syscalls.fallocate(descriptor, mode, offset, length)
         return b""
 
     def _lseek(self, call: Call) -> bytes:
         handle, offset, whence, _ = protocol.LSEEK_IN.unpack_from(call.body)
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        descriptor = self._union.descriptor(self._lane.union_handle(handle))
-        found = os.lseek(descriptor, offset, whence)
+        with self._union.files.using(self._lane.union_handle(handle)) as descriptor:
+            found = os.lseek(descriptor, offset, whence)
         return protocol.LSEEK_OUT.pack(found)
 
     def _copy_file_range(self, call: Call) -> bytes | None:
@@ -324,8 +325,9 @@ class Requests:
         source = self._lane.union_handle(source)
 
         def copy() -> bytes:
-            descriptors = self._union.descriptor(source), self._union.descriptor(target)
-            done = syscalls.copy_range(*descriptors, length, offset_in, offset_out)
+            files = self._union.files
+            with files.using(source) as reader, files.using(target) as writer:
+                done = syscalls.copy_range(reader, writer, length, offset_in, offset_out)
             return done.to_bytes(answer_size, "little")
 
         if length <= _COPY_NOW:
