@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -14,10 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmark import report, trees, workloads
+from benchmark import report, scale, trees, workloads
 from benchmark.peers import PEERS, Peer, lookup_index, mounted
 from benchmark.report import Results, Row
 
+_UNUSUAL = ("unionfuse+uring", "unionfuse-pyfuse3", "C floor")
 _URING = Path("/sys/module/fuse/parameters/enable_uring")
 
 
@@ -36,34 +36,44 @@ def main() -> int:
     results = Results()
     with _uring(any("uring" in peer.name for peer in peers)):
         measure(args, cache, peers, results)
-        times = mount_times(cache, args.mount_times, peers, args.rounds) if args.mount_times else {}
-    write(args, results, times)
+        sizes = [scale.measure(cache, count, args.rounds) for count in args.scale]
+    write(args, results, sizes)
     return 0
 
 
 def measure(args: argparse.Namespace, cache: Path, peers: list[Peer], results: Results) -> None:
     """Every round asks every peer in turn, so that a busy minute of the machine hits all alike."""
-    tools = workloads.Tools(cache, trees.source_archive(cache), args.quick)
+    tools = workloads.Tools(cache, args.quick)
     big = (64 if args.quick else 1024) << 20
     scratch = cache / "mounts"
     for layers in args.layers:
         tree = trees.make(cache, layers, args.files, big)
-        if any(peer.indexed for peer in peers):
-            lookup_index(tree)
-        trees.protect(tree)
-        sessions = list(workloads.READING)
-        if layers == args.layers[min(1, len(args.layers) - 1)]:
-            sessions += workloads.WRITING
-            if args.disk_cold:
-                sessions.append(workloads.disk_cold)
-        if args.only:
-            sessions = [s for s in sessions if s.__name__ in args.only.split(",")]
+        sessions = chosen_sessions(args, layers)
+        places = dict.fromkeys(sessions, tree)
+        if workloads.installing in sessions:
+            places[workloads.installing] = trees.debian(cache, layers)
+        for place in set(places.values()):
+            if any(peer.indexed for peer in peers):
+                lookup_index(place)
+            trees.protect(place)
         for pinned in args.pinned:
             for round_number in range(args.rounds):
                 print(f"{layers} layers, pinned {pinned}, round {round_number + 1}", flush=True)
-                for session in sessions:
+                for session, place in places.items():
                     for peer in peers:
-                        one(results, session, peer, tree, scratch, pinned, tools)
+                        one(results, session, peer, place, scratch, pinned, tools)
+
+
+def chosen_sessions(args: argparse.Namespace, layers: int) -> list[workloads.Session]:
+    """What is measured at this number of layers: changes only at one, since they take longest."""
+    sessions = list(workloads.READING)
+    if layers == args.layers[min(1, len(args.layers) - 1)]:
+        sessions += workloads.WRITING
+        if args.disk_cold:
+            sessions.append(workloads.disk_cold)
+    if args.only:
+        sessions = [session for session in sessions if session.__name__ in args.only.split(",")]
+    return sessions
 
 
 def one(
@@ -75,8 +85,12 @@ def one(
     pinned: bool,
     tools: workloads.Tools,
 ) -> None:
-    """One session of one peer. The plain directory is only read."""
+    """One session of one peer, unless it cannot do that; the plain directory is only read."""
     if peer.command is None and session in workloads.WRITING:
+        return
+    if not peer.answers and session is not workloads.lookups:
+        return
+    if not peer.copies_up and session in workloads.CHANGING:
         return
     subprocess.run(["sync"], check=True)
     with mounted(peer, tree, scratch, pinned) as mount:
@@ -87,40 +101,14 @@ def one(
         results.requests[tree.layers, session.__name__, peer.name] = mount.requests
 
 
-def mount_times(
-    cache: Path, counts: list[int], peers: list[Peer], rounds: int
-) -> dict[str, dict[str, float]]:
-    """Seconds from the command to a mount that has answered, for an indexed layer of N files."""
-    times: dict[str, dict[str, float]] = {}
-    for count in counts:
-        layer = trees.many_files(cache, count)
-        index = cache / f"many-{count}.index"
-        command = [sys.executable, "-c", "import sys; from unionimage.cli import main; main()"]
-        if not index.exists():
-            subprocess.run([*command, "index", "build", "-o", str(index), str(layer)], check=True)
-        samples = []
-        mountpoint = cache / "mounts" / "mnt"
-        mountpoint.mkdir(parents=True, exist_ok=True)
-        program = str(Path(sys.executable).with_name("unionfuse"))
-        for _ in range(max(rounds, 3)):
-            line = f"lowerdir={layer},lookup_index={index}"
-            start = time.perf_counter()
-            subprocess.run([program, "-o", line, mountpoint], check=True)
-            os.stat(mountpoint)
-            samples.append(time.perf_counter() - start)
-            subprocess.run([program, "umount", mountpoint], check=True)
-        times[f"mount of {count} files, indexed"] = {"unionfuse": statistics.median(samples)}
-    return times
-
-
-def write(args: argparse.Namespace, results: Results, times: dict[str, dict[str, float]]) -> None:
+def write(args: argparse.Namespace, results: Results, sizes: list[scale.Size]) -> None:
     measured = {peer for cells in results.cells.values() for peer in cells}
     ours = "unionfuse+index" if "unionfuse+index" in measured else "unionfuse"
     text = report.tables(results, ours)
-    for name, values in times.items():
-        text += f"\n{name}: " + ", ".join(f"{k} {v:.3f} s" for k, v in values.items()) + "\n"
-    losing = report.behind(results, ours)
-    text += f"\n{ours} is behind a FUSE peer in: " + ("; ".join(losing) or "nothing") + "\n"
+    if sizes:
+        text += "\n" + scale.table(sizes) + "\n"
+    if results.cells:
+        text += "\n" + report.verdict(results, ours) + "\n"
     print("\n" + text)
     machine = {
         "kernel": platform.release(),
@@ -129,7 +117,7 @@ def write(args: argparse.Namespace, results: Results, times: dict[str, dict[str,
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "command": "scripts/bench " + " ".join(sys.argv[1:]),
     }
-    document = {"machine": machine, **results.as_json(), "mount_times": times}
+    document = {"machine": machine, **results.as_json(), "sizes": [vars(size) for size in sizes]}
     Path(args.json).write_text(json.dumps(document, indent=1) + "\n")
     picture = report.plot(results, "lookup miss, cold")
     if picture and len(args.layers) > 1:
@@ -155,7 +143,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    usual = [name for name in PEERS if name not in ("unionfuse+uring", "unionfuse-pyfuse3")]
+    usual = [name for name in PEERS if name not in _UNUSUAL]
     parser.add_argument("--quick", action="store_true", help="a few minutes: fewer and smaller")
     parser.add_argument("--layers", type=_numbers, help="default: 1,10,40,100; quick: 1,10")
     parser.add_argument("--files", type=int, help="in each tree; default: 50000; quick: 5000")
@@ -164,16 +152,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--peers",
         default=",".join(usual),
-        help="out of "
-        + ", ".join(PEERS)
-        + "\n(default: all but unionfuse+uring and unionfuse-pyfuse3)",
+        help="out of " + ", ".join(PEERS) + f"\n(default: all but {', '.join(_UNUSUAL)})",
     )
-    parser.add_argument(
-        "--only", help="sessions out of lookups,walks,listings,reads,writes,changes"
-    )
+    sessions = ",".join(session.__name__ for session in workloads.SESSIONS)
+    parser.add_argument("--only", metavar="SESSION,…", help=f"out of {sessions}")
     parser.add_argument("--disk-cold", action="store_true", help="also with the disk cache dropped")
     parser.add_argument(
-        "--mount-times", type=_numbers, help="also mount an index of N files, e.g. 100,1000000"
+        "--scale",
+        type=_numbers,
+        default=[],
+        metavar="N,…",
+        help="also mount an index of N files: the time, and the daemon's memory",
     )
     parser.add_argument("--cache", default=".cache/bench", help="where the trees are kept")
     parser.add_argument("--json", default="bench-results.json")

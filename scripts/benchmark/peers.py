@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmark.trees import Tree
+
+PROGRAM = Path(sys.executable).with_name("unionfuse")
 
 _PATIENCE = 20.0  # seconds
 # A daemon may answer before it has loaded all of itself. What that costs is the mount's time, which
@@ -70,6 +72,7 @@ class Peer:
         command: the words that mount a stack: a daemon that stays in the foreground, or mount(8).
         fuse: there is a daemon.
         copies_up: a file in a read-only layer can be changed.
+        answers: has files at all; what has not can only be asked for names that are absent.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Peer:
     command: Callable[[Stack], list[str]] | None
     fuse: bool = True
     copies_up: bool = True
+    answers: bool = True
 
     @property
     def indexed(self) -> bool:
@@ -123,6 +127,10 @@ def _mergerfs(stack: Stack) -> list[str]:
     return ["mergerfs", "-f", "-o", line, ":".join(branches), str(stack.mountpoint)]
 
 
+def _floor(stack: Stack) -> list[str]:
+    return [str(compiled("floor.c", stack.tree.root.parent)), str(stack.mountpoint)]
+
+
 def _overlay(stack: Stack) -> list[str]:
     line = f"lowerdir={stack.lowerdir},upperdir={stack.upper},workdir={stack.work}"
     return ["mount", "-i", "-t", "overlay", "overlay", "-o", line, str(stack.mountpoint)]
@@ -139,21 +147,30 @@ PEERS = {
         Peer("unionfs-fuse", "unionfs-fuse", _unionfs),
         Peer("mergerfs", "mergerfs", _mergerfs, copies_up=False),
         Peer("overlayfs", "", _overlay, fuse=False),
+        Peer("C floor", "", _floor, copies_up=False, answers=False),
         Peer("native", "", None, fuse=False, copies_up=False),
     )
 }
 
 
+def compiled(source: str, cache: Path) -> Path:
+    """A program of ours in C, compiled when its source is newer."""
+    path = Path(__file__).with_name(source)
+    program = cache / path.stem
+    if not program.exists() or program.stat().st_mtime < path.stat().st_mtime:
+        subprocess.run(["gcc", "-O2", "-Wall", "-o", program, path], check=True)
+    return program
+
+
 def lookup_index(tree: Tree) -> Path:
     """The lookup index of a tree's layers, built when it is first asked for."""
-    path = tree.root / "lookup.index"
+    return index_of(tree.root / "lookup.index", tree.lowers)
+
+
+def index_of(path: Path, layers: Sequence[Path]) -> Path:
+    """The lookup index of layer directories, topmost first."""
     if not path.exists():
-        words = [
-            sys.executable,
-            "-c",
-            "import sys; from unionimage.cli import main; sys.exit(main())",
-        ]
-        words += ["index", "build", "-o", str(path), *map(str, tree.lowers)]
+        words = [str(word) for word in (PROGRAM, "index", "build", "-o", path, *layers)]
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
     return path
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
@@ -108,41 +108,85 @@ def tables(results: Results, ours: str = "unionfuse") -> str:
         body = [[str(row), *_line(results.cells[row], peers, ours)] for row in rows]
         how = "daemon and client on one CPU" if pinned else "not pinned"
         text.append(f"{layers} layers, {how} (medians; lookups in µs each, others in seconds)\n")
-        text.append(_table(head, body) + "\n")
+        text.append(markdown(head, body) + "\n")
+    if results.requests:
+        text.append("Requests of one mount by opcode, which depend on no machine\n")
+        text.append(_requests(results) + "\n")
     if results.memory:
         rows_of_memory = [
             [str(layers), peer, *(f"{values.get(n, 0) / 1024:.0f}" for n in ("VmHWM", "RssAnon"))]
             for (layers, peer), values in sorted(results.memory.items())
         ]
         text.append("Memory of the daemon, MiB\n")
-        text.append(_table(["layers", "peer", "peak", "anonymous"], rows_of_memory) + "\n")
+        text.append(markdown(["layers", "peer", "peak", "anonymous"], rows_of_memory) + "\n")
     return "\n".join(text)
 
 
-def geometric_mean(values: Iterable[float]) -> float:
-    return statistics.geometric_mean(values)
+def _requests(results: Results) -> str:
+    """For each session how many requests of each kind the kernel sent, the most frequent first."""
+    body = []
+    for (layers, session, peer), counts in results.requests.items():
+        most = sorted(counts.items(), key=lambda count: -count[1])
+        told = " ".join(f"{name}={number}" for name, number in most if number)
+        body.append([f"{session}, {layers} layers", peer, told])
+    return markdown(["session", "peer", "requests"], body)
 
 
-def behind(results: Results, ours: str = "unionfuse") -> list[str]:
-    """The rows in which a FUSE peer is ahead of us, with the ratio."""
+def verdict(results: Results, ours: str) -> str:
+    """The geometric mean of the lookups against the best peer in each, and every row behind one."""
+    text = []
+    for pinned in sorted({row.pinned for row in results.cells}):
+        ratios = [
+            ratio
+            for row, peers in results.cells.items()
+            if row.pinned == pinned and "lookup" in row.workload
+            if (ratio := _ahead(peers, ours)) is not None
+        ]
+        if ratios:
+            how = "pinned" if pinned else "not pinned"
+            mean = statistics.geometric_mean(ratios)
+            text.append(f"Lookups, {how}: {mean:.2f} times the best FUSE peer (geometric mean)")
+    losing = behind(results, ours)
+    text.append(f"{ours} is behind a FUSE peer in: " + ("; ".join(losing) or "nothing"))
+    return "\n\n".join(text)
+
+
+def behind(results: Results, ours: str) -> list[str]:
+    """The rows in which a FUSE peer is ahead of us, with the ratio.
+
+    "~" is said where the intervals of the two medians overlap: the samples do not decide.
+    """
     found = []
     for row, peers in results.cells.items():
-        rivals = {name: cell.median for name, cell in peers.items() if name in FUSE_PEERS}
-        if ours in peers and rivals:
-            best = min(rivals, key=lambda name: rivals[name])
-            ratio = rivals[best] / peers[ours].median
-            if ratio < 1.0:
-                pinned = ", pinned" if row.pinned else ""
-                found.append(f"{row.workload} ({row.layers} layers{pinned}): {ratio:.2f} of {best}")
+        ratio = _ahead(peers, ours)
+        if ratio is not None and ratio < 1.0:
+            best = _best(peers)
+            sure = peers[best].interval[1] < peers[ours].interval[0]
+            pinned = ", pinned" if row.pinned else ""
+            about = "" if sure else "~"
+            found.append(
+                f"{row.workload} ({row.layers} layers{pinned}): {about}{ratio:.2f} of {best}"
+            )
     return found
+
+
+def _best(peers: Mapping[str, Cell]) -> str:
+    return min((name for name in peers if name in FUSE_PEERS), key=lambda name: peers[name].median)
+
+
+def _ahead(peers: Mapping[str, Cell], ours: str) -> float | None:
+    """How many times faster than the best FUSE peer we are; None without any."""
+    if ours not in peers or not any(name in FUSE_PEERS for name in peers):
+        return None
+    return peers[_best(peers)].median / peers[ours].median
 
 
 def _line(peers: Mapping[str, Cell], names: Sequence[str], ours: str) -> list[str]:
     line = [_number(peers[name].median) if name in peers else "-" for name in names]
-    rivals = [peers[name].median for name in FUSE_PEERS if name in peers]
-    mine = peers[ours].median if ours in peers else None
-    line.append(f"{min(rivals) / mine:.2f}" if rivals and mine else "-")
-    line.append(f"{mine / peers['overlayfs'].median:.2f}" if mine and "overlayfs" in peers else "-")
+    ratio = _ahead(peers, ours)
+    line.append("-" if ratio is None else f"{ratio:.2f}")
+    kernel = peers.get("overlayfs")
+    line.append(f"{peers[ours].median / kernel.median:.2f}" if kernel and ours in peers else "-")
     return line
 
 
@@ -150,7 +194,8 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table; the first column is words, the others are numbers."""
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     lines = [head, ["-" * width for width in widths], *body]
     return "\n".join(

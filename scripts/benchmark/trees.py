@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _DIRECTORY = 100  # files in a directory
+_PACKAGES = ("less", "tree", "ncurses-term", "manpages")
 _CHUNK = os.urandom(1 << 20)
 
 
@@ -59,6 +60,40 @@ def make(cache: Path, layers: int, files: int, big: int) -> Tree:
         _fill(tree)
         done.touch()
     return tree
+
+
+def debian(cache: Path, layers: int) -> Tree:
+    """A minimal Debian as the lowest of several layers that hold nothing else."""
+    tree = Tree(cache / f"debian-{layers}", layers, 0, 0)
+    if not tree.root.exists():
+        base = cache / "debian"
+        if not base.exists():
+            print("making a Debian system", flush=True)
+            shutil.rmtree(base.with_suffix(".new"), ignore_errors=True)
+            words = ["mmdebstrap", "--quiet", "--variant=minbase", "bookworm"]
+            subprocess.run([*words, base.with_suffix(".new")], check=True, stdin=subprocess.DEVNULL)
+            base.with_suffix(".new").rename(base)
+        staged = tree.root.with_suffix(".new")
+        shutil.rmtree(staged, ignore_errors=True)
+        for number in range(layers - 1):
+            (staged / str(number)).mkdir(parents=True)
+        staged.mkdir(exist_ok=True)
+        subprocess.run(["cp", "-a", base, staged / str(layers - 1)], check=True)
+        staged.rename(tree.root)
+    return tree
+
+
+def packages(cache: Path) -> list[Path]:
+    """Debian packages to be installed: downloaded once."""
+    folder = cache / "archives"
+    if not folder.exists():
+        staged = folder.with_suffix(".new")
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir()
+        words = ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", *_PACKAGES]
+        subprocess.run(words, cwd=staged, check=True)
+        staged.rename(folder)
+    return sorted(folder.glob("*.deb"))
 
 
 def protect(tree: Tree) -> None:

@@ -1,17 +1,19 @@
 """What is done in a mount, and how many seconds each part took.
 
 A session is one mount: its first part finds it cold, later parts warm. All of them run for every
-peer, in the same order. A part that a peer cannot do (copy-up where there is none) is left out.
+peer, in the same order. What a peer cannot do (copy-up where there is none) is left out.
 """
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmark.peers import Mounted, Peer
+from benchmark import trees
+from benchmark.peers import Mounted, Peer, compiled
 
 Timed = tuple[str, float]
 Session = Callable[[Mounted, Peer, "Tools"], Iterator[Timed]]
@@ -24,15 +26,13 @@ _SMALL_FILES = 10_000
 class Tools:
     """The compiled loops, and the numbers that --quick makes smaller."""
 
-    def __init__(self, cache: Path, archive: Path, quick: bool) -> None:
-        self.archive = archive
+    def __init__(self, cache: Path, quick: bool) -> None:
+        self.archive = trees.source_archive(cache)
+        self.packages = trees.packages(cache)
         self.random_reads = _RANDOM_READS // (5 if quick else 1)
         self.small_files = _SMALL_FILES // (5 if quick else 1)
         self.written = (64 if quick else 512) << 20  # bytes
-        self.probe = cache / "probe"
-        source = Path(__file__).with_name("probe.c")
-        if not self.probe.exists() or self.probe.stat().st_mtime < source.stat().st_mtime:
-            subprocess.run(["gcc", "-O2", "-o", self.probe, source], check=True)
+        self.probe = compiled("probe.c", cache)
 
     def loop(self, mount: Mounted, *words: object) -> float:
         """Seconds that a loop of the probe took, by its own clock."""
@@ -56,9 +56,10 @@ def run(mount: Mounted, *words: object) -> float:
 def lookups(mount: Mounted, peer: Peer, tools: Tools) -> Iterator[Timed]:
     """Microseconds for one name."""
     each = 1e6 / mount.tree.files
-    for state in ("cold", "warm"):
+    for state in ("cold", "warm") if peer.answers else ("cold",):
         yield f"lookup miss, {state}", tools.loop(mount, "stat", mount.tree.misses) * each
-        yield f"lookup hit, {state}", tools.loop(mount, "stat", mount.tree.hits) * each
+        if peer.answers:
+            yield f"lookup hit, {state}", tools.loop(mount, "stat", mount.tree.hits) * each
 
 
 def walks(mount: Mounted, peer: Peer, tools: Tools) -> Iterator[Timed]:
@@ -110,8 +111,6 @@ def writes(mount: Mounted, peer: Peer, tools: Tools) -> Iterator[Timed]:
 
 def changes(mount: Mounted, peer: Peer, tools: Tools) -> Iterator[Timed]:
     """Files of the layers: copied up, and deleted by whiteouts."""
-    if not peer.copies_up:
-        return
     start = time.perf_counter()
     with open(mount.path / "big", "ab") as file:
         file.write(b"x")
@@ -120,10 +119,26 @@ def changes(mount: Mounted, peer: Peer, tools: Tools) -> Iterator[Timed]:
     yield "rm -rf of lower files", run(mount, "rm", "-rf", "repository")
 
 
+def installing(mount: Mounted, peer: Peer, tools: Tools) -> Iterator[Timed]:
+    """Packages into a Debian system: many small files, renames, fsyncs, files of the layers."""
+    system = mount.path
+    (system / "archives").mkdir()
+    for archive in tools.packages:
+        shutil.copy(archive, system / "archives")
+    names = [f"/archives/{archive.name}" for archive in tools.packages]
+    words = ("apt-get", "install", "-y", *names)
+    yield (
+        "apt-get install",
+        run(mount, "chroot", system, "env", "DEBIAN_FRONTEND=noninteractive", *words),
+    )
+
+
 def _drop_caches() -> None:
     subprocess.run(["sync"], check=True)
     Path("/proc/sys/vm/drop_caches").write_text("3\n")
 
 
 READING: tuple[Session, ...] = (lookups, walks, listings, reads)
-WRITING: tuple[Session, ...] = (writes, changes)
+CHANGING: tuple[Session, ...] = (changes, installing)  # files of the layers
+WRITING: tuple[Session, ...] = (writes, *CHANGING)
+SESSIONS: tuple[Session, ...] = (*READING, *WRITING)
