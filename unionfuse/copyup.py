@@ -15,7 +15,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from unionfuse import syscalls, view, whiteout
@@ -25,7 +25,7 @@ from unionfuse.tree import Tree, failure
 INLINE_SIZE = 128 * 1024
 """Bytes that are copied at once; more is copied without the lock, by a thread that may wait."""
 
-_CHUNK = 1 << 30  # what copy_file_range is asked for at a time
+_CHUNK = 8 << 20  # bytes that are copied before their writing is begun
 
 
 class CopyUp:
@@ -45,6 +45,7 @@ class CopyUp:
         self._tree = tree
         self._lock: Any = lock
         self._published = published
+        self._unshared: set[int] = set()  # st_dev of files whose blocks upper cannot share
 
     # --- what is to be done --------------------------------------------------------------
 
@@ -94,16 +95,17 @@ class CopyUp:
                 if isinstance(node, Directory):
                     self._copy_directory(node)
                     return
+                status = self._tree.status(node)
                 whole = data or self._whole(node)
                 if not node.is_regular or size == 0 or not whole:
-                    self._stage_and_publish(node, -1, 0, metacopy=not whole)
+                    self._stage_and_publish(node, status, -1, 0, metacopy=not whole)
                     return
                 source = self._open_data(node)
         try:
             if node.in_upper:
                 self._complete(node, source, size)
             else:
-                self._stage_and_publish(node, source, size)
+                self._stage_and_publish(node, status, source, size)
         finally:
             os.close(source)
 
@@ -124,28 +126,31 @@ class CopyUp:
     # --- files ---------------------------------------------------------------------------
 
     def _stage_and_publish(
-        self, node: Node, source: int, size: int | None, metacopy: bool = False
+        self,
+        node: Node,
+        status: os.stat_result,
+        source: int,
+        size: int | None,
+        metacopy: bool = False,
     ) -> None:
         upper = self._tree.upper
         assert upper is not None and node.lower is not None
         place = node.lower
         staged = upper.staging_name()
         try:
-            if source >= 0 or node.is_regular:
-                self._stage_regular(staged, source, size)
+            if node.is_regular:
+                length = status.st_size if metacopy else size
+                origin = self._stage_regular(staged, node, status, source, length)
+            else:
+                self._stage_special(staged, status, place)
+                origin = self._copy_metadata(staged, status, place, node.ino)
             with self._lock:
                 if node.in_upper:
                     upper.discard(staged)
                     return
-                status = self._tree.status(node)
-                if not node.is_regular:
-                    self._stage_special(staged, status, place)
-                elif metacopy:
-                    syscalls.truncate(upper.work, staged, status.st_size)
-                links = status.st_nlink if not node.is_directory else 1
-                origin = self._copy_metadata(staged, status, place, node.ino)
                 if metacopy:
                     self._mark_metacopy(staged, node)
+                links = status.st_nlink if not node.is_directory else 1
                 self._publish(node, staged, origin if links > 1 else b"", links)
         except BaseException:
             upper.discard(staged)
@@ -153,15 +158,28 @@ class CopyUp:
         if metacopy is False:
             node.lower = None
 
-    def _stage_regular(self, staged: bytes, source: int, size: int | None) -> None:
+    def _stage_regular(
+        self,
+        staged: bytes,
+        node: Node,
+        status: os.stat_result,
+        source: int,
+        size: int | None,
+    ) -> bytes:
+        """Make a whole copy of a file; returns its origin mark. Without a source it is a hole."""
         upper = self._tree.upper
-        assert upper is not None
+        assert upper is not None and node.lower is not None
         target = syscalls.create(upper.work, staged, os.O_WRONLY, 0o600)
         try:
             if source >= 0:
-                copy_data(source, target, size)
-                if upper.sync:
-                    syscalls.fsync(target, True)
+                self._copy_data(source, target, size)
+                upper.begin_to_settle(target)  # the rest is done while the device writes
+            elif size:
+                syscalls.ftruncate(target, size)
+            origin = self._copy_metadata(staged, status, node.lower, node.ino)
+            if source >= 0:
+                upper.settle(target)
+            return origin
         finally:
             os.close(target)
 
@@ -218,13 +236,14 @@ class CopyUp:
 
     def _complete(self, node: Node, source: int, size: int | None) -> None:
         """Fill in the data that a metacopy left below; nobody reads it before the mark is gone."""
+        upper = self._tree.upper
+        assert upper is not None
         with self._lock:
             directory, name = self._tree.location(node)
             target = view.open_entry(directory, name, os.O_WRONLY)
         try:
-            copy_data(source, target, size)
-            if self._tree.upper is not None and self._tree.upper.sync:
-                syscalls.fsync(target, True)
+            self._copy_data(source, target, size)
+            upper.settle(target)
         finally:
             os.close(target)
         with self._lock:
@@ -357,71 +376,86 @@ class CopyUp:
         note = b"L%+d" % (links - lower) if lower else b"U%+d" % node.link_offset
         upper.marker.set(directory, name, b"nlink", note)
 
+    # --- data ----------------------------------------------------------------------------
 
-def copy_data(source: int, target: int, size: int | None = None) -> None:
-    """Copy a file's data: shared blocks where the file system can, holes kept.
+    def _copy_data(self, source: int, target: int, size: int | None = None) -> None:
+        """Copy a file's data: shared blocks where the file system can, holes kept.
 
-    Arguments:
-        size: copy no more than so many bytes.
+        Arguments:
+            size: copy no more than so many bytes.
 
-    Raises:
-        OSError: EIO, ENOSPC, EDQUOT and whatever else reading or writing gives.
-    """
-    end = os.fstat(source).st_size
-    if size is not None and size < end:
-        end = size
-    elif _clone(target, source):
+        Raises:
+            OSError: EIO, ENOSPC, EDQUOT and whatever else reading or writing gives.
+        """
+        status = os.fstat(source)
+        end = status.st_size
+        if size is not None and size < end:
+            end = size
+        elif self._share_blocks(source, target, status.st_dev):
+            return
+        upper = self._tree.upper
+        assert upper is not None
+        for start, stop in _pieces(source, status, end):
+            while start < stop:
+                count = _copy_range(source, target, start, min(stop, start + _CHUNK))
+                if count == 0:
+                    break  # the layer changed under us: what is missing reads as zeros
+                start += count
+                if start < end:
+                    upper.begin_to_settle(target)
+        if os.fstat(target).st_size != end:
+            syscalls.ftruncate(target, end)
+
+    def _share_blocks(self, source: int, target: int, device: int) -> bool:
+        if device in self._unshared:
+            return False
+        try:
+            syscalls.clone_file(target, source)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+            if error.errno in (errno.EOPNOTSUPP, errno.EXDEV, errno.ENOTTY):
+                self._unshared.add(device)
+            return False
+        return True
+
+
+def _pieces(source: int, status: os.stat_result, end: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of what is not a hole in a file before `end`."""
+    if status.st_blocks * 512 >= status.st_size:
+        yield 0, end
         return
     offset = 0
     while offset < end:
         try:
             start = os.lseek(source, offset, os.SEEK_DATA)
-            stop = min(end, os.lseek(source, start, os.SEEK_HOLE))
+            offset = min(end, os.lseek(source, start, os.SEEK_HOLE))
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
-            break  # nothing but a hole up to the end
-        if start >= end:
-            break
-        _copy_range(source, target, start, stop)
-        offset = stop
-    if os.fstat(target).st_size != end:
-        syscalls.ftruncate(target, end)
-
-
-def _clone(target: int, source: int) -> bool:
-    try:
-        syscalls.clone_file(target, source)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise
-        return False
-    return True
+            return  # nothing but a hole up to the end
+        if start < end:
+            yield start, offset
 
 
 _NO_COPY_RANGE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 
 
-def _copy_range(source: int, target: int, start: int, stop: int) -> None:
-    offset = start
-    while offset < stop:
-        try:
-            count = syscalls.copy_range(source, target, min(_CHUNK, stop - offset), offset, offset)
-        except OSError as error:
-            if error.errno not in _NO_COPY_RANGE:
-                raise
-            count = 0
-        if count == 0:
-            break
-        offset += count
-    while offset < stop:
-        data = os.pread(source, min(1 << 20, stop - offset), offset)
-        if not data:
-            return  # the layer changed under us: what is missing reads as zeros
-        written = 0
-        while written < len(data):
-            written += syscalls.pwrite(target, memoryview(data)[written:], offset + written)
-        offset += len(data)
+def _copy_range(source: int, target: int, start: int, stop: int) -> int:
+    """Copy bytes to the same place in another file; returns how many, 0 at the source's end."""
+    try:
+        count = syscalls.copy_range(source, target, stop - start, start, start)
+    except OSError as error:
+        if error.errno not in _NO_COPY_RANGE:
+            raise
+        count = 0
+    if count:
+        return count
+    data = memoryview(os.pread(source, min(1 << 20, stop - start), start))
+    written = 0
+    while written < len(data):
+        written += syscalls.pwrite(target, data[written:], start + written)
+    return written
 
 
 def copy_attributes(source: int, name: bytes, target: int, new: bytes) -> None:
@@ -450,4 +484,4 @@ def copy_attributes(source: int, name: bytes, target: int, new: bytes) -> None:
                 raise
 
 
-__all__ = ["INLINE_SIZE", "Attributes", "CopyUp", "copy_attributes", "copy_data"]
+__all__ = ["INLINE_SIZE", "Attributes", "CopyUp", "copy_attributes"]

@@ -45,6 +45,7 @@ CLONE_NEWNS = 0x20000
 # linux/fs.h
 _FICLONE = 0x40049409
 _FS_IOC_GETFSUUID = 0x80111500
+_WRITE, _WAIT_WRITE_WAIT = 2, 7  # SYNC_FILE_RANGE_WRITE, _WAIT_BEFORE | _WRITE | _WAIT_AFTER
 
 _SYS = {"name_to_handle_at": 303, "open_by_handle_at": 304, "openat2": 437, "open_tree": 428}
 _SYS |= {"mount_setattr": 442, "renameat2": 316, "fallocate": 285}
@@ -407,6 +408,22 @@ def fsync(descriptor: int, data_only: bool = False) -> None:
         os.fdatasync(descriptor)
     else:
         os.fsync(descriptor)
+
+
+@changing
+def write_back(descriptor: int, wait: bool = True) -> None:
+    """Write a file's data to the device (sync_file_range(2)), its inode excepted.
+
+    Arguments:
+        wait: until it is written; otherwise the writing is only begun.
+
+    Raises:
+        OSError: EIO, ENOSPC and whatever else writing gives.
+    """
+    everything, flags = ctypes.c_int64(0), _WAIT_WRITE_WAIT if wait else _WRITE
+    if _libc.sync_file_range(descriptor, everything, everything, flags) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def mount(source: bytes, target: bytes, kind: bytes, flags: int, data: bytes) -> None:

@@ -16,7 +16,7 @@ import os
 import shutil
 import stat
 
-from unionfuse import syscalls
+from unionfuse import ordering, syscalls
 from unionfuse.layer import LayerError, open_directory
 from unionfuse.options import MountOptions
 from unionfuse.whiteout import TRUSTED, USER, Marker, decode_origin
@@ -78,6 +78,7 @@ class UpperDirectory:
         self.privileged = self.marker.prefix == TRUSTED
         self._open_index()
         self.device = os.stat(self.descriptor).st_dev
+        self._keeps_order = self.sync and ordering.keeps_order(self.descriptor)
         if self._volatile:
             self._leave_volatile_mark()
 
@@ -191,6 +192,20 @@ class UpperDirectory:
             flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             self.index = self._keep(os.open(b"index", flags, dir_fd=self._workdir))
         return self.index
+
+    def begin_to_settle(self, descriptor: int) -> None:
+        """Have the device write, so that `settle` finds less to wait for."""
+        if self._keeps_order:
+            syscalls.write_back(descriptor, wait=False)
+
+    def settle(self, descriptor: int) -> None:
+        """See to it that a file's data survives wherever a change of names after it does."""
+        if not self.sync:
+            return
+        if self._keeps_order:
+            syscalls.write_back(descriptor)
+        else:
+            syscalls.fsync(descriptor, True)
 
     def sync_all(self) -> None:
         """Bring the whole file system that upper is on to disk."""
