@@ -388,7 +388,15 @@ def test_exec(box: Box) -> None:
     assert box("exec", "host", "sh", "-c", "exit 9", code=9).stderr == ""
     missing = box("exec", "host", "no-such", code=127)
     assert len(missing.stderr.splitlines()) == 1
-    box("exec", "host", "/etc/passwd", code=126)
+    for words, said in (
+        (("host", "/etc/passwd"), "permission denied"),
+        (("host", "/etc"), "is a directory"),
+        (("-w", "/nowhere", "host", "true"), "no such directory"),
+        (("-d", "host", "/etc/passwd"), "permission denied"),
+    ):
+        refused = box("exec", *words, code=126).stderr
+        assert said in refused
+        assert len(refused.splitlines()) == 1
     assert box.out("exec", "-i", "host", "cat", input="typed") == "typed"
     box("exec", "-d", "-u", "0", "host", "touch", "/made")
     wait_until(lambda: (box.directory("host") / "upper/made").exists())
@@ -397,6 +405,17 @@ def test_exec(box: Box) -> None:
     )
     box("stop", "-t", "0", "host")
     assert "start it first" in box("exec", "host", "true", code=1).stderr
+
+
+def test_a_detached_exec_leaves_no_zombie(box: Box) -> None:
+    """Its parent must be somebody who reaps: not every host's first process does."""
+    identity = box.start("host")
+    for _ in range(3):
+        box("exec", "-d", "host", "true")
+    members = Path(f"/sys/fs/cgroup/pids/unionfuse/{identity}/pids.current")
+    if not members.exists():
+        members = Path(f"/sys/fs/cgroup/unionfuse/{identity}/pids.current")
+    wait_until(lambda: members.read_text().strip() == "1", what="the end of the others")
 
 
 def test_top_shows_processes_of_the_container_only(box: Box) -> None:
@@ -479,6 +498,14 @@ def test_healthcheck(box: Box) -> None:
     assert box.names("--filter", "health=healthy") == ["patient"]
     assert box.state("patient")["Health"]["Log"][-1]["ExitCode"] == 0
     box("run", "--health-cmd", "x", "--no-healthcheck", "busybox", code=125)
+
+
+def test_a_health_check_that_takes_too_long_is_killed(box: Box) -> None:
+    words = ("--health-cmd", "sleep 999", "--health-timeout", "200ms", "--health-interval", "100ms")
+    box.start("slow", *words, "--health-retries", "1")
+    wait_until(lambda: len((box.state("slow").get("Health") or {}).get("Log") or []) >= 3)
+    assert box.state("slow")["Health"]["Status"] == "unhealthy"
+    assert box.out("top", "slow").count("sleep 999") <= 1
 
 
 def test_stop_all_before_a_shutdown_and_autostart_after(box: Box) -> None:

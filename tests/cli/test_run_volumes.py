@@ -1,9 +1,11 @@
 """Volumes, bind mounts and tmpfs: what is mounted, what stays, what is removed."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
-from harness.containers import Box
+from harness.containers import COMMAND, Box
 
 
 def test_a_new_volume_is_filled_from_the_image(box: Box) -> None:
@@ -140,6 +142,41 @@ def test_copy(box: Box, tmp_path: Path) -> None:
     assert (tmp_path / "again").read_text() == "data\n"
     assert "could not find" in box("cp", "cc:/nothing", str(tmp_path), code=1).stderr
     assert "no such file" in box("cp", str(tmp_path / "nothing"), "cc:/", code=1).stderr
+
+
+def test_copy_keeps_extended_attributes_and_owners(box: Box, tmp_path: Path) -> None:
+    capability = bytes.fromhex("0100000200040000000000000000000000000000")  # net_bind_service
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "file").write_text("x")
+    os.chown(tree / "file", 1234, 1235)
+    os.chmod(tree / "file", 0o4750)
+    binary = bytes(range(256))
+    os.setxattr(tree / "file", "user.binary", binary)
+    os.setxattr(tree, "user.directory", "für".encode())
+    os.setxattr(tree / "file", "security.capability", capability)
+    box.start("cc")
+    box("cp", "-a", str(tree), "cc:/root/tree")
+    box("cp", "-a", "cc:/root/tree", str(tmp_path / "back"))
+    (tmp_path / "tar").write_bytes(_stream(box, "cc:/root/tree"))
+    (tmp_path / "unpacked").mkdir()
+    box("cp", str(tree), "cc:/root/plain")
+    box("cp", "cc:/root/plain", str(tmp_path / "plain"))
+    words = ["tar", "--xattrs", "--xattrs-include=*", "-xpf", str(tmp_path / "tar")]
+    subprocess.run([*words, "-C", str(tmp_path / "unpacked")], check=True)
+    for there, owner in ((tmp_path / "back", 1234), (tmp_path / "unpacked/tree", 1234),
+                         (tmp_path / "plain", os.geteuid())):  # fmt: skip
+        assert os.getxattr(there / "file", "user.binary") == binary
+        assert os.getxattr(there, "user.directory") == "für".encode()
+        assert os.getxattr(there / "file", "security.capability") == capability
+        assert (there / "file").stat().st_uid == owner
+        assert (there / "file").stat().st_mode & 0o7777 == 0o4750
+
+
+def _stream(box: Box, source: str) -> bytes:
+    return subprocess.run(
+        [COMMAND, "cp", source, "-"], env=box.environment, capture_output=True, check=True
+    ).stdout
 
 
 def test_copy_never_leaves_the_container(box: Box, tmp_path: Path) -> None:

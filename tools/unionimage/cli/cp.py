@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         elif outside:
             copying.out(root, source, target, archive=args.archive, follow=args.follow_link)
         elif source == "-":
-            copying.into_from_stream(root, sys.stdin.buffer, target, archive=args.archive)
+            copying.into_from_stream(root, sys.stdin.buffer, target)
         else:
             copying.into(root, source, target, archive=args.archive, follow=args.follow_link)
     return 0

@@ -59,11 +59,10 @@ def run(args: argparse.Namespace) -> int:
         privileged=args.privileged,
         detach_keys=args.detach_keys,
     )
-    chosen = runtime.find(container.record.get("Runtime"))
     if args.detach:
-        execute.run_detached(container, request, chosen)
+        execute.run_detached(container, request)
         return 0
-    return execute.run(container, request, chosen)
+    return execute.run(container, request, runtime.find(container.record.get("Runtime")))
 
 
 def _lines(files: list[str]) -> list[str]:

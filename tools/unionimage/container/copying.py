@@ -2,22 +2,28 @@
 
 The process on the container's side first makes the container's root its own (chroot), so no link in
 there can lead it out. On the host's side only a stream that we wrote ourselves is unpacked. Owners
-go to whoever runs the command, or stay with `archive`, as docker does it.
+go to whoever runs the command, or stay with `archive`, as docker does it. Extended attributes that
+say something about the file (`security.capability`, `user.*`) go with it.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import posixpath
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from unionimage.errors import UserError
 
 Owner = tuple[int, int] | None
+StrOrBytesPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+XATTR = "SCHILY.xattr."  # how GNU tar and docker spell them in pax headers
+BOOKKEEPING = ("user.containers.", "user.overlay.")  # notes of union file systems to themselves
 
 
 def out(root: Path, source: str, target: str, *, archive: bool, follow: bool) -> None:
@@ -61,8 +67,8 @@ def into(root: Path, source: str, target: str, *, archive: bool, follow: bool) -
         _receiver(root, directory or "/", stream, owner)
 
 
-def into_from_stream(root: Path, stream: IO[bytes], target: str, *, archive: bool) -> None:
-    """Unpack a tar into a directory of the container."""
+def into_from_stream(root: Path, stream: IO[bytes], target: str) -> None:
+    """Unpack a tar into a directory of the container; owners are those of the tar."""
     if look(root, target, True) != "directory":
         raise UserError(f"could not find the directory {target} in the container")
     _receiver(root, target, stream, None)
@@ -187,8 +193,40 @@ def _child(root: Path | None, action: Callable[[], None]) -> int:
 def _pack(path: str, name: str, follow: bool, file: IO[bytes]) -> None:
     if follow:
         path = os.path.realpath(path)
+
+    def with_xattrs(member: tarfile.TarInfo) -> tarfile.TarInfo:
+        place = os.path.normpath(path + member.name.removeprefix(name))
+        member.pax_headers = {XATTR + key: value for key, value in _xattrs(place)}
+        return member
+
     with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
-        tar.add(path, arcname=name)
+        tar.add(path, arcname=name, filter=with_xattrs)
+
+
+def _xattrs(path: str) -> Iterator[tuple[str, str]]:
+    try:
+        for key in os.listxattr(path, follow_symlinks=False):
+            wanted = key.startswith("user.") and not key.startswith(BOOKKEEPING)
+            if wanted or key == "security.capability":
+                value = os.getxattr(path, key, follow_symlinks=False)
+                yield key, value.decode("utf-8", "surrogateescape")
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENODATA, errno.ENOENT):
+            raise
+
+
+class _Tar(tarfile.TarFile):
+    def utime(self, tarinfo: tarfile.TarInfo, targetpath: StrOrBytesPath) -> None:
+        """The last attribute that is set: chown, before it, takes file capabilities away."""
+        super().utime(tarinfo, targetpath)
+        for key, value in tarinfo.pax_headers.items():
+            if key.startswith(XATTR):
+                data = value.encode("utf-8", "surrogateescape")
+                try:
+                    os.setxattr(targetpath, key.removeprefix(XATTR), data, follow_symlinks=False)
+                except OSError as error:  # what this side cannot keep is left out, as by docker
+                    if error.errno not in (errno.ENOTSUP, errno.EPERM):
+                        raise
 
 
 def _unpack(stream: IO[bytes], directory: int, owner: Owner) -> None:
@@ -207,6 +245,6 @@ def _unpack(stream: IO[bytes], directory: int, owner: Owner) -> None:
             os.unlink(name)
         return member
 
-    with tarfile.open(fileobj=stream, mode="r|*") as tar:
+    with _Tar.open(fileobj=stream, mode="r|*") as tar:
         tar.extraction_filter = staticmethod(prepared)
         tar.extractall(".", numeric_owner=True)

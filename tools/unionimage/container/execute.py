@@ -10,6 +10,7 @@ import os
 import selectors
 import signal
 import socket
+import stat
 import subprocess
 import tempfile
 import termios
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unionimage.container import bundle, capabilities, runtime, terminal, users
+from unionimage.container import bundle, capabilities, runtime, terminal, users, wire
 from unionimage.container.state import Container
 
 CHUNK = 1 << 16
@@ -78,21 +79,15 @@ def run(container: Container, request: Request, chosen: runtime.Runtime) -> int:
     return code
 
 
-def run_detached(container: Container, request: Request, chosen: runtime.Runtime) -> None:
-    """Start it and leave it. Raises RuntimeFailure when it does not start."""
+def run_detached(container: Container, request: Request) -> None:
+    """Have the monitor start it, and leave it: what ends without a parent is the monitor's to reap.
+
+    Raises RuntimeFailure when it does not start, ConnectionError when the monitor is gone.
+    """
     with _files(container, request) as directory:
         log = f"{directory}/log"
-        null = subprocess.DEVNULL
-        process = chosen.exec(
-            container.id,
-            f"{directory}/process.json",
-            detach=True,
-            log=log,
-            stdin=null,
-            stdout=null,
-            stderr=null,
-        )
-        if process.wait() != 0:
+        asked = {"op": "exec", "process": f"{directory}/process.json", "log": log}
+        if wire.ask(container.control, asked)["exit_code"] != 0:
             raise runtime.failure(runtime.last_error(log) or "exec failed")
 
 
@@ -107,23 +102,40 @@ def _files(container: Container, request: Request) -> Iterator[str]:
 
 
 def _require_command(container: Container, spec: bundle.Spec) -> None:
-    """Refuse a command that is not there, in one line: the runtimes would say it twice.
+    """Refuse what cannot be executed, in one line: the runtimes would say it twice.
 
-    Whether it can be executed is left to the runtime. Raises RuntimeFailure with 127.
+    Raises RuntimeFailure with 127 (there is no such command) or 126.
     """
     root = Path(f"/proc/{container.state()['Pid']}/root")
-    command = str(spec["args"][0])
+    directory, command = str(spec["cwd"]), str(spec["args"][0])
+    if not stat.S_ISDIR(_mode(root, directory)):
+        raise runtime.RuntimeFailure(f"no such directory: {directory}", exit_code=126)
     table = dict(entry.partition("=")[::2] for entry in spec["env"])
     if "/" in command:
-        places = [os.path.join(spec["cwd"], command)]
+        places, reason = [directory], "no such file or directory"
     else:
-        places = [os.path.join(part, command) for part in table.get("PATH", "").split(":")]
+        places, reason = table.get("PATH", "").split(":"), "not found in $PATH"
+    code = 127
     for place in places:
-        with contextlib.suppress(OSError):
-            os.close(users.open_inside(root, place.lstrip("/"), os.O_PATH))
+        mode = _mode(root, os.path.join(place, command))
+        if stat.S_ISREG(mode) and mode & 0o111:
             return
-    reason = "no such file or directory" if "/" in command else "not found in $PATH"
-    raise runtime.RuntimeFailure(f'exec: "{command}": {reason}', exit_code=127)
+        if mode and "/" in command:
+            code = 126
+            reason = "is a directory" if stat.S_ISDIR(mode) else "permission denied"
+    raise runtime.RuntimeFailure(f'exec: "{command}": {reason}', exit_code=code)
+
+
+def _mode(root: Path, path: str) -> int:
+    """Type and permissions of a file in the container, 0 when it is not there."""
+    try:
+        descriptor = users.open_inside(root, path.lstrip("/") or ".", os.O_PATH)
+    except OSError:
+        return 0
+    try:
+        return os.fstat(descriptor).st_mode
+    finally:
+        os.close(descriptor)
 
 
 def _plain(process: subprocess.Popen[bytes]) -> tuple[int, bytes]:

@@ -37,6 +37,7 @@ class Checker:
         self._results: list[dict[str, Any]] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._output = container.run / "health"
+        self._pid_file = container.run / "health.pid"
         self._run_since = ""
 
     @classmethod
@@ -74,6 +75,7 @@ class Checker:
         file = self._container.run / "health.json"
         file.write_text(json.dumps(spec))
         self._run_since = now()
+        self._pid_file.unlink(missing_ok=True)
         with open(self._output, "wb") as output:
             self._process = self._runtime.exec(
                 self._container.id,
@@ -82,6 +84,7 @@ class Checker:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                pid_file=self._pid_file,
             )
         return self._timeout
 
@@ -102,12 +105,15 @@ class Checker:
         self._note(-1, f"health check exceeded timeout ({self._timeout:g}s)")
 
     def cancel(self) -> None:
-        """Kill what still runs."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
+        """Kill what still runs: the check, which has a session of its own, and who waits for it."""
+        if self._process is None:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int(self._pid_file.read_text()), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
 
     def _note(self, code: int, output: str) -> None:
         result = {"Start": self._run_since, "End": now(), "ExitCode": code, "Output": output}

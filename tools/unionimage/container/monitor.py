@@ -17,6 +17,7 @@ import selectors
 import signal
 import socket
 import struct
+import subprocess
 import termios
 import time
 from collections.abc import Callable
@@ -80,6 +81,7 @@ class Monitor:
         self._state: State = container.state()
         self._clients: list[Client] = []
         self._selector = selectors.DefaultSelector()
+        self._starters: dict[int, Client] = {}  # pid of an exec that is about to be answered
         self._outputs: dict[int, str] = {}  # descriptor -> stdout, stderr
         self._master = self._stdin = -1
         self._input = bytearray()
@@ -476,11 +478,29 @@ class Monitor:
             case "unpause":
                 self._unpause()
                 self._reply(client, {})
+            case "exec":
+                self._exec(client, request["process"], request["log"])
             case "reload":
                 self._container.reload()
                 self._reply(client, {})
             case other:
                 raise UserError(f"unknown request {other!r}")
+
+    def _exec(self, client: Client, process_file: str, log: str) -> None:
+        """Start one more process, which nobody waits for; `_reap` answers when it has started."""
+        null = subprocess.DEVNULL
+        process = self._runtime.exec(
+            self._container.id,
+            process_file,
+            detach=True,
+            log=log,
+            stdin=null,
+            stdout=null,
+            stderr=null,
+            start_new_session=True,
+        )
+        process.returncode = 0  # it is reaped here
+        self._starters[process.pid] = client
 
     # ---- stopping
 
@@ -544,6 +564,8 @@ class Monitor:
                 self._timers.pop("kill", None)
                 self._timer("drain", DRAIN, self._stop_draining)
                 self._maybe_ended()
+            elif (client := self._starters.pop(pid, None)) is not None:
+                self._reply(client, {"exit_code": code})
             elif self._health is not None and self._health.ended(pid, code):
                 self._health_result()
 

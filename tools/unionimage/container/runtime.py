@@ -127,7 +127,8 @@ class Runtime(NamedTuple):
             message = last_error(log)
         if code != 0:
             self.delete(container, force=True)
-            raise failure(message or f"{self.name} ended with exit code {code}")
+            message = message or f"{self.name} ended with exit code {code}"
+            raise failure(message, _command_of(bundle))
         return int(Path(pid_file).read_text())
 
     def start(self, container: str) -> None:
@@ -169,6 +170,7 @@ class Runtime(NamedTuple):
         *,
         detach: bool = False,
         console_socket: str | None = None,
+        pid_file: str | Path | None = None,
         log: str | None = None,
         **options: Any,
     ) -> subprocess.Popen[bytes]:
@@ -177,6 +179,8 @@ class Runtime(NamedTuple):
         arguments += ["exec", "--process", str(process_file)]
         if detach:
             arguments.append("--detach")
+        if pid_file is not None:
+            arguments += ["--pid-file", str(pid_file)]
         if console_socket is not None:
             arguments += ["--console-socket", console_socket]
         return self.spawn(*arguments, container, **options)
@@ -366,13 +370,28 @@ def classify(message: str) -> int:
     about_command = "exec" in text
     if about_command and ("not found" in text or "no such file" in text):
         return NOT_FOUND
-    denied = ("permission denied", "operation not permitted", "is a directory", "format error")
+    denied = (
+        "permission denied",
+        "operation not permitted",
+        "is a directory",
+        "format error",
+        "too many levels of symbolic links",
+    )
     if about_command and any(word in text for word in denied):
         return NOT_EXECUTABLE
     return COMMAND_FAILED
 
 
-def failure(message: str) -> RuntimeFailure:
-    """A RuntimeFailure for what a runtime said."""
+def _command_of(bundle: str | Path) -> str:
+    try:
+        return str(json.loads(Path(bundle, "config.json").read_bytes())["process"]["args"][0])
+    except (OSError, ValueError, LookupError):
+        return ""
+
+
+def failure(message: str, command: str = "") -> RuntimeFailure:
+    """A RuntimeFailure for what a runtime said; it is told the command where it does not say it."""
     line = readable(message)
+    if command and line.startswith("exec: ") and command not in line:
+        line = f'exec: "{command}": {line.removeprefix("exec: ").lower()}'
     return RuntimeFailure(line, exit_code=classify(line))

@@ -249,7 +249,8 @@ class Containers:
     def check_free(self, name: str) -> str:
         """The name, if it may be used. Raises UserError or Conflict."""
         if not NAME.fullmatch(name):
-            raise UserError(f"invalid container name {name!r}: only [a-zA-Z0-9][a-zA-Z0-9_.-] fit")
+            form = "[a-zA-Z0-9][a-zA-Z0-9_.-] fit, two of them at least"
+            raise UserError(f"invalid container name {name!r}: only {form}")
         holder = self._identity_of_name(name)
         if holder is not None and (self.directory / holder).exists():
             raise Conflict(
