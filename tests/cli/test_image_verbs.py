@@ -17,12 +17,15 @@ from harness.tars import archive, member
 from unionimage.cli import load_verb, parser_of
 from unionimage.cli.verbs import ALIASES, VERBS
 
+from unionfuse import syscalls
+
 
 @pytest.fixture
 def unionfuse(scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
     root = scratch / f"cli-{tmp_path.name}-{os.getpid()}"
     command = Inside(root, make_command(tmp_path, "store").environment)
     monkeypatch.setenv("UNIONFUSE_CONFIG", command.environment["UNIONFUSE_CONFIG"])
+    monkeypatch.setenv("UNIONFUSE_RUNROOT", str(tmp_path / "run"))  # a spawner ends with it
     yield command
     Path(command.environment["UNIONFUSE_CONFIG"]).write_text("")
     for line in command("mounts", "-q").splitlines():
@@ -372,3 +375,42 @@ def test_containers_come_first(unionfuse: Command, base: str, tmp_path: Path) ->
         assert "is used by container" in unionfuse("rmi", base, code=1)
     finally:
         unionfuse("rm", "web")
+
+
+@pytest.fixture
+def overlaid(scratch: Path, tmp_path: Path) -> Iterator[Path]:
+    """A directory on kernel overlayfs, as the root of a container is."""
+    place = scratch / f"overlay-{tmp_path.name}"
+    for name in ("lower", "upper", "work", "merged"):
+        (place / name).mkdir(parents=True)
+    options = f"lowerdir={place}/lower,upperdir={place}/upper,workdir={place}/work"
+    syscalls.mount(b"overlay", os.fsencode(place / "merged"), b"overlay", 0, options.encode())
+    yield place / "merged"
+    syscalls.umount(os.fsencode(place / "merged"))
+    shutil.rmtree(place)
+
+
+def test_a_store_on_an_overlay_holds_whiteouts(
+    unionfuse: Command, app: str, overlaid: Path, tmp_path: Path
+) -> None:
+    """Kernel overlayfs refuses devices 0:0, the usual form of a whiteout."""
+    archived = tmp_path / "app.tar"
+    unionfuse("save", "-o", str(archived), "app:2")
+    there = Command(overlaid / "store", unionfuse.environment)
+    there("load", "-i", str(archived))
+    assert there("images", "-q", "--no-trunc").strip() == app
+    assert there("diff", "app:2") == unionfuse("diff", "app:2")
+    assert "whole" in there("check")
+    target = overlaid.parent / "target"
+    target.mkdir()
+    there("mount", "-w", "app:2", str(target))
+    try:
+        assert sorted(os.listdir(target / "etc")) == ["passwd"]
+        (target / "etc/passwd").unlink()
+        there("commit", "--upper", f"{target}.upper", "--parent", "app:2", "less:1")
+    finally:
+        there("umount", str(target))
+    assert there("diff", "less:1").splitlines() == ["C /etc", "D /etc/passwd"]
+    assert "whole" in there("check")
+    there("save", "-o", str(tmp_path / "again.tar"), "app:2")
+    assert (tmp_path / "again.tar").read_bytes() == archived.read_bytes()

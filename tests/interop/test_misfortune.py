@@ -19,9 +19,10 @@ UPPER = layer_tar({"etc": None, "etc/.wh.old": b"", "etc/new": b"new\n"})
 BIG = layer_tar({"random": os.urandom(6_000_000)})
 
 
-def test_a_killed_pull_is_gone_on_with(command: Command) -> None:
+@pytest.mark.parametrize("compression", ["gzip", "none"])
+def test_a_killed_pull_is_gone_on_with(command: Command, compression: str) -> None:
     with Hostile() as hostile:
-        packed = compress(BIG, "gzip")
+        packed = compress(BIG, compression)
         hostile.add_image("1", BIG, packed=[packed])
         asked_for = f"GET .*{sha256(packed)}"
         hostile.trap(asked_for, stall_after(packed, 4_000_000))
@@ -41,6 +42,7 @@ def test_a_killed_pull_is_gone_on_with(command: Command) -> None:
         assert "Resuming" in out and "Pull complete" in out
         range_ = hostile.asked_for(asked_for)[-1].headers["Range"]
         assert int(range_.removeprefix("bytes=").removesuffix("-")) > 2_000_000
+        assert not partial.exists()
 
 
 def test_what_a_broken_pull_left_may_be_wrong(command: Command) -> None:

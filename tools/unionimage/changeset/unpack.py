@@ -2,9 +2,10 @@
 
 Nothing in an archive is trusted: every entry's parent is entered by openat2 with RESOLVE_IN_ROOT,
 so links can lead nowhere else, and only the last component is created, never followed. Whiteouts
-become character devices 0:0, opaque marks become xattrs. It does *not* know what lies below the
-layer; a whiteout of a name that the same layer holds only cuts off what is below (OCI image-spec,
-layer.md, "Whiteouts").
+become character devices 0:0, or empty files with an xattr where the file system refuses those (as
+kernel overlayfs does), opaque marks become xattrs. It does *not* know what lies below the layer; a
+whiteout of a name that the same layer holds only cuts off what is below (OCI image-spec, layer.md,
+"Whiteouts").
 
 Without privilege owners, modes and devices are kept as an xattr (`paths.OVERRIDE_STAT`).
 """
@@ -146,7 +147,8 @@ class _Unpack:
         self._directories: dict[bytes, tar.Entry | None] = {}  # set when all files are there
         self._files: dict[bytes, int] = {}  # path -> recipe segment, while there is a recipe
         self._displacements = 0
-        self._opaque = b"user.overlay.opaque" if rootless else b"trusted.overlay.opaque"
+        self._marker = whiteout.Marker(whiteout.USER if rootless else whiteout.TRUSTED)
+        self._attribute_whiteouts: dict[bytes, set[bytes]] = {}  # directory -> names in it
 
     def add(self, entry: tar.Entry, reader: tar.Reader) -> None:
         path = _clean(entry.name)
@@ -264,7 +266,7 @@ class _Unpack:
             status = os.stat(
                 source, dir_fd=self._enter(source_path, create=False), follow_symlinks=False
             )
-            if stat.S_ISDIR(status.st_mode) or whiteout.is_whiteout(status):
+            if stat.S_ISDIR(status.st_mode) or self._is_whiteout(source_path, source, status):
                 raise FileNotFoundError(errno.ENOENT, "")
             self._create(parent, path, base, link)
         except FileNotFoundError:
@@ -305,11 +307,28 @@ class _Unpack:
             raise BadContent(f"layer: whiteout {os.fsdecode(base)!r} names nothing")
         parent = self._enter(parent_path)
         try:
-            os.mknod(name, stat.S_IFCHR, 0, dir_fd=parent)
+            if not self._marker.make_device(parent, name):
+                self._attribute_whiteout(parent_path, parent, name)
         except FileExistsError:
             status = os.stat(name, dir_fd=parent, follow_symlinks=False)
             if stat.S_ISDIR(status.st_mode):
                 self._mark_opaque(parent_path + b"/" + name if parent_path else name)
+
+    def _is_whiteout(self, parent_path: bytes, name: bytes, status: os.stat_result) -> bool:
+        inside = self._attribute_whiteouts.get(parent_path)
+        return whiteout.is_whiteout(status) or (inside is not None and name in inside)
+
+    def _attribute_whiteout(self, parent_path: bytes, parent: int, name: bytes) -> None:
+        """A whiteout in xattr form; an opaque directory needs none, and would show it as a file."""
+        readable = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            if whiteout.read_marks(readable, b"").opaque:
+                return
+            self._marker.make_whiteout(readable, name)
+            self._marker.allow_whiteouts(readable)
+        finally:
+            os.close(readable)
+        self._attribute_whiteouts.setdefault(parent_path, set()).add(name)
 
     # --- directories
 
@@ -359,7 +378,7 @@ class _Unpack:
             status = os.stat(base, dir_fd=parent, follow_symlinks=False)
             if stat.S_ISDIR(status.st_mode):
                 return
-            hidden = whiteout.is_whiteout(status)
+            hidden = self._is_whiteout(path.rpartition(b"/")[0], base, status)
             if only_missing and stat.S_ISLNK(status.st_mode):
                 return  # openat2 will tell where it leads inside the layer, if anywhere
             if only_missing and not hidden:
@@ -375,7 +394,10 @@ class _Unpack:
             self._enter(path), b".", os.O_RDONLY | os.O_DIRECTORY, RESOLVE_IN_ROOT
         )
         try:
-            os.setxattr(opened, self._opaque, b"y")
+            for name in self._attribute_whiteouts.pop(path, ()):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=opened)
+            self._marker.set_opaque(opened, b"")
         finally:
             os.close(opened)
 
@@ -390,6 +412,9 @@ class _Unpack:
 
     def _make_way(self, parent: int, path: bytes, base: bytes) -> None:
         """Remove what an earlier entry put there; its content stays where a recipe needs it."""
+        parent_path = path.rpartition(b"/")[0]
+        if parent_path in self._attribute_whiteouts:
+            self._attribute_whiteouts[parent_path].discard(base)
         below = path + b"/"
         for stale in [one for one in self._parents if one == path or one.startswith(below)]:
             os.close(self._parents.pop(stale))
@@ -408,8 +433,9 @@ class _Unpack:
         else:
             os.unlink(base, dir_fd=parent)
         if is_directory:
-            for other in [one for one in self._directories if one == path or one.startswith(below)]:
-                del self._directories[other]
+            for known in (self._directories, self._attribute_whiteouts):
+                for other in [one for one in known if one == path or one.startswith(below)]:
+                    del known[other]
 
     def _displace(self, name: bytes, rest: bytes, segment: int) -> None:
         """Give the content of a recipe's segment a name of its own in the displaced directory."""

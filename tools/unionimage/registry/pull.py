@@ -232,6 +232,7 @@ def _stream_layer(
             digest=layer.digest,
             size=layer.size,
             offset=offset,
+            resumable=True,
         )
 
 

@@ -258,6 +258,7 @@ def _receive(store: Store, source: BinaryIO, answers: BinaryIO) -> Digest:
                 digest=layer.digest,
                 size=layer.size,
                 offset=offset,
+                resumable=True,
             )
             section.all()
         return lease.add_image(config_bytes, manifest=manifest or None, names=names).id

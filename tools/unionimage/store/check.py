@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unionfuse.whiteout import is_whiteout
+from unionfuse import whiteout
 from unionimage.changeset.unpack import unpack
 from unionimage.digest import CHUNK, Digest, chain_ids
 from unionimage.errors import UserError
@@ -263,7 +263,7 @@ def _compare(layer: bytes, fresh: bytes, path: bytes) -> str | None:
 def _compare_entry(one: bytes, other: bytes, path: bytes) -> str | None:
     shown = repr(os.fsdecode(path))
     was, now = os.lstat(other), os.lstat(one)
-    if is_whiteout(was) and is_whiteout(now):
+    if _is_whiteout(other, was) and _is_whiteout(one, now):
         return None  # nothing else about it is in the tar
     for key in _COMPARED:
         if getattr(was, key) != getattr(now, key):
@@ -275,6 +275,18 @@ def _compare_entry(one: bytes, other: bytes, path: bytes) -> str | None:
     if stat.S_ISREG(was.st_mode) and (was.st_size != now.st_size or not _same(one, other)):
         return f"{shown} has other contents"
     return _compare(one, other, path) if stat.S_ISDIR(was.st_mode) else None
+
+
+def _is_whiteout(path: bytes, status: os.stat_result) -> bool:
+    """In whatever form: the store may have been copied to another kind of file system."""
+    if stat.S_ISREG(status.st_mode) and not status.st_size:
+        parent, _, name = path.rpartition(b"/")
+        directory = os.open(parent, os.O_PATH | os.O_DIRECTORY)
+        try:
+            return whiteout.read_marks(directory, name).whiteout
+        finally:
+            os.close(directory)
+    return whiteout.is_whiteout(status)
 
 
 def _xattrs(path: bytes) -> dict[str, bytes]:

@@ -143,6 +143,7 @@ class Lease:
         digest: Digest | None = None,
         size: int | None = None,
         offset: int = 0,
+        resumable: bool = False,
         progress: Progress | None = None,
         limits: Limits | None = None,
     ) -> Layer:
@@ -154,6 +155,8 @@ class Lease:
             stream: the layer's blob, or what of it follows `offset`.
             diff_id, digest, size: what it must be; None: whatever it is.
             offset: so many bytes are taken from what `resume_offset` told.
+            resumable: the sender can go on at an offset; an uncompressed layer, too, is then kept
+                as it comes until all of it is here. A compressed one is in any case.
             progress: is told of bytes read.
 
         Raises:
@@ -175,7 +178,7 @@ class Lease:
             checked = VerifyingReader(raw, digest, size, what)
             peekable = compressions.Peekable(checked)
             compression = compressions.sniff(peekable.peek(6))
-            raw.keep = compression != "none"
+            raw.keep = compression != "none" or (resumable and digest is not None)
             plain = VerifyingReader(
                 compressions.decompress(peekable, compression, what),
                 diff_id,
@@ -193,7 +196,11 @@ class Lease:
             raw.finish()
             if unpacked.doubtful:
                 self._try_recipe(work, plain.digest, what)
-            kept = (checked.digest, checked.count, compression) if raw.keep else None
+            kept = None
+            if compression != "none":
+                kept = (checked.digest, checked.count, compression)
+            elif raw.keep:
+                raw.discard()
             return self._publish_layer(work, plain, unpacked, blob, kept)
 
     def _partial_lock(self, digest: Digest) -> Path:
@@ -201,6 +208,8 @@ class Lease:
 
     def _known(self, digest: Digest, diff_id: Digest | None) -> Layer | None:
         """The layer of that blob, if another command has stored it meanwhile."""
+        if digest == diff_id:  # uncompressed
+            return self.use_layer(digest)
         row = self.store.database.row("SELECT diff_id FROM layer_blobs WHERE digest = ?", (digest,))
         if row is not None and diff_id in (None, row[0]):
             return self.use_layer(Digest(row[0]))
