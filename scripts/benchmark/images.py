@@ -42,7 +42,7 @@ class Tool:
 
     Attributes:
         command: what precedes the verb.
-        build: options that a build needs where there is no network.
+        build: options of a build; no network, since docker's daemon has none here.
         insecure: options of push and pull for a registry without TLS.
     """
 
@@ -216,7 +216,7 @@ def _prepare(tool: Tool, base: Path) -> None:
 
 def _unionfuse(cache: Path) -> Tool:
     command = [str(Path(sys.executable).with_name("unionfuse")), "--root", str(cache / "unionfuse")]
-    return Tool("unionfuse", command)
+    return Tool("unionfuse", command, ["--network", "none"])
 
 
 def _podman(cache: Path) -> Tool:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import http.server
 import os
+import shutil
 import subprocess
 import tarfile
 import threading
@@ -128,7 +129,7 @@ def server(tmp_path: Path) -> Iterator[str]:
             pass
 
     handler = functools.partial(Quiet, directory=str(tmp_path / "www"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as http_server:
+    with http.server.ThreadingHTTPServer(("0.0.0.0", 0), handler) as http_server:
         thread = threading.Thread(target=http_server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{http_server.server_port}"
@@ -203,17 +204,52 @@ def test_tmpfs_mounts_and_networks(builder: Builder, tmp_path: Path) -> None:
         " grep /t/mp /proc/mounts > /fs\n"
         "RUN --network=none ls /sys/class/net > /none\n"
         "RUN --network=host ls /sys/class/net > /host\n"
+        "RUN ls /sys/class/net > /own; cat /etc/resolv.conf > /names; touch /tmp/a\n"
     )
     image = builder.build(context(tmp_path, text))
     assert "tmpfs" in builder.read(image, "/fs") and "size=64k" in builder.read(image, "/fs")
     assert builder.read(image, "/none").split() == ["lo"]
     assert set(builder.read(image, "/host").split()) == set(os.listdir("/sys/class/net"))
+    assert builder.read(image, "/own").split() == ["eth0", "lo"]
+    assert "nameserver 10.0.2.3" in builder.read(image, "/names")
     context(
         tmp_path, "RUN ls /sys/class/net > /seen\nRUN --network=host ls /sys/class/net > /host\n"
     )
     image = builder.build(tmp_path, "--network", "none")
     assert builder.read(image, "/seen").split() == ["lo"] != builder.read(image, "/host").split()
     assert "t" not in builder.tree(image)
+
+
+def test_a_step_reaches_the_world_and_not_this_host(
+    builder: Builder, tmp_path: Path, server: str
+) -> None:
+    """What listens on the host's `lo` is out of reach, unless the host's network is asked for."""
+    port = server.rpartition(":")[2]
+    shown = subprocess.run(
+        ["ip", "-o", "-4", "addr", "show", "scope", "global"], capture_output=True, text=True
+    )
+    outside = shown.stdout.split()[3].partition("/")[0]
+    text = (
+        f"RUN wget -q -O /far http://{outside}:{port}/file.txt\n"
+        f"RUN ! wget -q -O /dev/null http://127.0.0.1:{port}/file.txt\n"
+        f"RUN ! wget -q -O /dev/null http://10.0.2.2:{port}/file.txt\n"
+        f"RUN --network=host wget -q -O /near http://127.0.0.1:{port}/file.txt\n"
+    )
+    image = builder.build(context(tmp_path / "c", text))
+    assert builder.read(image, "/far") == builder.read(image, "/near") == "from the network\n"
+
+
+def test_without_slirp4netns_a_step_says_what_it_has(builder: Builder, tmp_path: Path) -> None:
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    for name in ("crun", "runc", "unshare", "sh", "umount"):  # what starts a runtime
+        if found := shutil.which(name):
+            (bare / name).symlink_to(found)
+    done = builder.run(
+        "build", context(tmp_path / "c", "RUN ls /sys/class/net; date +%N\n"),
+        env={"PATH": str(bare)},
+    )  # fmt: skip
+    assert "RUN has the host's network: networks without root need slirp4netns" in done.stderr
 
 
 def test_secrets_reach_the_step_and_nothing_else(builder: Builder, tmp_path: Path) -> None:

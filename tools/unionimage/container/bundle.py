@@ -174,7 +174,7 @@ def build_step(
     """The spec of one RUN step: docker's default isolation, the step's own mounts, no terminal.
 
     Args:
-        network: `host` or `none`.
+        network: `host`, the path of a namespace, or empty for a new one.
         name: names the cgroup, `unionfuse/NAME`.
     """
     config = {"User": user, "Env": list(env), "WorkingDir": cwd, "Cmd": list(args)}
@@ -182,7 +182,7 @@ def build_step(
         root=Path(rootfs),
         cgroup=f"/unionfuse/{name}",
         hostname=hostname or name[:12],
-        namespaces=Namespaces(network="host" if network == "host" else ""),
+        namespaces=Namespaces(network=network),
         mounts=mounts,
     )
     return container(config, {"Privileged": privileged}, here)

@@ -138,6 +138,8 @@ class Build:
                     self.kitchen.helper.prepare()
                 self._run_stages(unfinished)
             finally:
+                if self._environment is not None:
+                    self._environment.networks.close()
                 self.kitchen.close()
         return target.config
 
@@ -181,12 +183,16 @@ class Build:
 
     def environment(self) -> Environment:
         """What RUN steps share; made when the first of them runs."""
+        from unionimage.dockerfile.network import Networks
         from unionimage.dockerfile.runstep import Environment, Running
 
         if self._environment is None:
-            running = Running(self.settings.runtime, self.kitchen.helper)
             self._environment = Environment(
-                self.kitchen, running, self.settings.secrets, self.stack_of
+                self.kitchen,
+                Running(self.settings.runtime, self.kitchen.helper),
+                Networks(self.kitchen.scratch),
+                self.settings.secrets,
+                self.stack_of,
             )
         return self._environment
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from unionimage.dockerfile.helper import Helper
     from unionimage.store import Lease, Store
 
-_CLONE_NEWNS = 0x20000
 _MS_REC, _MS_SLAVE, _MS_SHARED = 0x4000, 0x80000, 0x100000
 
 
@@ -106,11 +105,10 @@ class Kitchen:
 
     def enter_private_namespace(self) -> None:
         """Leave the host's mount namespace; before the first mount and the first thread."""
-        import ctypes
-
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.unshare(_CLONE_NEWNS) != 0:
-            raise UserError(f"cannot make a mount namespace: {os.strerror(ctypes.get_errno())}")
+        try:
+            syscalls.unshare(syscalls.CLONE_NEWNS)
+        except OSError as error:
+            raise UserError(f"cannot make a mount namespace: {error.strerror}") from None
         syscalls.mount(b"none", b"/", b"none", _MS_REC | _MS_SLAVE, b"")
         # Shared with the namespaces of the containers: what is unmounted here goes there too.
         syscalls.mount(b"none", b"/", b"none", _MS_REC | _MS_SHARED, b"")

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from unionimage.container.bundle import Mount
     from unionimage.container.runtime import Runtime
     from unionimage.dockerfile.helper import Helper
+    from unionimage.dockerfile.network import Networks
 
 _MS_NOSUID, _MS_NODEV = 2, 4
 _HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
@@ -108,6 +109,7 @@ class Environment(NamedTuple):
 
     kitchen: Kitchen
     running: Running
+    networks: Networks
     secrets: Mapping[str, Secret]
     stack_of: Callable[[Source], Sequence[Digest]]
 
@@ -133,11 +135,13 @@ def run(
     with contextlib.ExitStack() as stack:
         merged = stack.enter_context(shared.kitchen.mounted(below, upper=upper, driver=driver))
         private = stack.enter_context(_private_directory(shared.kitchen))
+        network = stack.enter_context(shared.networks.taken(action.network, output))
         step = _Step(shared, action, merged, private, stack)
-        mounts = step.mounts()
+        mounts = step.mounts(network.resolver)
         bundle = private / "bundle"
         bundle.mkdir()
-        _write_bundle(bundle, name, action, merged, mounts, step.secret_variables)
+        variables = step.secret_variables
+        _write_bundle(bundle, name, action, merged, mounts, variables, network.namespace)
         with _collected(output) as descriptor:
             code = shared.running.run(name, bundle, descriptor)
     step.stubs.remove(upper)
@@ -151,6 +155,7 @@ def _write_bundle(
     merged: Path,
     mounts: Sequence[Mount],
     secret_variables: Sequence[str],
+    network: str,
 ) -> None:
     from unionimage.container import bundle
 
@@ -160,7 +165,7 @@ def _write_bundle(
         [*action.env, *action.proxy, *secret_variables],
         action.cwd,
         action.user,
-        network="none" if action.network == "none" else "host",
+        network=network,
         mounts=mounts,
         hostname="build",
         name=name,
@@ -219,13 +224,13 @@ class _Step:
         self.secret_variables: list[str] = []
         self._taken: list[str] = [*_OVERMOUNTED]
 
-    def mounts(self) -> list[Mount]:
-        """All mounts of the step in their order."""
+    def mounts(self, resolver: bytes) -> list[Mount]:
+        """All mounts of the step in their order; `resolver` is its /etc/resolv.conf."""
         for path in _OVERMOUNTED:
             self.stubs.ensure(path, is_directory=True)
         found = [
             self._file("/etc/hosts", _HOSTS.encode(), 0o644),
-            self._file("/etc/resolv.conf", _resolver(), 0o644),
+            self._file("/etc/resolv.conf", resolver, 0o644),
         ]
         if self.action.script is not None:
             name, text = self.action.script
@@ -384,13 +389,6 @@ def _copy_into(directory: Path, tree: Tree, source: str) -> None:
         target.finish()
     finally:
         os.close(root)
-
-
-def _resolver() -> bytes:
-    try:
-        return Path("/etc/resolv.conf").read_bytes()
-    except OSError:
-        return b""
 
 
 class Stubs:
