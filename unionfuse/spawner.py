@@ -1,9 +1,10 @@
-"""A process that has imported everything and forks the daemon of each mount that is asked for.
+"""Mounting without starting an interpreter for it: the mount program in a fork of this process, or
+of one that has imported everything already, the spawner.
 
 Starting an interpreter and importing takes longer than mounting; forked daemons also share the
-memory of what was imported. It is only ever a short cut: `mount` tells when there is no spawner, or
-one that must not be used (another version of the files, another mount namespace), and the caller
-starts the mount program by itself. A spawner that nobody asks for five minutes, or whose socket is
+memory of what was imported. The spawner is only ever a short cut: `mount` tells when there is none,
+or one that must not be used (another version of the files, another mount namespace, another user),
+and the caller forks by itself. A spawner that nobody asks for five minutes, or whose socket is
 gone, ends; the daemons that it forked do not depend on it.
 
 A request is one message: JSON with the words of the command line, the working directory and the
@@ -18,6 +19,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import sys
 import time
 import zlib
@@ -32,6 +34,42 @@ NICE = 10  # for its own start: nobody waits for that
 def socket_of(directory: Path) -> Path:
     """Where the spawner of these very files listens, below a directory that is the user's own."""
     return directory / f"spawner-{_version():x}"
+
+
+def forked(words: Sequence[str]) -> tuple[int, str]:
+    """Run `unionfuse WORDS` in a fork of this process; its exit code and what it said on stderr.
+
+    Only for a process without other threads: the fork would not have them, but their locks.
+    """
+    with open(os.memfd_create("messages", os.MFD_CLOEXEC), "r+b") as messages:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                nowhere = os.open(os.devnull, os.O_RDWR)
+                for source, stream in ((nowhere, 0), (nowhere, 1), (messages.fileno(), 2)):
+                    os.dup2(source, stream)
+                os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # locks of the caller's among them
+                # The caller may have had other streams in their place, as tests do.
+                streams = os.fdopen(2, "w", errors="backslashreplace", closefd=False)
+                sys.stdout = sys.stderr = streams
+                code = _run(words)
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        messages.seek(0)
+        return code, messages.read().decode(errors="replace")
+
+
+def _run(words: Sequence[str]) -> int:
+    """The mount program itself; in a child of the process that was asked."""
+    from unionfuse.__main__ import main
+
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text("unionfuse")
+    code = main(list(words))
+    sys.stderr.flush()
+    return code
 
 
 def _version() -> int:
@@ -58,6 +96,8 @@ def mount(directory: Path, words: Sequence[str], stderr: int) -> int | None:
     with client:
         try:
             client.connect(_short(socket_of(directory)))
+            if _user_of(client) != os.geteuid():
+                return None
             request = {"words": list(words), "cwd": os.getcwd(), "namespace": _namespace()}
             socket.send_fds(client, [json.dumps(request).encode()], [stderr])
             answer = client.recv(1)
@@ -94,7 +134,7 @@ def serve(path: Path) -> None:
     staged.chmod(0o600)
     server.listen(64)
     Path("/proc/self/comm").write_text("unionfuse-spawn")
-    _import_everything()
+    prepare()
     gc.collect()
     gc.freeze()
     staged.rename(path)  # whoever finds it finds a spawner that is ready
@@ -125,22 +165,27 @@ def _answer(connection: socket.socket) -> None:
         data, descriptors, _, _ = socket.recv_fds(connection, LONGEST_REQUEST, 1)
         request = json.loads(data)
         if request["namespace"] == _namespace():
-            Path("/proc/self/comm").write_text("unionfuse")
             os.dup2(descriptors[0], 2)
             os.chdir(request["cwd"])
-            from unionfuse.__main__ import main
-
-            code = main(request["words"])
+            code = _run(request["words"])
         with contextlib.suppress(OSError):
             connection.send(bytes([code]))
     finally:
         os._exit(0)
 
 
-def _import_everything() -> None:
+def prepare() -> None:
+    """Import what a mount needs, so that the forks that follow have it and share it."""
     import unionfuse.__main__
     import unionfuse.daemon
     import unionfuse.serving  # noqa: F401  trio and pyfuse3 with it
+
+    gc.freeze()
+
+
+def _user_of(peer: socket.socket) -> int:
+    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])
 
 
 def _still_ours(path: Path, inode: int) -> bool:

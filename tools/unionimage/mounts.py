@@ -6,10 +6,12 @@ gone, with a reboot or by someone's umount(8), is dropped when it is seen.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,7 +80,7 @@ def mount_chain(
         register: note it in the store, so that `mounts` lists it and its layers are held. Without,
             the caller holds the layers and unmounts by itself.
         index: with driver `fuse`, make the chain's lookup index if there is none yet.
-        start: runs the mount program of driver fuse; None: as a program of its own.
+        start: runs the mount program of driver fuse; None: `start_daemon`.
 
     Raises:
         UserError: the target is missing or in use, or the caller may not mount.
@@ -105,7 +107,7 @@ def mount_chain(
             if index and not any(word.startswith("lookup_index") for word in words):
                 found = chain_index(store, diff_ids)
                 words += [f"lookup_index={_escaped(found, ',')}"] if found else []
-            _mount_fuse(store, lowers, pair, target, words, start or start_program)
+            _mount_fuse(store, lowers, pair, target, words, start or start_daemon)
     except BaseException:
         if register:
             _unregister(store, target)
@@ -264,6 +266,29 @@ def _mount_fuse(
     if code:
         lines = said.strip().splitlines() or ["it does not say why"]
         raise UserError(lines[-1].removeprefix("unionfuse: "))
+
+
+def start_daemon(words: Sequence[str]) -> tuple[int, str]:
+    """Run the mount program the quickest way; its exit code and what it said.
+
+    A spawner forks the daemon. Without one it is a fork of this process, or a program of its own,
+    and there is a spawner for the next time.
+    """
+    from unionfuse import spawner
+    from unionimage.container.places import run_directory
+
+    directory = run_directory()
+    with open(os.memfd_create("messages", os.MFD_CLOEXEC), "r+b") as messages:
+        code = spawner.mount(directory, words, messages.fileno())
+        if code is not None:
+            messages.seek(0)
+            return code, messages.read().decode(errors="replace")
+    alone = threading.active_count() == 1
+    answer = spawner.forked(words) if alone else start_program(words)
+    with contextlib.suppress(OSError):
+        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+        spawner.start(directory)
+    return answer
 
 
 def start_program(words: Sequence[str]) -> tuple[int, str]:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from unionimage.container import bundle, files, networks, rootless, slirp, users, volumes
 from unionimage.container.bundle import Mount, Namespaces, Surroundings
-from unionimage.container.places import run_directory
 from unionimage.container.state import Container, Containers, replace_file
 from unionimage.errors import Conflict, UserError
 
@@ -130,28 +129,7 @@ def mount_root(container: Container, store: Store) -> None:
             ),
         ],
         register=False,
-        start=_start_mount,
     )
-
-
-def _start_mount(words: Sequence[str]) -> tuple[int, str]:
-    """Have a spawner fork the daemon; without one start the program, and a spawner for next time.
-
-    Returns the exit code and what was said.
-    """
-    from unionfuse import spawner
-    from unionimage.mounts import start_program
-
-    directory = run_directory()
-    descriptor = os.memfd_create("messages", os.MFD_CLOEXEC)
-    with os.fdopen(descriptor, "r+b") as messages:
-        code = spawner.mount(directory, words, descriptor)
-        if code is not None:
-            messages.seek(0)
-            return code, messages.read().decode(errors="replace")
-    answer = start_program(words)
-    spawner.start(directory)
-    return answer
 
 
 def _owner_of_root(container: Container) -> int:

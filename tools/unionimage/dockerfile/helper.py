@@ -1,8 +1,8 @@
 """The helper process of a build: it mounts quickly, and it cleans up should the build be killed.
 
-`python -m unionimage.dockerfile.helper STAGING` imports the mount program once; every mount is a
-fork of it then, where a program started anew would spend most of its time on imports. It reads
-requests from standard input, a JSON list a line, and answers mounts on standard output:
+`python -m unionimage.dockerfile.helper STAGING` is a spawner (see `unionfuse.spawner`) in the mount
+namespace of the build, which also knows what runs. It reads requests from standard input, a JSON
+list a line, and answers mounts on standard output:
 
     ["prepare"]                       mounts will follow
     ["mount", WORDS]              → [exit code, what was said on stderr]
@@ -16,8 +16,6 @@ what is mounted below STAGING is detached, so that the daemons of these mounts e
 from __future__ import annotations
 
 import contextlib
-import gc
-import importlib
 import json
 import os
 import subprocess
@@ -26,7 +24,8 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from unionfuse import mounting, syscalls
+from unionfuse import mounting, spawner, syscalls
+from unionimage.mounts import start_program
 
 if TYPE_CHECKING:
     from unionimage.container.runtime import Runtime
@@ -54,10 +53,8 @@ class Helper:
     def mount(self, words: Sequence[str]) -> tuple[int, str]:
         """Run the mount program with these words; its exit code, and what it said on stderr."""
         answer = self._send(["mount", list(words)], answer=True)
-        if not answer:  # it has ended: the program itself tells why, or does without it
-            command = [sys.executable, "-m", "unionfuse", *words]
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-            return done.returncode, done.stderr
+        if not answer:  # it has ended: do without it
+            return start_program(words)
         code, said = json.loads(answer)
         return int(code), str(said)
 
@@ -94,11 +91,9 @@ def main(staging: str) -> int:
     for line in sys.stdin:
         match json.loads(line):
             case ["prepare"]:
-                importlib.import_module("unionfuse.daemon")
-                importlib.import_module("unionfuse.serving")  # trio and pyfuse3
-                gc.freeze()  # the forks share what is loaded
+                spawner.prepare()
             case ["mount", words]:
-                print(json.dumps(_mount(words)), flush=True)
+                print(json.dumps(spawner.forked(words)), flush=True)
             case ["begin", container, runtime]:
                 running[container] = runtime
             case ["end", container]:
@@ -106,27 +101,6 @@ def main(staging: str) -> int:
     if running:
         _clean_up(running, os.fsencode(staging))
     return 0
-
-
-def _mount(words: list[str]) -> tuple[int, str]:
-    """Fork; the child is the mount program."""
-    from unionfuse.__main__ import main as mount_program
-
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            nowhere = os.open(os.devnull, os.O_RDWR)
-            for descriptor, stream in ((nowhere, 0), (nowhere, 1), (writer, 2)):
-                os.dup2(descriptor, stream)
-            code = mount_program(words)
-        finally:
-            os._exit(code)
-    os.close(writer)
-    with os.fdopen(reader, errors="replace") as said:
-        text = said.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text
 
 
 def _clean_up(running: dict[str, dict[str, Any]], staging: bytes) -> None:
