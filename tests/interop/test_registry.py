@@ -102,6 +102,67 @@ def test_a_platform_is_chosen_from_an_index(
     assert "does not match the specified platform: wanted linux/amd64, actual linux/arm64" in error
 
 
+@pytest.fixture
+def both(registry: Registry, command: Command, tmp_path: Path) -> str:
+    """A name in the registry with an index of two platforms, pulled with both."""
+    layout = OciLayout(tmp_path / "oci")
+    images = [
+        layout.image(arch, [BASE, layer_tar({arch: b""})], architecture=arch)
+        for arch in ("amd64", "arm64")
+    ]
+    name = f"{registry.host}/{tmp_path.name}:1"
+    layout.many("both", images)
+    layout.push("both", name)
+    command("pull", "--platform", "all", name)
+    return name
+
+
+def test_the_images_of_all_platforms_go_round(
+    registry: Registry, command: Command, both: str, tmp_path: Path
+) -> None:
+    there = f"{registry.host}/{tmp_path.name}/again:1"
+    command("tag", both, there)
+    command("push", there)
+    assert raw_digest(there) == raw_digest(both)
+    command("tag", command.image_id(both), there)
+    command("push", there)
+    assert raw_digest(there) != raw_digest(both), "an id is one image alone"
+    before = raw_digest(both)
+    command("push", "--format", "docker", both)
+    index = json.loads(skopeo("inspect", "--raw", "--tls-verify=false", f"docker://{both}"))
+    assert index["mediaType"].endswith("manifest.list.v2+json")
+    assert [one["platform"]["architecture"] for one in index["manifests"]] == ["amd64", "arm64"]
+    command("push", both)
+    assert raw_digest(both) == before
+    command("push", "--platform", "linux/arm64", both)
+    assert "layers" in json.loads(
+        skopeo("inspect", "--raw", "--tls-verify=false", f"docker://{both}")
+    )
+    error = command("push", "--platform", "linux/s390x", both, code=1)
+    assert "no image for platform linux/s390x is here; there are: linux/amd64, linux/arm64" in error
+
+
+def test_all_platforms_are_kept_saved_loaded_and_removed(
+    command: Command, both: str, tmp_path: Path
+) -> None:
+    command("prune", "-f")
+    assert len(command("images", "-q").split()) == 2
+    for form, path in (("oci-archive", "a.tar"), ("oci-dir", "d")):
+        command("save", "--format", form, "-o", str(tmp_path / path), both)
+        there = make_command(tmp_path, f"there-{form}")
+        there("load", "-i", str(tmp_path / path))
+        assert len(there("images", "-q").split()) == 1
+        there("load", "--platform", "all", "-i", str(tmp_path / path))
+        assert len(there("images", "-q").split()) == 2
+        there("save", "--format", form, "-o", str(tmp_path / f"again-{path}"), both)
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "again-a.tar").read_bytes()
+    skopeo("copy", "--all", f"oci-archive:{tmp_path}/a.tar", f"dir:{tmp_path}/out")
+    assert len(list((tmp_path / "out").glob("*.manifest.json"))) == 2
+    assert "whole" in command("check")
+    command("rmi", both)
+    assert command("images", "-aq") == ""
+
+
 def test_all_tags_are_pulled_pushed_and_listed(
     registry: Registry, layout: OciLayout, command: Command
 ) -> None:

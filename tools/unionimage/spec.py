@@ -318,6 +318,12 @@ class Index:
             table["annotations"] = dict(self.annotations)
         return dump(table)
 
+    def images(self) -> tuple[Descriptor, ...]:
+        """The manifests of images; attestations, whose platform is `unknown`, are left out."""
+        return tuple(
+            one for one in self.manifests if one.platform is None or one.platform.os != "unknown"
+        )
+
     def select(self, wanted: Platform) -> Descriptor:
         """The manifest for a platform, an exact variant first. Raises BadContent if none fits."""
         fitting = [one for one in self.manifests if one.platform and one.platform.satisfies(wanted)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,7 +30,7 @@ from unionimage.spec import (
     Platform,
     parse_manifest,
 )
-from unionimage.store import Image, Lease
+from unionimage.store import Image, Lease, platforms
 
 _REF_NAME = "org.opencontainers.image.ref.name"
 _FULL_NAME = "io.containerd.image.name"
@@ -40,10 +41,13 @@ def load(
     path: Path | None,
     stream: BinaryIO | None = None,
     report: Reporter | None = None,
+    *,
+    every_platform: bool = False,
 ) -> list[Image]:
     """Load every image of an archive.
 
     Args:
+        every_platform: of an index all images that are in the archive; else this machine's.
         path: a file (compressed or not) or an OCI layout directory.
         stream: read instead of a file, once from front to end.
 
@@ -53,29 +57,31 @@ def load(
     """
     report = report or Silent()
     if path is not None and path.is_dir():
-        return load_source(lease, DirectorySource(path, lease, report))
+        return load_source(lease, DirectorySource(path, lease, report), every_platform)
     if path is not None:
         with open(path, "rb", buffering=0) as file:
             if compressions.sniff(file.read(6)) == "none" and file.seekable():
                 file.seek(0)
-                return load_source(lease, FileSource(file, lease, report))
+                return load_source(lease, FileSource(file, lease, report), every_platform)
         with open(path, "rb", buffering=0) as file:
-            return _load_stream(lease, file, report)
+            return _load_stream(lease, file, report, every_platform)
     assert stream is not None
-    return _load_stream(lease, stream, report)
+    return _load_stream(lease, stream, report, every_platform)
 
 
-def _load_stream(lease: Lease, stream: Readable, report: Reporter) -> list[Image]:
+def _load_stream(
+    lease: Lease, stream: Readable, report: Reporter, every_platform: bool
+) -> list[Image]:
     peekable = compressions.Peekable(stream)
     kind = compressions.sniff(peekable.peek(6))
     plain = compressions.decompress(peekable, kind, "archive")
-    return load_source(lease, StreamSource(plain, lease, report))
+    return load_source(lease, StreamSource(plain, lease, report), every_platform)
 
 
-def load_source(lease: Lease, source: Source) -> list[Image]:
+def load_source(lease: Lease, source: Source, every_platform: bool = False) -> list[Image]:
     """Load from a source whose form is found out here."""
     if source.text("index.json") is not None and source.text("oci-layout") is not None:
-        return _load_layout(lease, source)
+        return _load_layout(lease, source, every_platform)
     if (data := source.text("manifest.json")) is not None:
         return [_load_docker(lease, source, one) for one in _docker_manifests(data)]
     if any(name.endswith("/layer.tar") for name in source.names()):
@@ -124,33 +130,50 @@ def _references(names: Sequence[str]) -> list[Reference]:
 # --- the OCI layout
 
 
-def _load_layout(lease: Lease, source: Source) -> list[Image]:
+def _load_layout(lease: Lease, source: Source, every_platform: bool) -> list[Image]:
     data = source.text("index.json")
     assert data is not None
     index = Index.from_json(data)
     tags = _docker_tags(source)
     images = []
     for descriptor in index.manifests:
-        chosen = _choose(source, descriptor)
-        if chosen is not None:
-            images.append(_load_manifest(lease, source, chosen, descriptor, tags))
+        if descriptor.media_type in INDEXES:
+            images += _load_index(lease, source, descriptor, tags, every_platform)
+        elif descriptor.media_type not in MANIFESTS:
+            raise BadContent(f"{descriptor.media_type!r} in index.json is no image")
+        elif descriptor in index.images():
+            images.append(_load_manifest(lease, source, descriptor, descriptor, tags))
     if not images:
         raise BadContent(f"the archive has no image for platform {Platform.host()}")
     return images
 
 
-def _choose(source: Source, descriptor: Descriptor) -> Descriptor | None:
-    """The manifest itself, or that of an index for this platform; None for other artifacts."""
-    if descriptor.media_type in INDEXES:
-        index = parse_manifest(_blob(source, descriptor), descriptor.media_type)
-        if not isinstance(index, Index):
-            raise BadContent(f"blob {descriptor.digest} is not the index it should be")
-        return index.select(Platform.host())
-    if descriptor.media_type not in MANIFESTS:
-        raise BadContent(f"{descriptor.media_type!r} in index.json is no image")
-    if descriptor.platform is not None and descriptor.platform.os == "unknown":
-        return None  # an attestation
-    return descriptor
+def _load_index(
+    lease: Lease,
+    source: Source,
+    named: Descriptor,
+    tags: dict[str, list[str]],
+    every_platform: bool,
+) -> list[Image]:
+    """The image of an index that is for this machine, or all that are in the archive."""
+    data = _blob(source, named)
+    index = parse_manifest(data, named.media_type)
+    if not isinstance(index, Index):
+        raise BadContent(f"blob {named.digest} is not the index it should be")
+    if not every_platform:
+        return [_load_manifest(lease, source, index.select(Platform.host()), named, tags)]
+    nameless = replace(named, annotations={})
+    images = [
+        _load_manifest(lease, source, one, nameless, {})
+        for one in index.images()
+        if source.text(_blob_name(one.digest)) is not None
+    ]
+    if not images:
+        raise BadContent("the archive has none of the images of its index")
+    kept = lease.add_bytes(data)
+    for name in _names(named):
+        platforms.note(lease.store, name, kept, images)
+    return [lease.store.image_by_id(image.id) for image in images]
 
 
 def _load_manifest(

@@ -30,7 +30,8 @@ from unionimage.spec import (
     Manifest,
     dump,
 )
-from unionimage.store import Image, Layer, Store
+from unionimage.store import Image, Layer, Store, platforms
+from unionimage.store.platforms import Platforms
 
 FORMATS = ("docker-archive", "oci-archive", "oci-dir")
 
@@ -125,26 +126,52 @@ def _plain(store: Store, layer: Layer, name: str, sink: _Sink, report: Reporter)
 
 def _save_layout(store: Store, wanted: Sequence[Wanted], sink: _Sink, report: Reporter) -> None:
     sink.add("oci-layout", _LAYOUT)
-    done: set[Digest] = set()
+    layout = _Layout(store, sink, report)
     listed: list[Descriptor] = []
     for one in wanted:
-        data, manifest = manifest_of(store, one.image)
-        for layer, descriptor in zip(one.image.layers, manifest.layers, strict=True):
-            if descriptor.digest not in done:
-                done.add(descriptor.digest)
-                _layer_blob(store, layer, descriptor, sink, report)
-        for blob in (store.blobs.read(one.image.id), data):
-            if (digest := Digest.of(blob)) not in done:
-                done.add(digest)
-                sink.add(_blob_name(digest), blob)
-        described = replace(
-            Descriptor.of(manifest.media_type, data), platform=one.image.config.platform
-        )
-        listed += [
-            replace(described, annotations={_FULL_NAME: str(name), _ONE_NAME: str(name)})
-            for name in one.names
-        ] or [described]
+        if not one.names:
+            listed.append(layout.image(one.image))
+        for name in one.names:
+            named = platforms.of(store, name)
+            described = layout.image(one.image) if named is None else layout.platforms(named)
+            annotations = {_FULL_NAME: str(name), _ONE_NAME: str(name)}
+            listed.append(replace(described, annotations=annotations))
     sink.add("index.json", Index(OCI_INDEX, tuple(listed)).to_json())
+
+
+class _Layout:
+    """Puts blobs into an OCI layout, each once."""
+
+    def __init__(self, store: Store, sink: _Sink, report: Reporter) -> None:
+        self._store, self._sink, self._report = store, sink, report
+        self._done: set[Digest] = set()
+
+    def image(self, image: Image) -> Descriptor:
+        """An image with its layers; the descriptor of its manifest."""
+        data, manifest = manifest_of(self._store, image)
+        for layer, descriptor in zip(image.layers, manifest.layers, strict=True):
+            if descriptor.digest not in self._done:
+                self._done.add(descriptor.digest)
+                _layer_blob(self._store, layer, descriptor, self._sink, self._report)
+        for blob in (self._store.blobs.read(image.id), data):
+            self._blob(blob)
+        described = Descriptor.of(manifest.media_type, data)
+        return replace(described, platform=image.config.platform)
+
+    def platforms(self, named: Platforms) -> Descriptor:
+        """The images of all platforms that a name stands for, and their index."""
+        described = [self.image(one) for one in named.images]
+        data, media_type = named.data, named.index.media_type
+        if {one.digest for one in described} != {one.digest for one in named.index.manifests}:
+            media_type = OCI_INDEX
+            data = Index(media_type, tuple(described)).to_json()
+        self._blob(data)
+        return Descriptor.of(media_type, data)
+
+    def _blob(self, data: bytes) -> None:
+        if (digest := Digest.of(data)) not in self._done:
+            self._done.add(digest)
+            self._sink.add(_blob_name(digest), data)
 
 
 def manifest_of(store: Store, image: Image) -> tuple[bytes, Manifest]:

@@ -7,12 +7,16 @@ import os
 import re
 import sys
 import time
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from unionimage.changeset.limits import Limits
 from unionimage.config import DEDUPE
 from unionimage.errors import UserError
 from unionimage.store import Store
+
+if TYPE_CHECKING:
+    from unionimage.reference import Reference
+    from unionimage.store import Image
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -20,6 +24,18 @@ _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 def open_store(args: argparse.Namespace) -> Store:
     """The store of `--root`, UNIONFUSE_ROOT, the configuration or the default."""
     return Store.open(args.root)
+
+
+def named(store: Store, text: str, image: Image) -> Reference | None:
+    """The name of an image that a user meant; None where it was an id or a digest."""
+    try:
+        reference = store.reference(text).with_default_tag()
+    except UserError:
+        return None
+    if reference in image.names:
+        return reference
+    local = f"localhost/{reference.familiar}"
+    return next((one for one in image.names if one.familiar == local), None)
 
 
 def human_size(size: float) -> str:

@@ -20,6 +20,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-i", "--input", metavar="FILE", help="an archive or OCI layout directory (default: stdin)"
     )
+    parser.add_argument(
+        "--platform", choices=("all",), help="all images of an index (default: this machine's)"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
     add_layer_options(parser)
 
@@ -36,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     with open_store(args) as store, store.lease("load") as lease:
         take_layer_options(args, store)
         with reporter(quiet=args.quiet, stream=sys.stderr) as report:
-            images = load(lease, path, None if path else os.fdopen(os.dup(0), "rb"), report)
+            stream = None if path else os.fdopen(os.dup(0), "rb")
+            images = load(lease, path, stream, report, every_platform=args.platform == "all")
         for image in images:
             if image.names:
                 for name in image.names:

@@ -10,7 +10,7 @@ from unionimage.cli.common import human_size, open_store, parse_time
 from unionimage.cli.format import filters
 from unionimage.errors import Conflict, UserError
 from unionimage.mounts import forget_dead
-from unionimage.store import Image, Store
+from unionimage.store import Image, Store, platforms
 from unionimage.store.files import remove
 
 EXAMPLE = """
@@ -80,8 +80,8 @@ def forget_build_cache(store: Store) -> None:
 def _wanted(store: Store, image: Image, all: bool, chosen: dict[str, list[str]]) -> bool:
     if store.users(image) or (image.names and not all):
         return False
-    if not all and store.children(image):
-        return False  # a step that a named image was built on
+    if not all and (store.children(image) or platforms.names(store, image)):
+        return False  # a step that a named image was built on, or its sister for another platform
     for value in chosen.get("until", []):
         if (parse_time(image.created) or image.added) > _moment(value):
             return False

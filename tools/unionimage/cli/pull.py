@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 EXAMPLE = """\
 unionfuse pull debian:12
 unionfuse pull --platform linux/arm64 ghcr.io/team/app@sha256:…
+unionfuse pull --platform all debian:12
 unionfuse pull -a localhost:5000/app"""
 
 
@@ -27,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--platform",
         metavar="OS/ARCH[/VARIANT]",
-        help="which image of an index (default: this machine's)",
+        help="which image of an index, or all (default: this machine's)",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="print the image's name only")
     parser.add_argument(
@@ -38,11 +39,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from unionimage.cli.progress import reporter
     from unionimage.errors import UserError
-    from unionimage.registry.pull import pull, pull_all
+    from unionimage.registry.pull import pull, pull_all, pull_platforms
     from unionimage.registry.session import Session
     from unionimage.spec import Platform
 
-    platform = Platform.parse(args.platform) if args.platform else None
+    every = args.platform == "all"
+    platform = Platform.parse(args.platform) if args.platform and not every else None
     with (
         open_store(args) as store,
         Session(store.config, insecure=args.insecure) as session,
@@ -51,13 +53,19 @@ def run(args: argparse.Namespace) -> int:
         reference = store.reference(args.name)
         if args.all_tags and (reference.tag or reference.digest):
             raise UserError("tag can't be used with --all-tags/-a")
+        if args.all_tags and every:
+            raise UserError("--platform all takes one tag at a time")
         results: Iterable[Pulled]
         if args.all_tags:
             results = pull_all(store, session, reference, report, platform)
         else:
             if reference.tag is None and reference.digest is None:
                 report.line("Using default tag: latest")
-            results = [pull(store, session, reference.with_default_tag(), report, platform)]
+            reference = reference.with_default_tag()
+            if every:
+                results = [pull_platforms(store, session, reference, report)]
+            else:
+                results = [pull(store, session, reference, report, platform)]
         for result in results:
             report.line(f"Digest: {result.digest}")
             report.line(f"Status: {_status(result)}")

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from unionimage.cli.common import open_store
+
+if TYPE_CHECKING:
+    from unionimage.store import Image
 
 EXAMPLE = """\
 unionfuse tag app localhost:5000/team/app:1.0
@@ -18,6 +23,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME[:TAG]", help="the image; :latest if no tag is given")
     parser.add_argument(
         "-a", "--all-tags", action="store_true", help="push every local tag of the repository"
+    )
+    parser.add_argument(
+        "--platform",
+        metavar="OS/ARCH[/VARIANT]",
+        help="push this image alone of a name that has several (default: all, with their index)",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="print the image's name only")
     parser.add_argument(
@@ -39,9 +49,10 @@ def run(args: argparse.Namespace) -> int:
     from unionimage.cli.progress import reporter
     from unionimage.errors import NotFound, UserError
     from unionimage.registry.outgoing import Wanted
-    from unionimage.registry.push import push, tags_to_push
+    from unionimage.registry.push import push, push_platforms, tags_to_push
     from unionimage.registry.session import Session
     from unionimage.spec import DOCKER_MANIFEST, OCI_MANIFEST
+    from unionimage.store import platforms
 
     manifest_type = {"oci": OCI_MANIFEST, "docker": DOCKER_MANIFEST, None: None}[args.format]
     wanted = Wanted(manifest_type, args.compression)
@@ -71,8 +82,27 @@ def run(args: argparse.Namespace) -> int:
             image = store.find(str(one))
             if image is None or one not in image.names:
                 raise NotFound(f"An image does not exist locally with the tag: {one.familiar}")
-            done = push(store, session, image, one, report, wanted)
+            named = platforms.of(store, one)
+            if args.platform is not None:
+                chosen = _for_platform(named.images if named else (image,), args.platform)
+                done = push(store, session, chosen, one, report, wanted)
+            elif named is not None:
+                done = push_platforms(store, session, named, one, report, wanted)
+            else:
+                done = push(store, session, image, one, report, wanted)
             report.line(f"{one.tag}: digest: {done.digest} size: {done.size}")
     if args.quiet:
         print(references[0].repository if args.all_tags else references[0])
     return 0
+
+
+def _for_platform(images: Sequence[Image], text: str) -> Image:
+    from unionimage.errors import NotFound
+    from unionimage.spec import Platform
+
+    wanted = Platform.parse(text)
+    for image in images:
+        if image.config.platform.satisfies(wanted):
+            return image
+    there = ", ".join(str(image.config.platform) for image in images)
+    raise NotFound(f"no image for platform {wanted} is here; there are: {there}")

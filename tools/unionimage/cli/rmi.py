@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from unionimage.cli.common import open_store
+from unionimage.cli.common import named, open_store
 from unionimage.errors import Conflict, UserError
 from unionimage.mounts import forget_dead
-from unionimage.store import Image, Store
+from unionimage.store import Image, Store, platforms
 
 EXAMPLE = """
 unionfuse rmi debian:12
@@ -53,34 +53,41 @@ def remove(store: Store, name: str, *, force: bool = False, prune: bool = True) 
         Conflict: it has names in several repositories, or something uses it.
     """
     image = store.image(name)
-    named = [one for one in image.names if one == _reference(store, name, image)]
-    if named and len(image.names) > 1:
-        store.untag(named[0])
-        return [f"Untagged: {named[0].familiar}"]
-    if not named and len({one.repository for one in image.names}) > 1 and not force:
+    others = _other_platforms(store, image)
+    lines = _remove(store, name, image, force=force, prune=prune)
+    for other in others:
+        if not platforms.names(store, other) and not store.users(other):
+            store.delete_image(other)
+            lines.append(f"Deleted: {other.id}")
+    return lines
+
+
+def _other_platforms(store: Store, image: Image) -> list[Image]:
+    """The images without a name that are here because a name of this one stands for them, too."""
+    found: dict[str, Image] = {}
+    for name in image.names:
+        if (known := platforms.of(store, name)) is not None:
+            found |= {one.id: one for one in known.images if not one.names}
+    return list(found.values())
+
+
+def _remove(store: Store, name: str, image: Image, *, force: bool, prune: bool) -> list[str]:
+    meant = named(store, name, image)
+    if meant is not None and len(image.names) > 1:
+        store.untag(meant)
+        return [f"Untagged: {meant.familiar}"]
+    if meant is None and len({one.repository for one in image.names}) > 1 and not force:
         raise Conflict(
             f"image {image.id.short} has names in several repositories; remove them one by one,"
             " or all with --force"
         )
-    if store.children(image) and named and not force:
-        store.untag(named[0])  # what was built on it still shows its steps
-        return [f"Untagged: {named[0].familiar}"]
+    if store.children(image) and meant is not None and not force:
+        store.untag(meant)  # what was built on it still shows its steps
+        return [f"Untagged: {meant.familiar}"]
     store.delete_image(image)
     lines = [f"Untagged: {one.familiar}" for one in (*image.names, *image.digests)]
     lines.append(f"Deleted: {image.id}")
     return lines + (_prune_parents(store, image) if prune else [])
-
-
-def _reference(store: Store, name: str, image: Image) -> object:
-    """The name that was meant, if it was a name and not an id."""
-    try:
-        reference = store.reference(name).with_default_tag()
-    except UserError:
-        return None
-    if reference in image.names:
-        return reference
-    local = [one for one in image.names if one.familiar == f"localhost/{reference.familiar}"]
-    return local[0] if local else None
 
 
 def _prune_parents(store: Store, image: Image) -> list[str]:

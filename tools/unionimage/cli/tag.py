@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from unionimage.cli.common import open_store
+from unionimage.cli.common import named, open_store
 from unionimage.reference import Reference
 
 EXAMPLE = "unionfuse tag debian:12 registry.lan/base:stable"
@@ -17,5 +17,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with open_store(args) as store:
-        store.tag(store.image(args.source), Reference.parse(args.target))
+        image, target = store.image(args.source), Reference.parse(args.target).with_default_tag()
+        store.tag(image, target)
+        if (source := named(store, args.source, image)) is not None:
+            from unionimage.store import platforms
+
+            platforms.copy(store, source, target)
     return 0

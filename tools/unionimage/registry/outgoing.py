@@ -15,8 +15,10 @@ from unionimage.spec import (
     DOCKER_LAYER,
     DOCKER_LAYER_GZIP,
     DOCKER_LAYER_ZSTD,
+    DOCKER_LIST,
     DOCKER_MANIFEST,
     OCI_CONFIG,
+    OCI_INDEX,
     OCI_LAYER,
     OCI_LAYER_GZIP,
     OCI_LAYER_ZSTD,
@@ -47,6 +49,11 @@ class Wanted:
     @property
     def anything(self) -> bool:
         return self.manifest_type is None and self.compression is None
+
+    @property
+    def index_type(self) -> str | None:
+        """The kind of index that goes with such manifests; None: any."""
+        return {OCI_MANIFEST: OCI_INDEX, DOCKER_MANIFEST: DOCKER_LIST}.get(self.manifest_type or "")
 
 
 AS_IT_IS = Wanted()

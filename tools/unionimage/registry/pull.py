@@ -6,8 +6,9 @@ come; what is there is not fetched, and what a broken pull left is continued.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from unionimage.digest import Digest
 from unionimage.errors import BadContent, UserError
@@ -25,7 +26,9 @@ from unionimage.spec import (
     compression_of,
     parse_manifest,
 )
-from unionimage.store import Image, Lease, Store
+from unionimage.store import Image, Lease, Store, platforms
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,39 @@ def pull(
     return Pulled(reference, image, found.top_digest, is_new)
 
 
+def pull_platforms(
+    store: Store, session: Session, reference: Reference, report: Reporter
+) -> Pulled:
+    """Pull the image of every platform that an index has; its name then stands for all of them.
+
+    Where the tag is of one image alone, that is pulled.
+    """
+    wanted = reference.digest or reference.tag
+    assert wanted is not None
+    top = _from_any(session, reference, lambda source: source.manifest(wanted))
+    index = parse_manifest(top.data, top.media_type)
+    if not isinstance(index, Index):
+        return pull(store, session, reference, report)
+    if not index.images():
+        raise BadContent(f"{reference.familiar}: the index has no image")
+    with store.lease(f"pull {reference.familiar}") as lease:
+        before = store.find(str(reference)) if reference.tag else None
+        images = []
+        for one in index.images():
+            report.line(f"Platform: {one.platform or 'unknown'}")
+            by_digest = Reference(reference.registry, reference.path, None, one.digest)
+            images.append(pull(store, session, by_digest, report).image)
+        if reference.digest is None:
+            image = platforms.note(store, reference, lease.add_bytes(top.data), images)
+        else:
+            image = images[0]
+        store.note_digest(
+            image, Reference(reference.registry, reference.path, None, top.digest), None
+        )
+        is_new = before is None or before.id != image.id
+        return Pulled(reference, store.image_by_id(image.id), top.digest, is_new)
+
+
 def pull_all(
     store: Store,
     session: Session,
@@ -134,15 +170,21 @@ def _unchanged(
 def _find(
     session: Session, reference: Reference, wanted: str | Digest, platform: Platform | None
 ) -> _Found:
-    """The image from the first source that has it: mirrors may fail, the registry may not."""
+    return _from_any(
+        session, reference, lambda source: _find_in(source, reference, wanted, platform)
+    )
+
+
+def _from_any(session: Session, reference: Reference, get: Callable[[Repository], _T]) -> _T:
+    """From the first source that has it: mirrors may fail, the registry may not."""
     *mirrors, home = session.sources(reference)
     for mirror in mirrors:
         try:
-            return _find_in(mirror, reference, wanted, platform)
+            return get(mirror)
         except UserError:
             continue
     try:
-        return _find_in(home, reference, wanted, platform)
+        return get(home)
     except RegistryStatusError as error:
         raise _explain(error, reference) from error
 

@@ -17,8 +17,9 @@ from unionimage.registry.client import Repository
 from unionimage.registry.errors import RegistryError, RegistryStatusError
 from unionimage.registry.outgoing import AS_IT_IS, Outgoing, Wanted
 from unionimage.registry.session import Session
-from unionimage.spec import Descriptor, Manifest, parse_manifest
-from unionimage.store import Image, Store
+from unionimage.spec import Descriptor, Index, Manifest, parse_manifest
+from unionimage.store import Image, Lease, Store
+from unionimage.store.platforms import Platforms
 
 
 @dataclass(frozen=True)
@@ -43,30 +44,84 @@ def push(
     Raises:
         UserError: the registry refuses or cannot be reached; what was sent stays there, unnamed.
     """
-    repository = session.repository(reference)
+    assert reference.tag is not None
     with store.lease(f"push {reference.familiar}") as lease:
-        made = Outgoing(store, lease, image, wanted)
+        sending = _Sending(store, session, lease, reference, report, wanted)
+        return sending.image(image, reference.tag)[0]
+
+
+def push_platforms(
+    store: Store,
+    session: Session,
+    named: Platforms,
+    reference: Reference,
+    report: Reporter,
+    wanted: Wanted = AS_IT_IS,
+) -> Pushed:
+    """Push the images of all platforms that a name stands for, and an index of them under the tag.
+
+    The index is the one that came where all of its images are here and go as they came.
+
+    Raises:
+        UserError: as for `push`.
+    """
+    assert reference.tag is not None
+    with store.lease(f"push {reference.familiar}") as lease:
+        sending = _Sending(store, session, lease, reference, report, wanted)
+        described = []
+        for image in named.images:
+            report.line(f"Platform: {image.config.platform}")
+            described.append(replace(sending.image(image, None)[1], platform=image.config.platform))
+        data = named.data
+        media_type = named.index.media_type
+        if {one.digest for one in described} != {one.digest for one in named.index.manifests}:
+            media_type = wanted.index_type or media_type
+            data = Index(media_type, tuple(described)).to_json()
+        digest = sending.repository.put_manifest(reference.tag, media_type, data)
+        return Pushed(reference, digest, len(data))
+
+
+class _Sending:
+    """What the images of one push have in common."""
+
+    def __init__(
+        self,
+        store: Store,
+        session: Session,
+        lease: Lease,
+        reference: Reference,
+        report: Reporter,
+        wanted: Wanted,
+    ) -> None:
+        self.repository = session.repository(reference)
+        self._store, self._session, self._lease = store, session, lease
+        self._reference, self._report, self._wanted = reference, report, wanted
+        self._sources = _Sources(store, reference)
+
+    def image(self, image: Image, tag: str | None) -> tuple[Pushed, Descriptor]:
+        """Send an image, and its manifest under a tag, or by its digest alone."""
+        reference, wanted, repository = self._reference, self._wanted, self.repository
+        made = Outgoing(self._store, self._lease, image, wanted)
         keys = made.keys()
         tasks = [
-            (position, report.task(image.diff_ids[position].short, "Preparing"))
+            (position, self._report.task(image.diff_ids[position].short, "Preparing"))
             for position in {key: n for n, key in enumerate(keys)}.values()
         ]
-        sources = _Sources(store, reference)
         try:
-            blobs = session.side_by_side(
-                lambda job: _push_layer(made, repository, sources, *job), tasks
+            blobs = self._session.side_by_side(
+                lambda job: _push_layer(made, repository, self._sources, *job), tasks
             )
         except RegistryStatusError as error:
             raise _explain(error, reference) from error
         layers = dict(zip((keys[position] for position, _ in tasks), blobs, strict=True))
         manifest_type, data = made.manifest([layers[key] for key in keys])
         _push_config(repository, data, image)
-        assert reference.tag is not None
-        digest = repository.put_manifest(reference.tag, manifest_type, data)
+        digest = repository.put_manifest(tag or Digest.of(data), manifest_type, data)
         by_digest = Reference(reference.registry, reference.path, None, digest)
         # A form that was asked for this once does not become the image's own.
-        store.note_digest(image, by_digest, lease.add_bytes(data) if wanted.anything else None)
-    return Pushed(reference, digest, len(data))
+        manifest = self._lease.add_bytes(data) if wanted.anything else None
+        self._store.note_digest(image, by_digest, manifest)
+        return Pushed(reference, digest, len(data)), Descriptor.of(manifest_type, data)
 
 
 class _Sources:

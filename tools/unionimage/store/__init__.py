@@ -15,6 +15,7 @@ The map of the package, arrows downwards:
 
     store      reading, names, holds          lease      adding
     cleanup    garbage                        check      damage and repair
+    platforms  names for several platforms
     layer_tar, blobs, model, ahead
     database → schema;  files, locks
 """

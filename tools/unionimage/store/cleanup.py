@@ -42,6 +42,7 @@ _USED_BLOBS = """
     SELECT id FROM images UNION
     SELECT manifest FROM images WHERE manifest IS NOT NULL UNION
     SELECT digest FROM layer_blobs UNION
+    SELECT digest FROM indexes UNION
     SELECT key FROM holds WHERE kind = 'blob'
 """
 

@@ -116,6 +116,20 @@ MIGRATIONS = (
     CREATE INDEX files_by_content ON files (hash, size);
     CREATE INDEX files_by_layer ON files (diff_id);
     """,
+    """
+    -- Names that stand for the images of several platforms (platforms.py), and the OCI index.
+    CREATE TABLE indexes (
+        name TEXT PRIMARY KEY REFERENCES names ON DELETE CASCADE,
+        digest TEXT NOT NULL REFERENCES blobs
+    ) WITHOUT ROWID;
+    CREATE TABLE index_images (
+        name TEXT NOT NULL REFERENCES indexes ON DELETE CASCADE,
+        position INTEGER NOT NULL,
+        image TEXT NOT NULL REFERENCES images ON DELETE CASCADE,
+        PRIMARY KEY (name, position)
+    ) WITHOUT ROWID;
+    CREATE INDEX index_images_by_image ON index_images (image);
+    """,
 )
 
 
