@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from unionimage.spec import ImageConfig
+from unionimage.image_config import ImageConfig
 from unionimage.store import Store
 
 PROGRAM = str(Path(sys.executable).with_name("unionfuse"))

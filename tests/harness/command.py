@@ -7,8 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from unionimage.image_config import ImageConfig
 from unionimage.reference import Reference
-from unionimage.spec import ImageConfig, Platform
+from unionimage.spec import Platform
 from unionimage.store import Store
 
 MAIN = "import sys; from unionimage.cli import main; sys.exit(main())"

@@ -121,8 +121,9 @@ class Box:
 
     def image(self, name: str, **run: Any) -> None:
         """An image of the tiny root file system with this `RunConfig`."""
+        from unionimage.image_config import History, ImageConfig, RunConfig
         from unionimage.reference import Reference
-        from unionimage.spec import History, ImageConfig, Platform, RunConfig
+        from unionimage.spec import Platform
         from unionimage.store import Store
 
         run = {"cmd": ("sh",), "env": (PATH,)} | run

@@ -12,7 +12,8 @@ from unionimage.dockerfile.parser import DockerfileError, parse
 from unionimage.dockerfile.plan import CopyAction, Options, Plan, RunAction, StagePlan, make_plan
 from unionimage.dockerfile.runmount import parse_mount
 from unionimage.errors import UserError
-from unionimage.spec import ImageConfig, Platform, RunConfig
+from unionimage.image_config import ImageConfig, RunConfig
+from unionimage.spec import Platform
 from unionimage.store import Image
 
 LINUX = Platform("linux", "amd64")

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from unionimage.digest import Digest, VerifyingReader, chain_ids
 from unionimage.errors import BadContent, UserError
+from unionimage.image_config import History, ImageConfig
 from unionimage.reference import Reference
 from unionimage.spec import (
     DOCKER_LIST,
@@ -16,8 +17,6 @@ from unionimage.spec import (
     OCI_INDEX,
     OCI_MANIFEST,
     Descriptor,
-    History,
-    ImageConfig,
     Index,
     Manifest,
     Platform,

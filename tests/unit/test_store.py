@@ -27,16 +27,9 @@ from unionimage.cli.rmi import remove
 from unionimage.commit import commit
 from unionimage.digest import Digest, chain_ids
 from unionimage.errors import BadContent, Conflict, NotFound, UserError
+from unionimage.image_config import History, ImageConfig
 from unionimage.reference import Reference
-from unionimage.spec import (
-    OCI_CONFIG,
-    OCI_MANIFEST,
-    Descriptor,
-    History,
-    ImageConfig,
-    Manifest,
-    Platform,
-)
+from unionimage.spec import OCI_CONFIG, OCI_MANIFEST, Descriptor, Manifest, Platform
 from unionimage.store import Image, Store
 from unionimage.store.check import check
 

@@ -7,8 +7,9 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from unionimage.image_config import History, ImageConfig, RunConfig
 from unionimage.reference import Reference
-from unionimage.spec import History, ImageConfig, Platform, RunConfig
+from unionimage.spec import Platform
 from unionimage.store import Image, Lease
 
 

@@ -11,8 +11,9 @@ from typing import Any
 from unionimage.archive.sources import Source
 from unionimage.digest import Digest
 from unionimage.errors import BadContent
+from unionimage.image_config import ImageConfig
+from unionimage.json_object import dump, load_object
 from unionimage.reference import Reference
-from unionimage.spec import ImageConfig, dump, load_object
 from unionimage.store import Image, Lease
 
 _MAX_PARENTS = 1000

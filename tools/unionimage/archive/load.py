@@ -18,13 +18,13 @@ from unionimage.archive.sources import DirectorySource, FileSource, Source, Stre
 from unionimage.changeset import compression as compressions
 from unionimage.digest import Digest, Readable
 from unionimage.errors import BadContent, UserError
+from unionimage.image_config import ImageConfig
 from unionimage.progress import Reporter, Silent
 from unionimage.reference import Reference
 from unionimage.spec import (
     INDEXES,
     MANIFESTS,
     Descriptor,
-    ImageConfig,
     Index,
     Manifest,
     Platform,

@@ -16,6 +16,7 @@ from typing import BinaryIO, Protocol
 from unionimage.changeset import tar
 from unionimage.digest import CHUNK, Digest, Readable
 from unionimage.errors import UserError
+from unionimage.json_object import dump
 from unionimage.progress import Reporter, Silent, Task
 from unionimage.reference import Reference
 from unionimage.spec import (
@@ -28,7 +29,6 @@ from unionimage.spec import (
     Descriptor,
     Index,
     Manifest,
-    dump,
 )
 from unionimage.store import Image, Layer, Store, platforms
 from unionimage.store.platforms import Platforms

@@ -96,7 +96,7 @@ def _commit_container(args: argparse.Namespace, common: dict[str, Any], newest: 
     from unionimage.cli.engine import open_engine
     from unionimage.commit import commit
     from unionimage.container import describe
-    from unionimage.spec import RunConfig
+    from unionimage.image_config import RunConfig
 
     engine = open_engine(args)
     container = engine.find(args.names[0])

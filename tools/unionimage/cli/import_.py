@@ -34,7 +34,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from unionimage.commit import format_time, with_changes
-    from unionimage.spec import History, ImageConfig, Platform, RunConfig
+    from unionimage.image_config import History, ImageConfig, RunConfig
+    from unionimage.spec import Platform
 
     if args.file.startswith(("http://", "https://")):
         raise UserError(

@@ -11,7 +11,7 @@ from unionimage.chain import Chain
 from unionimage.cli.common import human_size, open_store
 from unionimage.cli.format import add_format_options, show
 from unionimage.errors import NotFound, UserError
-from unionimage.spec import History
+from unionimage.image_config import History
 from unionimage.store import Image, Layer
 
 EXAMPLE = "unionfuse which debian:12 /etc/passwd"

@@ -14,8 +14,9 @@ from unionimage.dockerfile.kitchen import BuildLease, Kitchen
 from unionimage.dockerfile.parser import parse
 from unionimage.dockerfile.plan import Options, Plan, make_plan
 from unionimage.errors import UserError
+from unionimage.image_config import ImageConfig
 from unionimage.reference import Reference
-from unionimage.spec import ImageConfig, Platform
+from unionimage.spec import Platform
 
 if TYPE_CHECKING:
     from unionimage.dockerfile.runstep import Secret

@@ -31,8 +31,8 @@ from unionimage.dockerfile.instructions import (
     Workdir,
 )
 from unionimage.dockerfile.parser import DockerfileError
-from unionimage.spec import Healthcheck as HealthcheckConfig
-from unionimage.spec import RunConfig
+from unionimage.image_config import Healthcheck as HealthcheckConfig
+from unionimage.image_config import RunConfig
 
 DEFAULT_SHELL = ("/bin/sh", "-c")
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

@@ -30,7 +30,7 @@ from unionimage.dockerfile.plan import (
     WorkdirAction,
 )
 from unionimage.errors import UserError
-from unionimage.spec import History, ImageConfig
+from unionimage.image_config import History, ImageConfig
 
 if TYPE_CHECKING:
     from unionimage.dockerfile.runstep import Environment, Secret

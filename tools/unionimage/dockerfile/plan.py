@@ -38,7 +38,8 @@ from unionimage.dockerfile.instructions import (
 )
 from unionimage.dockerfile.parser import Command, Dockerfile, DockerfileError
 from unionimage.dockerfile.runmount import RunMount, parse_mount
-from unionimage.spec import ImageConfig, Platform, RunConfig
+from unionimage.image_config import ImageConfig, RunConfig
+from unionimage.spec import Platform
 
 if TYPE_CHECKING:
     from unionimage.store import Image

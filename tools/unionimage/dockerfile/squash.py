@@ -16,7 +16,7 @@ from unionimage.digest import Readable
 from unionimage.dockerfile.extract import Extraction, clean
 from unionimage.dockerfile.kitchen import Kitchen
 from unionimage.dockerfile.place import Style
-from unionimage.spec import History, ImageConfig
+from unionimage.image_config import History, ImageConfig
 
 _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"

@@ -15,7 +15,7 @@ from itertools import zip_longest
 from typing import Any
 
 from unionimage.explore.survey import LayerSurvey, Survey, readable
-from unionimage.spec import History
+from unionimage.image_config import History
 from unionimage.store import Image
 
 WORST = 1000  # paths in the table of wasted bytes

@@ -17,6 +17,7 @@ from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 from unionimage.digest import CHUNK, MAX_JSON, Digest, Readable
 from unionimage.errors import BadContent, UserError
+from unionimage.json_object import load_object
 from unionimage.reference import Reference
 from unionimage.registry.auth import Authorizer, parse_challenges
 from unionimage.registry.blob import BlobReader, Progress
@@ -36,7 +37,6 @@ from unionimage.spec import (
     OCI_INDEX,
     OCI_MANIFEST,
     Descriptor,
-    load_object,
 )
 
 ACCEPT = ", ".join((OCI_INDEX, DOCKER_LIST, OCI_MANIFEST, DOCKER_MANIFEST))

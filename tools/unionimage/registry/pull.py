@@ -12,20 +12,13 @@ from typing import TypeVar
 
 from unionimage.digest import Digest
 from unionimage.errors import BadContent, UserError
+from unionimage.image_config import ImageConfig
 from unionimage.progress import Reporter, Task
 from unionimage.reference import Reference
 from unionimage.registry.client import RawManifest, Repository
 from unionimage.registry.errors import RegistryError, RegistryStatusError
 from unionimage.registry.session import Session
-from unionimage.spec import (
-    Descriptor,
-    ImageConfig,
-    Index,
-    Manifest,
-    Platform,
-    compression_of,
-    parse_manifest,
-)
+from unionimage.spec import Descriptor, Index, Manifest, Platform, compression_of, parse_manifest
 from unionimage.store import Image, Lease, Store, platforms
 
 _T = TypeVar("_T")

@@ -23,11 +23,13 @@ from urllib.parse import urlsplit
 
 from unionimage.digest import CHUNK, MAX_JSON, Digest
 from unionimage.errors import BadContent, UserError
+from unionimage.image_config import ImageConfig
+from unionimage.json_object import load_object
 from unionimage.progress import Reporter
 from unionimage.reference import Reference
 from unionimage.registry.errors import RegistryError, printable
 from unionimage.registry.outgoing import AS_IT_IS, Outgoing, Wanted
-from unionimage.spec import Descriptor, ImageConfig, compression_of, load_object
+from unionimage.spec import Descriptor, compression_of
 from unionimage.store import Image, Lease, Store
 
 MARK = b"unionfuse-copy-1 "

@@ -18,7 +18,8 @@ from unionfuse import whiteout
 from unionimage.changeset.unpack import unpack
 from unionimage.digest import CHUNK, Digest, chain_ids
 from unionimage.errors import UserError
-from unionimage.spec import ImageConfig, Manifest
+from unionimage.image_config import ImageConfig
+from unionimage.spec import Manifest
 from unionimage.store import cleanup
 from unionimage.store.files import hide, remove
 from unionimage.store.indexes import index_path

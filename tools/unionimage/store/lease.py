@@ -25,8 +25,9 @@ from unionimage.changeset.paths import PieceStream
 from unionimage.changeset.unpack import Unpacked, unpack
 from unionimage.digest import CHUNK, Digest, Readable, VerifyingReader
 from unionimage.errors import BadContent, UserError
+from unionimage.image_config import ImageConfig
 from unionimage.reference import Reference
-from unionimage.spec import ImageConfig, Manifest, compression_of
+from unionimage.spec import Manifest, compression_of
 from unionimage.store import dedupe
 from unionimage.store.ahead import Ahead
 from unionimage.store.files import publish, sync_file_system

@@ -12,7 +12,8 @@ from unionimage.digest import Digest
 from unionimage.reference import Reference
 
 if TYPE_CHECKING:
-    from unionimage.spec import History, ImageConfig, Manifest
+    from unionimage.image_config import History, ImageConfig
+    from unionimage.spec import Manifest
     from unionimage.store.store import Store
 
 
@@ -75,7 +76,7 @@ class Image:
 
     @cached_property
     def config(self) -> ImageConfig:
-        from unionimage.spec import ImageConfig  # listings do without it
+        from unionimage.image_config import ImageConfig  # listings do without it
 
         return ImageConfig.from_json(self.config_bytes)
 
