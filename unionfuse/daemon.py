@@ -11,6 +11,7 @@ import fcntl
 import functools
 import logging
 import os
+import re
 import resource
 import signal
 import time
@@ -26,8 +27,8 @@ from unionfuse.index import LookupIndex, LookupIndexError
 from unionfuse.layer import LayerError, LayerStack
 from unionfuse.logs import log_to
 from unionfuse.options import Invocation, MountOptions
-from unionfuse.survival.keeping import Keeping
-from unionfuse.survival.memory import TakeOverError
+from unionfuse.survival.keeping import Keeping, stored_descriptors
+from unionfuse.survival.memory import SharedMemory, TakeOverError
 from unionfuse.union import Union
 
 if TYPE_CHECKING:
@@ -49,24 +50,32 @@ def run(invocation: Invocation) -> int:
     if keeping is not None:
         return _live(invocation, keeping.ready, keeping)
     if invocation.options.foreground:
-        _close_inherited()
-        return _live_kept(invocation, lambda: None, -1)
+        stored = stored_descriptors() if _wants_keeper(invocation.options) else {}
+        _close_inherited(*stored.values())
+        return _live_kept(invocation, lambda: None, -1, stored)
     return _run_detached(invocation)
 
 
-def _live_kept(invocation: Invocation, ready: Callable[[], None], waiting: int) -> int:
+def _live_kept(
+    invocation: Invocation,
+    ready: Callable[[], None],
+    waiting: int,
+    stored: dict[str, int] | None = None,
+) -> int:
     """Live, with a keeper for a parent where one is wanted.
 
     Arguments:
         waiting: a descriptor that the keeper, in place of `ready`, writes a newline to; -1: none.
+        stored: what a service manager kept of the mount.
     """
     options = invocation.options
-    if not options.keeper:
+    if not _wants_keeper(options):
         return _live(invocation, ready)
     log = b"-" if options.foreground else b""
     if options.log is not None:
         log = os.path.join(os.getcwdb(), options.log)
-    keeping = Keeping.begin(invocation.words, waiting, log)
+    mountpoint = SharedMemory.mountpoint_in(stored["memory"]) if stored else b""
+    keeping = Keeping.begin(invocation.words, waiting, log, stored, mountpoint)
 
     def ready_and_quiet() -> None:
         keeping.ready()
@@ -74,6 +83,19 @@ def _live_kept(invocation: Invocation, ready: Callable[[], None], waiting: int) 
             _redirect(1, 2)
 
     return _live(invocation, ready_and_quiet, keeping)
+
+
+_RESENDS = (6, 9)  # the Linux that sends unanswered requests again
+
+
+def _wants_keeper(options: MountOptions) -> bool:
+    """Whether another process is to keep the mount; by default where that can work."""
+    if options.keeper is not None:
+        return options.keeper
+    if not options.express or options.uring == "on" or options.debug:
+        return False
+    version = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return version is not None and (int(version[1]), int(version[2])) >= _RESENDS
 
 
 def _run_detached(invocation: Invocation) -> int:
@@ -84,7 +106,7 @@ def _run_detached(invocation: Invocation) -> int:
         code = 1
         try:
             os.setsid()
-            _close_inherited(keep=writer)
+            _close_inherited(writer)
             _redirect(0)
 
             def ready() -> None:
@@ -335,10 +357,13 @@ def _raise_limits() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _close_inherited(keep: int = 2) -> None:
+def _close_inherited(*keep: int) -> None:
     """A descriptor that a caller forgot to close would stay open as long as the mount."""
-    os.closerange(3, keep)
-    os.closerange(keep + 1, os.sysconf("SC_OPEN_MAX"))
+    first = 3
+    for descriptor in sorted(keep):
+        os.closerange(first, descriptor)
+        first = descriptor + 1
+    os.closerange(first, os.sysconf("SC_OPEN_MAX"))
 
 
 def _redirect(*descriptors: int) -> None:

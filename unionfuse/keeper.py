@@ -1,6 +1,6 @@
 """The keeper of one mount: holds what must not end with the daemon, and starts daemons.
 
-    python -I -S keeper.py SOCKET PID READY CWD LOG -- COMMAND…
+    python -I -S keeper.py SOCKET PID READY CWD LOG MOUNTPOINT KEPT -- COMMAND…
 
 It is the daemon's parent, and knows nothing of FUSE or of the union. It holds descriptors that the
 daemon hands it (the mounted /dev/fuse, the locks, the shared memory, files deleted while open),
@@ -11,6 +11,9 @@ Messages come over a SOCK_SEQPACKET socket, in the words of sd_notify(3): FDSTOR
 with one descriptor, FDSTOREREMOVE=1, READY=1; X_MOUNTPOINT=PATH, and X_ENDS=REASON where a crash is
 to end the mount. A new daemon finds its socket's number in UNIONFUSE_KEEPER, and gets the names and
 descriptors through it, an empty message last.
+
+Where there is a service manager ($NOTIFY_SOCKET) it is told READY, MAINPID and STOPPING, and holds
+the descriptors as well. What it has for a new keeper comes as KEPT: NAME=NUMBER, commas between.
 """
 
 import _signal as signal  # type: ignore[import-not-found]
@@ -33,14 +36,27 @@ class Keeper:
     """One mount's."""
 
     def __init__(
-        self, ours: int, pid: int, ready: int, cwd: bytes, log: bytes, command: list[bytes]
+        self,
+        ours: int,
+        pid: int,
+        ready: int,
+        cwd: bytes,
+        log: bytes,
+        mountpoint: bytes,
+        kept: bytes,
+        command: list[bytes],
     ) -> None:
         self.socket = socket.socket(fileno=ours)
         self.pid = pid
         self.ready = ready  # who started the mount waits for a byte in it
         self.cwd, self.log, self.command = cwd, log, command
-        self.mountpoint = b""
+        self.mountpoint = mountpoint
         self.kept: dict[bytes, int] = {}  # name -> descriptor
+        for name, _, text in [word.partition(b"=") for word in kept.split(b",") if word]:
+            self.kept[name] = int(text)
+            posix.set_inheritable(int(text), False)
+        self.manager = posix.environ.get(b"NOTIFY_SOCKET", b"")
+        self.messenger = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self.served = False  # the mount has answered
         self.ending = False  # somebody has asked for the end
         self.reason = b""  # why a crash ends the mount
@@ -57,6 +73,13 @@ class Keeper:
 
     def run(self) -> int:
         """Keep until the mount has ended; returns an exit code."""
+        code = self.until_the_end()
+        self.tell(b"STOPPING=1")
+        for name in list(self.kept):
+            self.drop(name)
+        return code
+
+    def until_the_end(self) -> int:
         while True:
             status = self.watch()
             code = posix.waitstatus_to_exitcode(status)
@@ -64,6 +87,8 @@ class Keeper:
                 return code
             if not self.mountpoint:
                 return code if code > 0 else 1
+            if not self.served:
+                return self.end("died before it served")
             if self.ending:
                 return self.end("died while it was ending")
             if self.reason:
@@ -97,6 +122,7 @@ class Keeper:
         for number in signals:
             if number in (_SIGINT, _SIGTERM):
                 self.ending = True
+                self.tell(b"STOPPING=1")
             if number != _SIGCHLD:
                 try:
                     posix.kill(self.pid, number)
@@ -122,6 +148,7 @@ class Keeper:
         if b"FDSTORE" in words and descriptor >= 0:
             self.drop(name)
             self.kept[name] = descriptor
+            self.tell(b"FDSTORE=1\nFDNAME=" + name, descriptor)
         elif b"FDSTOREREMOVE" in words:
             self.drop(name)
         if b"X_MOUNTPOINT" in words:
@@ -134,11 +161,27 @@ class Keeper:
     def drop(self, name: bytes) -> None:
         if name in self.kept:
             posix.close(self.kept.pop(name))
+            self.tell(b"FDSTOREREMOVE=1\nFDNAME=" + name)
+
+    def tell(self, message: bytes, descriptor: int = -1) -> None:
+        """Tell the service manager, if there is one."""
+        if not self.manager:
+            return
+        where = b"\0" + self.manager[1:] if self.manager[:1] == b"@" else self.manager
+        rights = []
+        if descriptor >= 0:
+            number = descriptor.to_bytes(4, sys.byteorder)
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, number)]
+        try:
+            self.messenger.sendmsg([message], rights, 0, where)
+        except OSError:
+            pass  # it does not listen any more: the mount goes on without
 
     def answers(self) -> None:
         """The mount is being served: who waits for it may go on."""
         self.served = True
         self.serves_since = time.monotonic()
+        self.tell(b"READY=1\nMAINPID=%d\nSTATUS=serving %s" % (posix.getpid(), self.mountpoint))
         if self.ready < 0:
             return
         try:
@@ -194,7 +237,6 @@ class Keeper:
                 environment.pop(b"UNIONFUSE_TEST_KILL_AT", None)  # that was for the one before
                 environment[b"UNIONFUSE_KEEPER"] = b"%d" % theirs.fileno()
                 environment[b"UNIONFUSE_CWD"] = self.cwd
-                environment[b"UNIONFUSE_MOUNTPOINT"] = self.mountpoint
                 for number in (_SIGHUP, _SIGINT, _SIGUSR1, _SIGTERM, _SIGPIPE, _SIGCHLD):
                     signal.signal(number, signal.SIG_DFL)
                 posix.execve(self.command[0], self.command, environment)
@@ -223,9 +265,7 @@ class Keeper:
                 posix.waitpid(posix.posix_spawnp(words[0], words, posix.environ), 0)
             except OSError:
                 pass  # it stays, and says that its endpoint is not connected
-        while self.kept:  # whoever waits for an answer gets an error
-            self.drop(next(iter(self.kept)))
-        return 1
+        return 1  # whoever waits for an answer gets an error
 
     def say(self, text: str) -> None:
         message = b"%s: %s" % (self.mountpoint, text.encode())
@@ -247,7 +287,7 @@ def main() -> None:
     words = [word.encode("utf-8", "surrogateescape") for word in sys.argv]
     ours, pid, ready = map(int, words[1:4])
     posix.chdir("/")
-    keeper = Keeper(ours, pid, ready, words[4], words[5], words[7:])
+    keeper = Keeper(ours, pid, ready, words[4], words[5], words[6], words[7], words[9:])
     posix._exit(keeper.run())
 
 

@@ -95,7 +95,7 @@ class MountOptions:
     passthrough: str = "auto"  # auto, upper, off
     lookup_index: bytes | None = None
     stats: bool = False
-    keeper: bool = False
+    keeper: bool | None = None  # None: where a daemon can be replaced
 
     mount_flags: MountFlag = MountFlag.NONE
     allow_other: bool = False
@@ -225,8 +225,6 @@ def _check(options: MountOptions) -> None:
         )
     if options.keeper and not options.express:
         raise UsageError("keeper=on needs the express lane; leave express=off out")
-    if options.keeper and options.passthrough == "upper":
-        raise UsageError("keeper=on and passthrough=upper: the next daemon could not go on; choose")
     if options.keeper and options.uring == "on":
         raise UsageError("keeper=on and uring=on: requests over io_uring would be lost; choose one")
     if options.upperdir is None and options.workdir is not None:

@@ -426,6 +426,16 @@ def write_back(descriptor: int, wait: bool = True) -> None:
         raise OSError(number, os.strerror(number))
 
 
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it has ended (prctl(2))."""
+    parent = os.getppid()
+    if _libc.prctl(1, signal.SIGKILL, 0, 0, 0) != 0:  # PR_SET_PDEATHSIG
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def mount(source: bytes, target: bytes, kind: bytes, flags: int, data: bytes) -> None:
     """mount(2)."""
     if _libc.mount(source, target, kind, ctypes.c_ulong(flags), data) != 0:

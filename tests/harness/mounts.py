@@ -26,7 +26,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "unionfuse-pyfuse3": ("express=off",),
     "unionfuse-indexed": (),  # and a lookup index of the layers, made before each mount
     "unionfuse-uring": ("uring=on",),
-    "unionfuse-keeper": ("keeper=on",),
+    "unionfuse-alone": ("keeper=off",),
 }
 KINDS = ("plain", "overlay", "fuse-overlayfs", *DOORS)
 
@@ -105,6 +105,17 @@ class Daemon:
     def messages(self) -> str:
         return self.log.read_text(errors="replace")
 
+    @property
+    def pid(self) -> int:
+        """The process that serves: where the mount has a keeper, the keeper's child."""
+        pid = self.process.pid
+        if b"keeper.py" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return pid
+        while True:
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            if children:  # none for a moment, where a daemon is being replaced
+                return int(children[0])
+
     def wait(self) -> int:
         try:
             return self.process.wait(_SECONDS_TO_END)
@@ -115,6 +126,14 @@ class Daemon:
             ) from None
 
     def kill(self) -> None:
+        """SIGKILL for the daemon, and for its keeper first if it has one."""
+        self.process.send_signal(signal.SIGSTOP)  # as long as it lives its child is known
+        with contextlib.suppress(OSError):
+            pid = self.process.pid
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            if b"keeper.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                for child in children:
+                    os.kill(int(child), signal.SIGKILL)
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 

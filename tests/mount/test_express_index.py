@@ -238,7 +238,7 @@ def test_layers_are_write_protected_by_the_kernel(workshop: Workshop) -> None:
     tree = indexed(workshop, TOP, BASE)
     assert tree.daemon is not None
     (tree / "many/010").read_bytes()
-    descriptors = Path(f"/proc/{tree.daemon.process.pid}/fd")
+    descriptors = Path(f"/proc/{tree.daemon.pid}/fd")
     mine = [
         link
         for link in descriptors.iterdir()
@@ -299,7 +299,7 @@ def test_io_uring_gives_the_same_tree_and_takes_all_changes(
 ) -> None:
     tree = indexed(workshop, TOP, BASE, uring="on")
     assert tree.daemon is not None
-    threads = Path(f"/proc/{tree.daemon.process.pid}/task")
+    threads = Path(f"/proc/{tree.daemon.pid}/task")
     names = {(task / "comm").read_text().strip() for task in threads.iterdir()}
     assert len(names) >= 1
     plain = workshop.mount(
@@ -324,7 +324,7 @@ def test_io_uring_costs_little_memory_when_idle(workshop: Workshop, uring: None)
         tree = indexed(workshop, BASE, uring=mode)
         os.listdir(tree.root)
         assert tree.daemon is not None
-        status = Path(f"/proc/{tree.daemon.process.pid}/status").read_text()
+        status = Path(f"/proc/{tree.daemon.pid}/status").read_text()
         return next(int(line.split()[1]) for line in status.splitlines() if "RssAnon" in line)
 
     assert anonymous("on") - anonymous("off") < 20_000  # KiB

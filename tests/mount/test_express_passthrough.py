@@ -106,7 +106,7 @@ def test_many_threads_open_read_and_close_indexed_files(workshop: Workshop) -> N
     contents = {f"{number:02}": bytes([number]) * (20000 + number) for number in range(40)}
     tree = with_index(workshop, contents)
     assert tree.daemon is not None
-    descriptors = Path(f"/proc/{tree.daemon.process.pid}/fd")
+    descriptors = Path(f"/proc/{tree.daemon.pid}/fd")
     before = len(list(descriptors.iterdir()))
 
     def read_all(first: int) -> None:
@@ -233,7 +233,7 @@ assert "{tree.root}/hosts" in open("/proc/self/mounts").read()
 def test_backing_files_are_given_back(workshop: Workshop) -> None:
     tree = workshop({"f": LOWER})
     assert tree.daemon is not None
-    descriptors = f"/proc/{tree.daemon.process.pid}/fd"
+    descriptors = f"/proc/{tree.daemon.pid}/fd"
     before = len(os.listdir(descriptors))
     for number in range(200):
         path = tree / f"new{number % 7}"

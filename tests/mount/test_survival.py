@@ -5,14 +5,17 @@ docs/survival.md promises it; here is how it is kept.
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import random
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,18 @@ def daemon_of(tree: Mounted) -> int | None:
     pid = tree.daemon.process.pid
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return int(children[0]) if children else None
+
+
+def requests(tree: Mounted) -> dict[str, int]:
+    """Requests by opcode that the present daemon got, from the line that SIGUSR1 has logged."""
+    assert tree.daemon is not None
+    before = len(tree.daemon.messages())
+    tree.daemon.process.send_signal(signal.SIGUSR1)
+    while True:
+        lines = tree.daemon.messages()[before:].splitlines(keepends=True)
+        if lines and lines[0].endswith("\n"):
+            words = [word.split("=") for word in lines[0].split() if "=" in word]
+            return {key: int(value) for key, value in words if value.isdigit()}
 
 
 class Killer(threading.Thread):
@@ -379,3 +394,178 @@ def test_every_name_of_a_hard_link_is_known_after_a_kill(workshop: Workshop) -> 
     (tree / "third").unlink()
     assert (tree / "renamed").read_text() == "data"
     assert (tree / "renamed").stat().st_nlink == 1
+
+
+# --- what the kernel and the compiled loop do by themselves -----------------------------------
+
+
+def test_files_that_are_passed_through_go_on(workshop: Workshop) -> None:
+    """The kernel keeps backing ids beyond the daemon; a second id for an open file gives EIO."""
+    tree = workshop({"low": "low"}, options={"stats": None})
+    with open(tree / "new", "wb+", buffering=0) as first, ExitStack() as opened:
+        first.write(b"1")
+        for number in range(3):
+            kill_daemon(tree)
+            second = opened.enter_context(open(tree / "new", "ab", buffering=0))
+            second.write(b"%d" % number)
+            assert os.pread(first.fileno(), 9, 0) == b"1012"[: number + 2]
+    kill_daemon(tree)
+    assert (tree / "new").read_bytes() == b"1012"
+    assert requests(tree).get("WRITE", 0) == 0
+    fresh = tree / "fresh"
+    fresh.write_bytes(b"x")
+    assert fresh.read_bytes() == b"x"
+    assert requests(tree).get("READ", 0) == 0
+
+
+def test_opens_that_the_compiled_loop_answered_go_on(workshop: Workshop) -> None:
+    contents = {f"f{number}": f"{number}" * 3000 for number in range(8)}
+    tree = indexed_again(workshop, contents)
+    readers = [os.open(tree / name, os.O_RDONLY) for name in contents]
+    drop_pages(readers)
+    assert os.pread(readers[0], 9000, 0) == contents["f0"].encode()
+    (tree / "f1").unlink()
+    (tree / "f2").write_text("changed")
+    os.rename(tree / "f3", tree / "renamed")
+    for _ in range(2):
+        kill_daemon(tree)
+        (tree / "f4").unlink(missing_ok=True)
+        (tree / "f5").write_text("changed")
+        drop_pages(readers)
+        found = [os.pread(reader, 9000, 0).decode() for reader in readers]
+        expected = list(contents.values())
+        expected[2] = expected[5] = "changed"
+        assert found == expected
+    for reader in readers:
+        os.close(reader)
+    kill_daemon(tree)
+    assert (tree / "f0").read_text() == contents["f0"]
+
+
+def test_descriptors_end_where_they_began(workshop: Workshop) -> None:
+    """After the last close the daemon holds as many descriptors as one that was never killed."""
+    tree = indexed_again(workshop, {f"f{number}": f"{number}" for number in range(30)})
+    assert tree.daemon is not None
+    before = len(os.listdir(f"/proc/{tree.daemon.pid}/fd"))
+    readers = [os.open(tree / f"f{number}", os.O_RDONLY) for number in range(30)]
+    writers = [os.open(tree / f"new{number}", os.O_RDWR | os.O_CREAT) for number in range(30)]
+    drop_pages(readers)
+    for descriptor in (*readers, *writers):
+        os.read(descriptor, 10)
+    (tree / "f3").unlink()
+    kill_daemon(tree)
+    for descriptor in (*readers, *writers):
+        os.close(descriptor)
+    os.sync()
+    limit = time.monotonic() + 10
+    while len(os.listdir(f"/proc/{tree.daemon.pid}/fd")) > before + 4:
+        assert time.monotonic() < limit, os.listdir(f"/proc/{tree.daemon.pid}/fd")
+        time.sleep(0.05)
+
+
+def drop_pages(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def indexed_again(workshop: Workshop, layer: Layer) -> Mounted:
+    """A mount of the usual options with a lookup index."""
+    return workshop(layer, kind="unionfuse-indexed")
+
+
+# --- a service manager ------------------------------------------------------------------------
+
+START = """
+import os, sys
+numbers = [int(number) for number in sys.argv[1].split(",") if number]
+for place, number in enumerate(numbers, 3):
+    os.dup2(number, place, inheritable=True)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(numbers)))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class ServiceManager:
+    """Does what sd_notify(3) and FileDescriptorStoreMax= of systemd do, for one service."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._path = path
+        self.store: dict[str, int] = {}
+        self.said: list[str] = []
+
+    def start(self, command: list[str], log: Path) -> subprocess.Popen[bytes]:
+        """Start the service with all that is in the store."""
+        high = {name: fcntl.fcntl(fd, fcntl.F_DUPFD, 500) for name, fd in self.store.items()}
+        names = ":".join(self.store)
+        with open(log, "ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-c", START, ",".join(map(str, high.values())), *command],
+                env={**os.environ, "NOTIFY_SOCKET": str(self._path), "LISTEN_FDNAMES": names},
+                pass_fds=list(high.values()),
+                stderr=output,
+            )
+        for descriptor in high.values():
+            os.close(descriptor)
+        self.said.clear()
+        return process
+
+    def listen(self, until: str) -> None:
+        """Take messages until one has a line that begins like this."""
+        self._socket.settimeout(20)
+        while not any(line.startswith(until) for line in self.said):
+            data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 16, 8)
+            lines = data.decode().splitlines()
+            words = dict(line.partition("=")[::2] for line in lines)
+            if "FDSTORE" in words:
+                self.store[words["FDNAME"]] = descriptors[0]
+            elif "FDSTOREREMOVE" in words:
+                os.close(self.store.pop(words["FDNAME"]))
+            self.said += lines
+
+    def close(self) -> None:
+        self._socket.close()
+        for descriptor in self.store.values():
+            os.close(descriptor)
+
+
+def test_a_service_manager_holds_what_the_keeper_held(workshop: Workshop) -> None:
+    plain = workshop({"low": "low"})
+    stack = type(plain.stack).around(plain.stack.base.with_name("second"), plain.stack.lowers)
+    manager = ServiceManager(stack.base / "notify")
+    line = f"lowerdir={stack.lowers[0]},upperdir={stack.upper},workdir={stack.work}"
+    command = unionfuse_command("-f", "-o", line, stack.mountpoint)
+    process = manager.start(command, stack.base / "log")
+    try:
+        manager.listen("READY=1")
+        assert f"MAINPID={process.pid}" in manager.said
+        assert manager.store.keys() >= {"fuse", "memory", "upper", "work", "layer-0"}
+        with open(stack.mountpoint / "new", "wb+", buffering=0) as file:
+            for round_ in range(2):
+                file.write(b"%d" % round_)
+                if round_ == 0:
+                    os.unlink(stack.mountpoint / "new")
+                    manager.listen("FDNAME=node-")
+                pid = process.pid
+                daemon = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+                watched = os.pidfd_open(daemon)
+                process.kill()
+                process.wait()
+                assert select.select([watched], [], [], 10)[0], "the daemon outlived its keeper"
+                os.close(watched)
+                process = manager.start(command, stack.base / "log")
+                manager.listen("READY=1")
+            assert os.pread(file.fileno(), 9, 0) == b"01"
+        assert (stack.mountpoint / "low").read_text() == "low"
+        process.terminate()
+        manager.listen("STOPPING=1")
+        assert process.wait(20) == 0
+        manager.listen("FDNAME=fuse")
+        assert not is_mounted(stack.mountpoint)
+    finally:
+        manager.close()
+        process.kill()
+        process.wait()
+        if is_mounted(stack.mountpoint):
+            subprocess.run(["umount", "-l", stack.mountpoint], check=True)

@@ -156,7 +156,6 @@ def test_unknown_options_are_refused_by_name(name: str) -> None:
         "xattr_permissions=3",
         "keeper=on,express=off",
         "keeper=on,uring=on",
-        "keeper=on,passthrough=upper",
         "express=off,uring=on",
         "lowerdir=",
     ],

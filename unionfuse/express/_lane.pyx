@@ -407,8 +407,8 @@ cdef class Loop:
     cdef const char *records
     cdef const char *targets
     cdef uint64_t mask, count, records_length, targets_length
-    cdef uint8_t *dirty  # own_dirty, or marks
-    cdef uint8_t *own_dirty
+    cdef void *own_marks  # NULL where marks were given
+    cdef uint8_t *dirty  # by node: what Python has told
     cdef unsigned char[:] marks
     cdef char statfs[80]
     cdef double statfs_until
@@ -433,8 +433,7 @@ cdef class Loop:
             raise MemoryError
 
     def __dealloc__(self):
-        free(self.own_dirty)
-        free(self.opens)
+        free(self.own_marks)
         free(self.files)
         free(self.descriptors)
         for i in range(self.thread_count):
@@ -444,19 +443,24 @@ cdef class Loop:
         """Answer from a LookupIndex from now on; it must stay open. Called before any thread runs.
 
         Arguments:
-            marks: index.count + 1 bytes for what `changed` tells; those that are set count.
+            marks: `size_of_marks` bytes, zeros or as another loop left them: what `changed` has
+                told, and how many opens of each node were answered here.
         """
+        cdef char *memory
         sections = index.sections
+        size = self.size_of_marks(index.count)
         if marks is not None:
-            if <uint64_t>len(marks) != <uint64_t>index.count + 1:
+            if len(marks) != size:
                 raise ValueError("marks of another size")
             self.marks = marks
-            self.dirty = &self.marks[0]
+            memory = <char *>&self.marks[0]
         else:
-            self.own_dirty = <uint8_t *>calloc(index.count + 1, 1)
-            if not self.own_dirty:
+            self.own_marks = calloc(size, 1)
+            if not self.own_marks:
                 raise MemoryError
-            self.dirty = self.own_dirty
+            memory = <char *>self.own_marks
+        self.opens = <int *>memory
+        self.dirty = <uint8_t *>memory + (<uint64_t>index.count + 1) * sizeof(int)
         self.index = index
         self.view = index.map
         self.base = <const char *>&self.view[0]
@@ -468,6 +472,11 @@ cdef class Loop:
         self.targets = self.base + <size_t>sections["targets"].offset
         self.targets_length = sections["targets"].length
         self.count = index.count
+
+    @staticmethod
+    def size_of_marks(uint64_t count):
+        """Bytes that are noted of an index of `count` nodes."""
+        return (count + 1) * (sizeof(int) + 1)
 
     def trace_to(self, trace):
         """Have (opcode, node, body, errno) of each request told that is answered here."""
@@ -505,9 +514,8 @@ cdef class Loop:
 
         Nothing is opened then: who reads such a file asks Python for a descriptor first.
         """
-        self.opens = <int *>calloc(self.count + 1, sizeof(int))
         self.files = <int *>calloc(self.count + 1, sizeof(int))
-        if not self.opens or not self.files:
+        if not self.files:
             raise MemoryError
         self.open_size, self.opening = below, True
 
@@ -816,7 +824,7 @@ cdef class Loop:
         if opcode == READ:
             return self.read_data(thread, body, size, reply)
         if opcode == RELEASE:
-            return self.release(body, size)
+            return self.release(thread, body, size, reply)
         if not self.is_as_indexed(node):
             return FOR_PYTHON
         if opcode == LOOKUP:
@@ -1106,16 +1114,24 @@ cdef class Loop:
         reply.data, reply.length = thread.out, sizeof(fuse_open_out)
         return ANSWERED
 
-    cdef int release(self, const char *body, size_t size) noexcept nogil:
+    cdef int release(
+        self, Thread *thread, const char *body, size_t size, Reply *reply
+    ) noexcept nogil:
         cdef const fuse_release_in *wanted = <const fuse_release_in *>body
         cdef uint64_t node
+        cdef int done = ANSWERED
         if size < sizeof(fuse_release_in) or not wanted.fh & NODE_BIT or not self.opening:
             return FOR_PYTHON
         node = wanted.fh & ~NODE_BIT
         if not 0 < node <= self.count:
             return FOR_PYTHON
+        if self.resident and thread.entry == NULL:
+            # Answered before it is counted: if we die in between it does not come again, and one
+            # open too many is counted. One too few would close a file that is open.
+            self.send(NULL, (<const fuse_in_header *>thread.request).unique, reply)
+            done = SILENT
         if lane_add(&self.opens[node], -1) > 0 or lane_load(&self.files[node]) == 0:
-            return ANSWERED
+            return done
         return FOR_PYTHON  # the last one: Python closes what it has opened for it
 
     def keep_statfs(self, bytes answer):

@@ -88,10 +88,10 @@ class Lane:
             self._loop.trace_to(self._trace)
         self._index = union.index if _shows_layers_as_they_are(options) else None
         if self._index is not None:
-            marks = survivor.marks(self._index.count + 1) if survivor is not None else None
+            size = self._loop.size_of_marks(self._index.count)
+            marks = survivor.marks(size) if survivor is not None else None
             self._loop.use_index(self._index, marks)
-            if survivor is None:  # the next daemon would not know what this one has answered
-                self._loop.open_here(below=self._size_to_pass_through())
+            self._loop.open_here(below=self._size_to_pass_through())
         self._methods = Requests(self, union).methods
         if survivor is not None:
             self._loop.stay_resident()
@@ -117,7 +117,9 @@ class Lane:
         if self._survivor is not None:
             request, granted = self._survivor.handshake()
             if request:  # the kernel has shaken hands with a daemon before this one
-                self._passthrough = Passthrough(self._fuse, False)
+                self._use_passthrough(bool(granted & InitFlag.PASSTHROUGH))
+                self._passthrough.take_over()
+                self._borrow_again()
                 self._has_rings = False
                 self._pair.send(protocol.init_for_libfuse(request))
                 return
@@ -139,7 +141,7 @@ class Lane:
         body = request[protocol.IN_HEADER.size :]
         wanted = Wanted(flags, max_stack_depth=depth)
         granted = wanted.granted(protocol.parse_init(body))
-        self._passthrough = Passthrough(self._fuse, bool(granted & InitFlag.PASSTHROUGH))
+        self._use_passthrough(bool(granted & InitFlag.PASSTHROUGH))
         self._has_rings = bool(granted & InitFlag.OVER_IO_URING)
         if self._options.uring == "on" and not self._has_rings:
             log.warning("uring=on: the kernel does not offer it (%s)", _URING_REMEDY)
@@ -149,14 +151,15 @@ class Lane:
         os.write(self._fuse, protocol.reply(header.unique, answer))
         self._pair.send(protocol.init_for_libfuse(request))
 
+    def _use_passthrough(self, enabled: bool) -> None:
+        self._passthrough = Passthrough(self._fuse, enabled, self._union.tree.journal)
+
     def _wants_rings(self) -> bool:
         if self._survivor is not None:
             return False  # what is in a ring is not sent again
         return self._options.uring != "off" and can_use_rings()
 
     def _passes_files_through(self) -> bool:
-        if self._survivor is not None:
-            return False  # the next daemon would not know the kernel's backing ids
         if self._options.upperdir is None:
             return self._options.passthrough == "auto"  # "upper" means no lower files
         return self._options.passthrough != "off"
@@ -323,8 +326,16 @@ class Lane:
             found = self._opened_nodes.get(node)
             if found is None:
                 found = self._opened_nodes[node] = self._union.open(node, os.O_RDONLY)
+                self._union.tree.journal.lent(found)
                 self._loop.read_node_from(node, self._union.files.pin(found))
             return found
+
+    def _borrow_again(self) -> None:
+        """Take the handles behind the loop's opens from the daemon before this one."""
+        for handle in self._union.tree.journal.handles():
+            if handle.lent:
+                self._opened_nodes[handle.node] = handle.number
+                self._loop.read_node_from(handle.node, self._union.files.pin(handle.number))
 
     def released_here(self, handle: int) -> None:
         """The last open of a node that the loop has answered may be gone."""

@@ -24,6 +24,7 @@ import threading
 
 from unionfuse.express import protocol
 from unionfuse.express.protocol import OpenFlag
+from unionfuse.survival.journal import Journal
 
 _CAP_SYS_ADMIN = 21
 _REFUSED = (errno.EPERM, errno.ELOOP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.EMFILE)
@@ -62,11 +63,13 @@ class Passthrough:
     Arguments:
         fuse: the mounted /dev/fuse.
         enabled: passthrough was negotiated; otherwise every open goes through the page cache.
+        journal: where the next daemon finds the ids: the kernel keeps them when this one dies.
     """
 
-    def __init__(self, fuse: int, enabled: bool) -> None:
+    def __init__(self, fuse: int, enabled: bool, journal: Journal) -> None:
         self._fuse = fuse
         self._enabled = enabled
+        self._journal = journal
         self._nodes: dict[int, _Node] = {}
         self._lock = threading.Lock()
 
@@ -90,6 +93,7 @@ class Passthrough:
                 return OpenFlag.KEEP_CACHE, 0
             known.backing = backing
             known.passing.add(handle)
+            self._journal.passes(handle, backing)
             return OpenFlag.PASSTHROUGH, backing
 
     def released(self, node: int, handle: int) -> None:
@@ -105,6 +109,18 @@ class Passthrough:
                 known.backing = 0
             if not known.cached and not known.passing:
                 del self._nodes[node]
+
+    def take_over(self) -> None:
+        """Go on with what the daemon before this one had open, and give back what it had not."""
+        with self._lock:
+            for handle in self._journal.handles():
+                if handle.lent:
+                    continue
+                known = self._nodes.setdefault(handle.node, _Node())
+                known.backing = known.backing or handle.backing
+                (known.passing if handle.backing else known.cached).add(handle.number)
+            for backing in self._journal.orphans():
+                self._close(backing)
 
     def backings(self) -> int:
         """How many backing files are registered."""
@@ -133,6 +149,7 @@ class Passthrough:
         return backing
 
     def _close(self, backing: int) -> None:
+        self._journal.gives_back(backing)
         # After the end of the mount the ids are gone already.
         with contextlib.suppress(OSError):
             request = struct.pack("=I", backing)

@@ -26,10 +26,12 @@ log = logging.getLogger(__name__)
 FIRST_FRESH_ID = 1 << 62
 
 _DEAD, _NAME, _GOING, _GONE, _OPEN, _ALIAS = range(6)
-_RECORD = struct.Struct("=5Q")  # header, id, lookups, inode number, parent; then the payload
+_RECORD = struct.Struct("=5Q")  # header, id, lookups, inode number, parent; then the payload; of
+# an open handle: header, handle, flags, backing id, node
 # header: size of the record in bytes (32 bits), one of the above (8), bytes of payload (16),
 # type of the file as in a mode, shifted by 12 (4)
 _SCRATCH = 1 << 20  # bytes at the end of a half: where records go once it is full
+_LENT = 1 << 63  # among the flags that a handle was opened with
 _GARBAGE = 4 << 20  # bytes; less is not worth a compaction
 
 
@@ -50,11 +52,18 @@ class Intents(Protocol):
 
 
 class Handle(NamedTuple):
-    """An open file: its number, its node and the flags that it was opened with."""
+    """An open file: its number, its node and the flags that it was opened with.
+
+    Attributes:
+        backing: the kernel's id of the file that it passes reads and writes to; 0 for none.
+        lent: the kernel does not know it: it stands behind opens that the compiled loop answered.
+    """
 
     number: int
     node: int
     flags: int
+    backing: int = 0
+    lent: bool = False
 
 
 class Journal:
@@ -104,6 +113,23 @@ class Journal:
 
     def opened(self, handle: int, node: int, flags: int) -> None:
         """A handle is about to be given to the kernel."""
+
+    def lent(self, handle: int) -> None:
+        """An open handle is for what the compiled loop has opened; the kernel gets none of it."""
+
+    def passes(self, handle: int, backing: int) -> None:
+        """The kernel has a backing file for a handle that it is about to get."""
+
+    def gives_back(self, backing: int) -> None:
+        """A backing id is about to be given back."""
+
+    def handles(self) -> list[Handle]:
+        """What was open when the daemon before this one ended."""
+        return []
+
+    def orphans(self) -> set[int]:
+        """Backing ids that the daemon before this one has left without an open file."""
+        return set()
 
     def moving(self, directory: int, name: bytes) -> None:
         """A rename is about to move what lies under a name in a directory of upper."""
@@ -157,6 +183,7 @@ class SharedJournal(Journal):
         self._by_name: dict[tuple[int, bytes], int] = {}  # of the lost
         self._by_inode: dict[int, int] = {}  # of the lost, files only
         self._replay()
+        self._backings = {handle.backing for handle in self.handles()} - {0}
 
     # --- reading -----------------------------------------------------------------------------
 
@@ -199,12 +226,18 @@ class SharedJournal(Journal):
                 self._by_name.setdefault(alias, number)
 
     def handles(self) -> list[Handle]:
-        """What was open when the daemon before this one ended."""
         found = []
         for number, at in self._handles.items():
-            _, _, flags, _, node = _RECORD.unpack_from(self._bytes, at)
-            found.append(Handle(number, node, flags))
+            _, _, flags, backing, node = _RECORD.unpack_from(self._bytes, at)
+            if backing == self._words[Word.CLOSING]:
+                backing = 0  # the kernel had let go of it
+            found.append(Handle(number, node, flags & ~_LENT, backing, bool(flags & _LENT)))
         return found
+
+    def orphans(self) -> set[int]:
+        # One may have been given that nobody could note: they are given one at a time.
+        unknown = {self._words[Word.BACKING] + 1, self._words[Word.CLOSING]} - {0}
+        return (self._backings | unknown) - {handle.backing for handle in self.handles()}
 
     def doubtful(self) -> Iterator[tuple[int, int, bytes, int]]:
         """(id, parent, name, inode number) of nodes that may or may not have lost their name."""
@@ -355,6 +388,19 @@ class SharedJournal(Journal):
         if self.intents is not None:
             self.intents.opened(handle)
         self._handles[handle] = self._append(_OPEN, 0, handle, flags, 0, node, b"")
+
+    def lent(self, handle: int) -> None:
+        self._words[self._handles[handle] // 8 + 2] |= _LENT
+
+    def passes(self, handle: int, backing: int) -> None:
+        at = self._handles.get(handle)
+        if at is not None:
+            self._words[at // 8 + 3] = backing
+        if backing > self._words[Word.BACKING]:
+            self._words[Word.BACKING] = backing
+
+    def gives_back(self, backing: int) -> None:
+        self._words[Word.CLOSING] = backing
 
     def moving(self, directory: int, name: bytes) -> None:
         if self.intents is not None:

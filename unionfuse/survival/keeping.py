@@ -7,12 +7,28 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from unionfuse import keeper
+from unionfuse import keeper, syscalls
 
 _SOCKET = "UNIONFUSE_KEEPER"
 _CWD = "UNIONFUSE_CWD"
-_MOUNTPOINT = "UNIONFUSE_MOUNTPOINT"
 UPGRADE = keeper.UPGRADE
+_FIRST_STORED = 3  # SD_LISTEN_FDS_START
+
+
+def stored_descriptors() -> dict[str, int]:
+    """What a service manager kept for this process, by name; see sd_listen_fds(3).
+
+    It is empty unless the mount is among it: then a mount has lost its daemon and its keeper.
+    """
+    pid = os.environ.pop("LISTEN_PID", "")
+    count = os.environ.pop("LISTEN_FDS", "0")
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    if pid != str(os.getpid()) or int(count) != len(names):
+        return {}
+    found = {name: _FIRST_STORED + number for number, name in enumerate(names)}
+    for descriptor in found.values():
+        os.set_inheritable(descriptor, False)
+    return found if "fuse" in found and "memory" in found else {}
 
 
 class Keeping:
@@ -21,16 +37,12 @@ class Keeping:
     Attributes:
         kept: what an earlier daemon left, by name; empty for the first.
         cwd: what relative paths on the command line are relative to.
-        mountpoint: resolved by the first daemon, empty there.
     """
 
-    def __init__(
-        self, line: socket.socket, kept: dict[str, int], cwd: bytes, mountpoint: bytes
-    ) -> None:
+    def __init__(self, line: socket.socket, kept: dict[str, int], cwd: bytes) -> None:
         self._line = line
         self.kept = kept
         self.cwd = cwd
-        self.mountpoint = mountpoint
 
     @classmethod
     def join(cls) -> Keeping | None:
@@ -40,6 +52,8 @@ class Keeping:
             return None
         line = socket.socket(fileno=int(number))
         line.set_inheritable(False)
+        if os.environ.pop("NOTIFY_SOCKET", None) is not None:
+            syscalls.die_with_parent()
         kept: dict[str, int] = {}
         while True:
             name, descriptors, _, _ = socket.recv_fds(line, 256, 1)
@@ -47,22 +61,27 @@ class Keeping:
                 break
             os.set_inheritable(descriptors[0], False)
             kept[name.decode()] = descriptors[0]
-        return cls(
-            line,
-            kept,
-            os.fsencode(os.environ.pop(_CWD)),
-            os.fsencode(os.environ.pop(_MOUNTPOINT)),
-        )
+        return cls(line, kept, os.fsencode(os.environ.pop(_CWD)))
 
     @classmethod
-    def begin(cls, words: Sequence[str], ready: int, log: bytes) -> Keeping:
+    def begin(
+        cls,
+        words: Sequence[str],
+        ready: int,
+        log: bytes,
+        stored: dict[str, int] | None = None,
+        mountpoint: bytes = b"",
+    ) -> Keeping:
         """Split in two: the first daemon, who returns from here, and its parent, the keeper.
 
         Arguments:
             words: the mount program's arguments, for daemons to come.
             ready: a descriptor that gets a newline once the mount answers; -1 for none.
             log: the file that the keeper writes to; `-` for standard error, empty for syslog.
+            stored: what a service manager kept of a mount that has lost its keeper, too.
+            mountpoint: of that mount.
         """
+        stored = stored or {}
         cwd = os.getcwdb()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         child = os.fork()
@@ -70,15 +89,19 @@ class Keeping:
             theirs.close()
             if ready >= 0:
                 os.close(ready)
-            return cls(ours, {}, cwd, b"")
+            if os.environ.pop("NOTIFY_SOCKET", None) is not None:
+                syscalls.die_with_parent()  # who comes next must find nobody serving
+            return cls(ours, stored, cwd)
         ours.close()
-        for descriptor in (theirs.fileno(), *([ready] if ready >= 0 else [])):
+        for descriptor in (theirs.fileno(), *([ready] if ready >= 0 else []), *stored.values()):
             os.set_inheritable(descriptor, True)
         python = os.fsencode(sys.executable)
         numbers = [b"%d" % number for number in (theirs.fileno(), child, ready)]
         command = [python, b"-m", b"unionfuse", *map(os.fsencode, words)]
         script = os.fsencode(keeper.__file__)
-        os.execv(python, [python, b"-I", b"-S", script, *numbers, cwd, log, b"--", *command])
+        kept = b",".join(b"%s=%d" % (os.fsencode(name), fd) for name, fd in stored.items())
+        arguments = [*numbers, cwd, log, mountpoint, kept]
+        os.execv(python, [python, b"-I", b"-S", script, *arguments, b"--", *command])
 
     def keep(self, name: str, descriptor: int) -> None:
         """Have the keeper hold a descriptor for the next daemon, too."""

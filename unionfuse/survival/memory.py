@@ -7,6 +7,7 @@ memory ends with the mount.
     0        words of 8 bytes, see Word
     1024     the kernel's INIT request, and the answer that it got
     4096     the intent log: SLOTS slots of SLOT bytes (intents.py)
+    1016 KiB the mount point, with its length in front
     1 MiB    the journal, first half (journal.py); the file is sparse
     …        the journal, second half
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import enum
 import mmap
 import os
+import sys
 
 from unionfuse import syscalls
 
@@ -26,7 +28,8 @@ JOURNAL_AT = 1 << 20
 HALF = 512 << 20  # bytes of journal, some millions of nodes; only what is written takes memory
 _SIZE = JOURNAL_AT + 2 * HALF
 _INIT_AT = 1024
-_MAGIC = 0x0001_4B45_4550_0001  # its last digits count versions of this layout
+_MOUNTPOINT_AT = JOURNAL_AT - 8192
+_MAGIC = 0x0001_4B45_4550_0002  # its last digits count versions of this layout
 
 
 class Word(enum.IntEnum):
@@ -39,6 +42,8 @@ class Word(enum.IntEnum):
     HANDLE = 5  # the next handle
     GENERATION = 6  # how many daemons there were
     FULL = 7  # not 0: something did not fit, so no other daemon can take over
+    BACKING = 8  # the backing id that the kernel gave last; it counts upwards
+    CLOSING = 9  # the backing id that was given back last, or is just being given back
 
 
 class TakeOverError(Exception):
@@ -104,6 +109,23 @@ class SharedMemory:
         """What `keep_init` noted; an empty request where it never came to that."""
         length, flags = self.words[_INIT_AT // 8], self.words[_INIT_AT // 8 + 1]
         return bytes(self.bytes[_INIT_AT + 16 : _INIT_AT + 16 + length]), flags
+
+    @staticmethod
+    def mountpoint_in(descriptor: int) -> bytes:
+        """The mount point that is noted in a memory of any mount."""
+        head = os.pread(descriptor, 8192, _MOUNTPOINT_AT)
+        return head[8 : 8 + int.from_bytes(head[:8], sys.byteorder)]
+
+    @property
+    def mountpoint(self) -> bytes:
+        """Where it is mounted: the absolute path; empty until then."""
+        length = self.words[_MOUNTPOINT_AT // 8]
+        return bytes(self.bytes[_MOUNTPOINT_AT + 8 : _MOUNTPOINT_AT + 8 + length])
+
+    @mountpoint.setter
+    def mountpoint(self, path: bytes) -> None:
+        self.bytes[_MOUNTPOINT_AT + 8 : _MOUNTPOINT_AT + 8 + len(path)] = path
+        self.words[_MOUNTPOINT_AT // 8] = len(path)
 
     def give_back(self, offset: int, length: int) -> None:
         """Let go of pages that are not needed any more; they read as zeros afterwards."""

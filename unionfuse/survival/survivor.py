@@ -52,7 +52,7 @@ class Survivor:
     @property
     def mountpoint(self) -> bytes:
         """Where it is mounted, if another daemon has mounted it."""
-        return self._keeping.mountpoint
+        return self._memory.mountpoint
 
     def kept(self, name: str) -> int | None:
         """A descriptor that was kept, for the caller from now on."""
@@ -64,6 +64,7 @@ class Survivor:
 
     def mounted(self, fuse: int, mountpoint: bytes) -> None:
         """Tell the keeper of the mount: from now on a dead daemon is replaced."""
+        self._memory.mountpoint = mountpoint
         self._keeping.serves(mountpoint)
         self._keeping.keep("fuse", fuse)
         try:

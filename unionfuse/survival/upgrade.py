@@ -26,7 +26,7 @@ def upgrade(path: bytes) -> tuple[int, int]:
         raise mounting.MountError(path, "its keeper cannot be found", remedy)
     keeper, daemon = found
     if keeper == daemon:
-        raise mounting.MountError(path, "it has no keeper", "mount it with -o keeper=on")
+        raise mounting.MountError(path, "it has no keeper", "mount it without keeper=off (Linux 6.9 and later)")
     try:
         os.kill(keeper, signal.SIGHUP)
     except PermissionError:

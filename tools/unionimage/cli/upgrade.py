@@ -10,7 +10,7 @@ from unionfuse.survival.upgrade import upgrade
 from unionimage.errors import UserError
 
 EXAMPLE = """
-unionfuse -o lowerdir=/a,upperdir=/u,workdir=/w,keeper=on /mnt && unionfuse upgrade /mnt
+unionfuse -o lowerdir=/a,upperdir=/u,workdir=/w /mnt && unionfuse upgrade /mnt
 """
 
 
