@@ -14,6 +14,7 @@ import os
 import re
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -95,7 +96,9 @@ def _wants_keeper(options: MountOptions) -> bool:
     if not options.express or options.uring == "on" or options.debug:
         return False
     version = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    return version is not None and (int(version[1]), int(version[2])) >= _RESENDS
+    if version is None or (int(version[1]), int(version[2])) < _RESENDS:
+        return False
+    return os.access(sys.executable, os.X_OK, effective_ids=True)  # as what it is started
 
 
 def _run_detached(invocation: Invocation) -> int:
@@ -198,6 +201,8 @@ def _serve(
     door: Lane | Channel
     if options.express:
         door = Lane(channel, union, options, survivor)
+        if survivor is not None:
+            survivor.refresh(union, channel)
         ready()  # it answers already
     else:
         door = Channel(channel, options)
@@ -273,19 +278,12 @@ def _open_union(options: MountOptions, survivor: Survivor | None = None) -> Unio
 
 def _open_kept(options: MountOptions, survivor: Survivor) -> tuple[LayerStack, LookupIndex | None]:
     """Layers and index: those of the daemon before, or new ones that the next is to have."""
+    stack = survivor.layers(options)
     if survivor.taken_over:
-        kept = [survivor.kept(f"layer-{number}") for number in range(len(options.lowerdir))]
-        layers = [descriptor for descriptor in kept if descriptor is not None]
-        if len(layers) != len(kept):
-            raise TakeOverError("a layer is missing")
-        stack = LayerStack.open(options.lowerdir, layers)
         index = survivor.kept("index")
         if index is None:
             return stack, None
         return stack, _open_index(stack, replace(options, lookup_index=syscalls.proc_path(index)))
-    stack = LayerStack.open(options.lowerdir)
-    for number, layer in enumerate(stack.layers):
-        survivor.keep(f"layer-{number}", layer.descriptor)
     found = _open_index(stack, options)
     if found is not None and options.lookup_index is not None:
         descriptor = os.open(options.lookup_index, os.O_RDONLY | os.O_CLOEXEC)

@@ -21,6 +21,8 @@ class InodeNumbers:
     def __init__(self, stack: LayerStack, upper: UpperDirectory | None, mix: bool) -> None:
         self._mix = mix
         self._devices: dict[int, int] = {}
+        for device in stack.devices:
+            self._index(device)
         for layer in reversed(stack.layers):
             self._index(os.stat(layer.descriptor).st_dev)
         if upper is not None:
@@ -28,6 +30,10 @@ class InodeNumbers:
 
     def _index(self, device: int) -> int:
         return self._devices.setdefault(device, len(self._devices))
+
+    def devices(self) -> list[int]:
+        """The file systems (st_dev) in the order of their numbers."""
+        return list(self._devices)
 
     def of(self, status: os.stat_result) -> int:
         """The st_ino to show."""

@@ -30,6 +30,7 @@ _MOST_SHORT_LIVES = 8  # in a row, then the mount ends
 _FREE_TRIES = 3  # short lives before it waits
 _LONGEST_WAIT = 5.0
 _NAME_MAX = 8192
+_CLOSE_ON_EXEC = 0x40000000  # MSG_CMSG_CLOEXEC
 
 
 class Keeper:
@@ -132,7 +133,7 @@ class Keeper:
     def receive(self, flags: int) -> bool:
         """Take one message; False when there is none, or will be none any more."""
         try:
-            data, ancillary, _, _ = self.socket.recvmsg(_NAME_MAX, 64, flags)
+            data, ancillary, _, _ = self.socket.recvmsg(_NAME_MAX, 64, flags | _CLOSE_ON_EXEC)
         except (BlockingIOError, ConnectionError):
             return False
         descriptor = -1

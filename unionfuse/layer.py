@@ -66,16 +66,24 @@ class Layer:
         descriptor: O_PATH, the root of the layer.
         number: 0 is the topmost lower layer; the upper is -1.
         protected: the descriptor is a read-only clone.
+        key: stays the same when layers above come or go.
     """
 
-    __slots__ = ("_cache", "descriptor", "number", "path", "protected", "uuid")
+    __slots__ = ("_cache", "descriptor", "key", "number", "path", "protected", "uuid")
 
     def __init__(
-        self, path: bytes, descriptor: int, number: int, protected: bool, cache: DescriptorCache
+        self,
+        path: bytes,
+        descriptor: int,
+        number: int,
+        protected: bool,
+        cache: DescriptorCache,
+        key: int | None = None,
     ) -> None:
         self.path = path
         self.descriptor = descriptor
         self.number = number
+        self.key = number if key is None else key
         self.protected = protected
         self._cache = cache
         self.uuid: bytes | None = None
@@ -122,19 +130,34 @@ class Layer:
 
 
 class LayerStack:
-    """All lower layers, topmost first, and the cache of descriptors that they share."""
+    """All lower layers, topmost first, and the cache of descriptors that they share.
 
-    def __init__(self, layers: Sequence[Layer], cache: DescriptorCache) -> None:
+    Attributes:
+        devices: file systems that inode numbers were spread over earlier in this mount, in order.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], cache: DescriptorCache, devices: Sequence[int] = ()
+    ) -> None:
         self.layers = tuple(layers)
         self.cache = cache
+        self.devices = tuple(devices)
 
     @classmethod
-    def open(cls, paths: Sequence[bytes], descriptors: Sequence[int] = ()) -> LayerStack:
+    def open(
+        cls,
+        paths: Sequence[bytes],
+        descriptors: Sequence[int] = (),
+        keys: Sequence[int] = (),
+        devices: Sequence[int] = (),
+    ) -> LayerStack:
         """Open layer directories.
 
         Arguments:
             paths: topmost first, as `lowerdir=` lists them; relative to the working directory.
             descriptors: of the same layers, opened already; the stack owns them from here on.
+            keys: of the same layers; their numbers unless given.
+            devices: see `LayerStack`.
 
         Raises:
             LayerError: a path is missing, unreadable or no directory.
@@ -146,13 +169,15 @@ class LayerStack:
                 if descriptors:
                     descriptor, protected = descriptors[number], True
                 else:
-                    descriptor, protected = _open_layer(path)
-                layers.append(Layer(os.path.abspath(path), descriptor, number, protected, cache))
+                    descriptor, protected = open_layer(path)
+                key = keys[number] if keys else number
+                path = os.path.abspath(path)
+                layers.append(Layer(path, descriptor, number, protected, cache, key))
         except BaseException:
             for layer in layers:
                 os.close(layer.descriptor)
             raise
-        return cls(layers, cache)
+        return cls(layers, cache, devices)
 
     def close(self) -> None:
         self.cache.close()
@@ -178,7 +203,8 @@ def open_directory(path: bytes, role: str) -> int:
     return descriptor
 
 
-def _open_layer(path: bytes) -> tuple[int, bool]:
+def open_layer(path: bytes) -> tuple[int, bool]:
+    """A descriptor of a layer's root, and whether it is a read-only clone. Raises LayerError."""
     descriptor = open_directory(path, "the lower layer")
     try:
         readable = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=descriptor)

@@ -57,6 +57,7 @@ class Tree:
         index: what the lower layers look like merged, made in advance; None without one.
         changed: called with a node of the index that is found to differ from it.
         journal: what the next daemon must know, should this one be killed.
+        inodes: makes the inode numbers that users see.
     """
 
     def __init__(
@@ -81,9 +82,9 @@ class Tree:
         self.revival = Revival(self)
         self._lower_links: dict[tuple[int, int], Node] = {}  # (st_dev, st_ino) of lower links
         self._upper_links: dict[int, Node] = {}  # st_ino of upper files with several links
-        self._inodes = InodeNumbers(stack, upper, options.xino != "off")
+        self.inodes = InodeNumbers(stack, upper, options.xino != "off")
         self.redirects = Redirects(stack, options.redirect_dir != "nofollow")
-        self.origins = Origins(stack, self._inodes)
+        self.origins = Origins(stack, self.inodes)
         self.nodes: dict[int, Node] = {}
         self.root = self._make_root()
 
@@ -342,7 +343,7 @@ class Tree:
         node = Node(stub.kind)
         node.lower = place
         node.record = stub.record
-        node.ino = status.st_ino if stub.record else self._inodes.of(status)
+        node.ino = status.st_ino if stub.record else self.inodes.of(status)
         if key is not None:
             node.lower_key = key
             self._lower_links[key] = node
@@ -415,7 +416,7 @@ class Tree:
             if below is None:
                 raise failure(errno.EIO)
             node.lower = below
-        node.ino = marks.inode or self.origins.inode(marks.origin) or self._inodes.of(status)
+        node.ino = marks.inode or self.origins.inode(marks.origin) or self.inodes.of(status)
         self._take_index_name(node, marks, status)
         if status.st_nlink > 1 or node.index_name:
             self.remember_links(node, status)
@@ -460,7 +461,7 @@ class Tree:
         if child.lowers:
             child.ino = marks.inode or self._directory_inode(child)
         else:  # not through its own descriptor: that is cached by its id, which it has yet to get
-            child.ino = marks.inode or self._inodes.of(view.entry_status(parent, name))
+            child.ino = marks.inode or self.inodes.of(view.entry_status(parent, name))
         self.number(child)
         return child
 
@@ -548,7 +549,7 @@ class Tree:
 
     def new_inode(self, node: Node, status: os.stat_result) -> None:
         """Give a node that upper just got its inode number."""
-        node.ino = self._inodes.of(status)
+        node.ino = self.inodes.of(status)
 
     def release_if_unused(self, node: Node) -> None:
         """Let go of a node that neither the kernel nor anyone else needs, and of its parents."""
@@ -699,8 +700,8 @@ class Tree:
             return ino
         if directory.lowers:
             place = directory.lowers[0]
-            return self._inodes.of(os.stat(place.layer.directory(place.path)))
-        return self._inodes.of(os.stat(self.upper_directory(directory)))
+            return self.inodes.of(os.stat(place.layer.directory(place.path)))
+        return self.inodes.of(os.stat(self.upper_directory(directory)))
 
     # --- listing -------------------------------------------------------------------------
 

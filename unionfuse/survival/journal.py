@@ -225,6 +225,11 @@ class SharedJournal(Journal):
             for alias in aliases:
                 self._by_name.setdefault(alias, number)
 
+    def ids(self) -> list[tuple[int, bool]]:
+        """(id, whether it is a directory) of every node that has a name."""
+        named = [number for number, at in self._at.items() if self._kind(at) != _GONE]
+        return [(number, self._type(number) == stat.S_IFDIR >> 12) for number in named]
+
     def handles(self) -> list[Handle]:
         found = []
         for number, at in self._handles.items():

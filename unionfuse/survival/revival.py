@@ -82,7 +82,7 @@ class Revival:
     def farewell(self, node: Node) -> bytes:
         """All that a node is without its name."""
         place = None if isinstance(node, Directory) else node.lower
-        layer = -1 if place is None else place.layer.number
+        layer = -1 if place is None else place.layer.key
         path, name = (b"", b"") if place is None else (place.path, place.name)
         texts = (path, name, node.index_name)
         flags = (node.in_upper * _IN_UPPER) | (node.metacopy * _METACOPY)
@@ -119,7 +119,8 @@ class Revival:
             node.in_upper, node.metacopy = bool(flags & _IN_UPPER), bool(flags & _METACOPY)
             node.link_offset = link_offset
             if layer >= 0:
-                node.lower = Place(tree.stack.layers[layer], path, name)
+                found = [known for known in tree.stack.layers if known.key == layer]
+                node.lower = Place(found[0], path, name) if found else None
             node.unnamed = self.kept.pop(descriptor_name(number), -1)
         tree.journal.found(number, node)
         tree.nodes[number] = node

@@ -10,6 +10,9 @@ from collections.abc import Callable
 from unionfuse.express import protocol
 from unionfuse.express.protocol import InitFlag
 from unionfuse.express.requests import Call
+from unionfuse.layer import LayerError, LayerStack
+from unionfuse.options import MountOptions
+from unionfuse.survival import stacking
 from unionfuse.survival.intents import GUARDED, IntentLog
 from unionfuse.survival.journal import SharedJournal
 from unionfuse.survival.keeping import UPGRADE, Keeping
@@ -133,7 +136,66 @@ class Survivor:
         self._keeping.crash_ends(reason)
 
     def make_room(self, union: Union) -> None:
-        """End this process, between two changes: the keeper starts the installed version."""
-        union.lock.acquire(timeout=_PATIENCE)
+        """End this process, between two changes: the keeper starts the installed version.
+
+        Does not end where other layers are wished and cannot be had; the wish has the answer then.
+        """
+        held = union.lock.acquire(timeout=_PATIENCE)
+        wish = stacking.read_wish(self._wish)
+        if wish is not None and not wish.answer:
+            try:
+                stacking.restack(union, self._stack, wish, self._keeping)
+            except (LayerError, OSError) as error:
+                stacking.write(self._wish, wish._replace(answer=str(error)))
+                if held:
+                    union.lock.release()
+                return
         logging.shutdown()
         os._exit(UPGRADE)
+
+    # --- layers ------------------------------------------------------------------------------
+
+    def layers(self, options: MountOptions) -> LayerStack:
+        """The layers: those of the daemon before, or new ones that the next is to have.
+
+        Raises LayerError, TakeOverError.
+        """
+        if self.taken_over:
+            record, wish = self.kept("stack"), self.kept("wish")
+            if record is None or wish is None:
+                raise TakeOverError("what its layers were is not known")
+            self._wish = wish
+            self._stack = stacking.read_stack(record)
+            os.close(record)
+            keys = self._stack.keys
+            kept = [self.kept(stacking.kept_name(key)) for key in keys]
+            descriptors = [descriptor for descriptor in kept if descriptor is not None]
+            if len(descriptors) != len(kept):
+                raise TakeOverError("a layer is missing")
+            paths = [os.fsencode(path) for path in self._stack.paths]
+            return LayerStack.open(paths, descriptors, keys, self._stack.devices)
+        stack = LayerStack.open(options.lowerdir)
+        for layer in stack.layers:
+            self.keep(stacking.kept_name(layer.key), layer.descriptor)
+        paths_now = [os.fsdecode(layer.path) for layer in stack.layers]
+        self._stack = stacking.Stack([layer.key for layer in stack.layers], paths_now, [])
+        self._wish = stacking.written(stacking.WISH, stacking.Wish([], False, stacking.DONE))
+        self.keep("wish", self._wish)
+        self._keep_stack()
+        return stack
+
+    def _keep_stack(self) -> None:
+        record = stacking.written(stacking.STACK, self._stack)
+        self.keep("stack", record)
+        os.close(record)
+
+    def refresh(self, union: Union, fuse: int) -> None:
+        """Tell the kernel of other layers, where the daemon before this one could not."""
+        if not self._stack.changed:
+            return
+        stacking.refresh(fuse, union, self.journal)
+        self._stack = self._stack._replace(changed=False)
+        self._keep_stack()
+        wish = stacking.read_wish(self._wish)
+        if wish is not None:
+            stacking.write(self._wish, wish._replace(answer=stacking.DONE))

@@ -17,16 +17,7 @@ def upgrade(path: bytes) -> tuple[int, int]:
     Raises:
         MountError: it is no union, has no keeper, is not ours, or nothing happened in time.
     """
-    mount = mounting.mount_at(os.path.realpath(path))
-    if mount is None or mount.kind != mounting.FILE_SYSTEM_TYPE:
-        raise mounting.MountError(path, "no union is mounted there", "see findmnt")
-    found = mounting.server_of(mount)
-    if found is None:
-        remedy = "send SIGHUP to the keeper (Linux 6.17 and later tell which process it is)"
-        raise mounting.MountError(path, "its keeper cannot be found", remedy)
-    keeper, daemon = found
-    if keeper == daemon:
-        raise mounting.MountError(path, "it has no keeper", "mount it without keeper=off (Linux 6.9 and later)")
+    keeper, daemon, mount = keeper_of(path)
     try:
         os.kill(keeper, signal.SIGHUP)
     except PermissionError:
@@ -39,3 +30,24 @@ def upgrade(path: bytes) -> tuple[int, int]:
             return daemon, now[1]
         time.sleep(0.01)
     raise mounting.MountError(path, "nothing has replaced its daemon", "see the mount's log")
+
+
+def keeper_of(path: bytes) -> tuple[int, int, mounting.Mount]:
+    """The process ids of a mount's keeper and daemon, and the mount.
+
+    Raises:
+        MountError: it is no union, or has no keeper that can be found.
+    """
+    mount = mounting.mount_at(os.path.realpath(path))
+    if mount is None or mount.kind != mounting.FILE_SYSTEM_TYPE:
+        raise mounting.MountError(path, "no union is mounted there", "see findmnt")
+    found = mounting.server_of(mount)
+    if found is None:
+        remedy = "send SIGHUP to the keeper (Linux 6.17 and later tell which process it is)"
+        raise mounting.MountError(path, "its keeper cannot be found", remedy)
+    keeper, daemon = found
+    if keeper == daemon:
+        raise mounting.MountError(
+            path, "it has no keeper", "mount it without keeper=off (Linux 6.9 and later)"
+        )
+    return keeper, daemon, mount

@@ -47,6 +47,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
             "upgrade",
             "Replace the daemon of a mount that has a keeper, while it is in use",
         ),
+        "layers": ("layers", "List or change the layers of a mount while it is in use"),
         "index": ("index", "Build, verify or show lookup indexes"),
     },
     "Containers": {
