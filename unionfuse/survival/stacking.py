@@ -12,7 +12,6 @@ Callers of `restack` and `refresh` need no lock.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -74,17 +73,23 @@ def written(name: str, value: Stack | Wish) -> int:
 
 
 def write(descriptor: int, value: Stack | Wish) -> None:
+    import json  # here: not every daemon that takes over needs it
+
     data = json.dumps(value._asdict()).encode()
     os.ftruncate(descriptor, len(data))
     os.pwrite(descriptor, data, 0)
 
 
 def read_stack(descriptor: int) -> Stack:
+    import json
+
     return Stack(**json.loads(os.pread(descriptor, 1 << 24, 0)))
 
 
 def read_wish(descriptor: int) -> Wish | None:
     """What is wished; None where there is nothing, or no sense in it."""
+    import json
+
     try:
         return Wish(**json.loads(os.pread(descriptor, 1 << 24, 0)))
     except (ValueError, TypeError):
