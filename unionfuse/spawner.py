@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import signal
@@ -77,7 +78,7 @@ def _version() -> int:
     here = Path(__file__).parent
     files = [
         entry
-        for place in (here, here / "express")
+        for place in (here, here / "express", here / "survival")
         for entry in os.scandir(place)
         if entry.name.endswith((".py", ".so"))
     ]
@@ -176,10 +177,8 @@ def _answer(connection: socket.socket) -> None:
 
 def prepare() -> None:
     """Import what a mount needs, so that the forks that follow have it and share it."""
-    import unionfuse.__main__
-    import unionfuse.daemon
-    import unionfuse.serving  # noqa: F401  trio and pyfuse3 with it
-
+    for name in ("__main__", "daemon", "serving"):  # the last brings trio and pyfuse3 along
+        importlib.import_module(f"unionfuse.{name}")
     gc.freeze()
 
 

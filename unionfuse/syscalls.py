@@ -18,7 +18,7 @@ import signal
 import struct
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
@@ -269,7 +269,7 @@ def changing(function: F) -> F:
         _faults.before(function.__name__, args)
         return function(*args, **options)
 
-    return counted  # type: ignore[return-value]
+    return cast(F, counted)
 
 
 @changing

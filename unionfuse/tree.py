@@ -237,7 +237,8 @@ class Tree:
 
     def is_physical(self, parent: Directory, name: bytes) -> bool:
         """Whether upper itself has this name (and not as a whiteout)."""
-        return bool(parent.changes) and parent.changes.get(name, WHITEOUT) != WHITEOUT  # type: ignore[union-attr]
+        changes = parent.changes
+        return changes is not None and changes.get(name, WHITEOUT) != WHITEOUT
 
     def data_location(self, node: Node) -> tuple[int, bytes]:
         """Where a regular file's data lies: for a metacopy that is not where the node lies."""

@@ -410,7 +410,7 @@ def test_contexts_of_every_kind(builder: Builder, tmp_path: Path) -> None:
     expected = builder.build(directory)
     plain, packed = tmp_path / "c.tar", tmp_path / "c.tar.gz"
     for path, mode in ((plain, "w"), (packed, "w:gz")):
-        with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        with tarfile.open(path, mode) as archive:
             archive.add(directory, ".")
     git = ["git", "-C", str(directory), "-c", "user.name=n", "-c", "user.email=e@x"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "m"]):

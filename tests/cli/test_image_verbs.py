@@ -264,7 +264,7 @@ def test_export_is_the_merged_tree(unionfuse: Command, app: str, tmp_path: Path)
     unionfuse("export", "-o", str(out), "app:2")
     with tarfile.open(out) as read:
         names = read.getnames()
-        assert read.extractfile("etc/passwd").read() == b"changed"  # type: ignore[union-attr]
+        assert read.extractfile("etc/passwd").read() == b"changed"
     assert names == ["bin", "etc", "etc/passwd", "new", "usr", "usr/bin", "usr/bin/sh"]
 
 

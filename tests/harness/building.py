@@ -84,13 +84,13 @@ class Builder:
 
     def build(self, context: str | Path, *words: str | Path, **options: object) -> str:
         """Build and return the image id."""
-        done = self.run("build", "-q", *words, context, **options)  # type: ignore[arg-type]
+        done = self.run("build", "-q", *words, context, **options)
         assert done.stderr == "", done.stderr
         return done.stdout.strip()
 
     def failing(self, context: str | Path, *words: str | Path, **options: object) -> str:
         """Build what cannot be built; returns what was said on stderr."""
-        done = self.run("build", *words, context, check=False, **options)  # type: ignore[arg-type]
+        done = self.run("build", *words, context, check=False, **options)
         assert done.returncode == 1, (done.returncode, done.stdout, done.stderr)
         assert "Traceback" not in done.stderr and "internal error" not in done.stderr, done.stderr
         return done.stderr

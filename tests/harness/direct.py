@@ -39,7 +39,7 @@ class Direct:
             lowerdir=tuple(os.fsencode(lower) for lower in stack.lowers),
             upperdir=stack.upper and os.fsencode(stack.upper),
             workdir=stack.work and os.fsencode(stack.work),
-            **options,  # type: ignore[arg-type]
+            **options,
         )
         layers = LayerStack.open(parsed.lowerdir)
         index = None
@@ -145,7 +145,7 @@ class Direct:
 
     def change(self, path: str, **changes: int) -> None:
         with self.at(path) as entry:
-            self.union.setattr(entry.node, Changes(**changes))  # type: ignore[arg-type]
+            self.union.setattr(entry.node, Changes(**changes))
 
     def readlink(self, path: str) -> bytes:
         with self.at(path) as entry:

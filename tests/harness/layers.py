@@ -68,7 +68,7 @@ class Symlink(Node):
 
     def __init__(self, target: str | bytes, **common: object) -> None:
         object.__setattr__(self, "target", target)
-        for name, value in vars(Node(**common)).items():  # type: ignore[arg-type]
+        for name, value in vars(Node(**common)).items():
             object.__setattr__(self, name, value)
 
 

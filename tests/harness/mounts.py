@@ -309,7 +309,7 @@ class Mounted:
             self.daemon = None
 
     def snapshot(self, **how: object) -> Tree:
-        return snapshot(self.root, **how)  # type: ignore[arg-type]
+        return snapshot(self.root, **how)
 
 
 def staging_files(work: Path) -> list[str]:

@@ -64,7 +64,7 @@ PREPARATIONS: dict[str, Callable[[Direct], None]] = {
     "unlink the last name of a link": lambda u: u.unlink("one"),
     "write through one name": lambda u: u.change("one", mode=0o640),
     "rename what was renamed": lambda u: u.rename("d", "e"),
-}  # type: ignore[dict-item]
+}
 OPERATIONS |= {
     "mkdir over what was deleted": lambda u: u.mkdir("d/sub"),
     "rmdir of a directory full of whiteouts": lambda u: u.rmdir("full"),

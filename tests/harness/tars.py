@@ -33,7 +33,7 @@ def unpack_to(directory: Path, data: bytes, **options: object) -> Unpacked:
     directory.mkdir(exist_ok=True)
     opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        return unpack(io.BytesIO(data), opened, **options)  # type: ignore[arg-type]
+        return unpack(io.BytesIO(data), opened, **options)
     finally:
         os.close(opened)
 

@@ -50,7 +50,7 @@ def unmount_everything(directory: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def _control_directory(directory: str | Path):  # type: ignore[no-untyped-def]
+def _control_directory(directory: str | Path):
     """Yield a directory where fusectl is mounted."""
     usual = Path("/sys/fs/fuse/connections")
     if os.path.ismount(usual):

@@ -195,7 +195,7 @@ def test_the_oldest_form_of_docker(unionfuse: Command, tmp_path: Path) -> None:
     layers = [archive(member("a", data=b"1")), archive(member("b", data=b"2"))]
     one, two = "1" * 64, "2" * 64
     first = {"id": one, "created": "2015-01-01T00:00:00Z", "os": "linux", "architecture": "amd64"}
-    first["container_config"] = {"Cmd": ["/bin/sh", "-c", "#(nop) ADD file"]}  # type: ignore[assignment]
+    first["container_config"] = {"Cmd": ["/bin/sh", "-c", "#(nop) ADD file"]}
     second = first | {"id": two, "parent": one, "config": {"Env": ["A=b"], "Cmd": ["sh"]}}
     members = []
     for identity, table, data in ((two, second, layers[1]), (one, first, layers[0])):

@@ -266,7 +266,7 @@ def test_both_doors_go_on_under_load_from_both_sides(workshop: Workshop) -> None
 
     def loop(name: str, step: object) -> None:
         while time.monotonic() < end:
-            step()  # type: ignore[operator]
+            step()
             done[name] += 1
 
     steps = {

@@ -404,12 +404,10 @@ def test_atime_of_an_upper_file_follows_relatime(workshop: Workshop) -> None:
 @pytest.mark.on("overlay", "unionfuse")
 def test_unlinked_open_files_leave_nothing_in_work(workshop: Workshop) -> None:
     tree = workshop(STACK)
-    files = [open(tree / name, "r+") for name in ("f", "d/g")]  # noqa: SIM115
-    for name in ("f", "d/g"):
-        os.unlink(tree / name)
-    for file in files:
-        file.write("x")
-        file.close()
+    with open(tree / "f", "r+") as first, open(tree / "d/g", "r+") as second:
+        for name, file in (("f", first), ("d/g", second)):
+            os.unlink(tree / name)
+            file.write("x")
     tree.unmount()  # which looks into work
     assert {path.name for path in tree.upper.rglob("*")} == {"f", "d", "g"}
 

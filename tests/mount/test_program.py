@@ -63,7 +63,7 @@ class Place:
 def run(*words: str, **how: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         unionfuse_command(*words), capture_output=True, text=True, timeout=30, **how
-    )  # type: ignore[call-overload,no-any-return]
+    )
 
 
 def ended(pidfd: int, seconds: float = 10) -> bool:

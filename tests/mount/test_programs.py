@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.on("unionfuse"), pytest.mark.timeout(240)]
 
 def run(*words: str | Path, **how: object) -> str:
     """Run a program that must succeed; return what it printed."""
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False, **how)  # type: ignore[call-overload]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False, **how)
     said = done.stdout.decode(errors="replace")
     assert done.returncode == 0, f"{words}: {said}{done.stderr.decode(errors='replace')}"
     return said

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import resource  # noqa: F401 (see unionfuse.daemon below)
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,7 +99,7 @@ def test_changes_without_privilege(stack: Stack, use: object) -> None:
     live, remounted = as_user(
         USER,
         use,
-        ["-o", option_list(stack.options()), str(stack.mountpoint)],  # type: ignore[arg-type]
+        ["-o", option_list(stack.options()), str(stack.mountpoint)],
     )
     assert_equal(remounted, live, ("remounted", "live"))
     assert sorted(live) == sorted(

@@ -21,7 +21,7 @@ class QuietLane:
     """Does at once what the lane would do later, and relays to nobody."""
 
     def later(self, unique: int, work: object) -> None:
-        work()  # type: ignore[operator]
+        work()
 
     def relay(self, call: Call) -> None:
         pass
@@ -61,7 +61,7 @@ def union(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Union]:
 
 def served(union: Union, opcode: int, node: int, body: bytes) -> bytes | int | None:
     """The body of the reply, or an errno; any other exception is an accident."""
-    method = Requests(QuietLane(), union).methods.get(opcode)  # type: ignore[arg-type]
+    method = Requests(QuietLane(), union).methods.get(opcode)
     if method is None:
         return None
     try:

@@ -125,7 +125,7 @@ def test_any_answer_is_survived(data: st.DataObject) -> None:
     repository.add(data.draw(mutated(index)), "1")
     reference = Reference.parse("localhost:5000/x:1")
     try:
-        found = _find_in(repository, reference, "1", Platform("linux", "amd64"))  # type: ignore[arg-type]
+        found = _find_in(repository, reference, "1", Platform("linux", "amd64"))
     except UserError as error:
         assert "\n" not in error.message
     else:

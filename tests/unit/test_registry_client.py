@@ -42,7 +42,7 @@ class Client:
         self.transport = Transport(
             host, limits=Limits(connect=2, stall=0.4, pause=0.01), sleep=self.pauses.append
         )
-        self.authorizer = Authorizer(self.transport, credential, **options)  # type: ignore[arg-type]
+        self.authorizer = Authorizer(self.transport, credential, **options)
         self.repository = Repository(self.transport, self.authorizer, "team/app")
 
     def close(self) -> None:
@@ -283,9 +283,9 @@ def test_an_identity_token_is_exchanged(hostile: Hostile) -> None:
     bodies = []
 
     def exchange(handler: object) -> None:
-        length = int(handler.headers["Content-Length"])  # type: ignore[attr-defined]
-        bodies.append(handler.rfile.read(length))  # type: ignore[attr-defined]
-        handler.answer(200, b'{"access_token":"T"}')  # type: ignore[attr-defined]
+        length = int(handler.headers["Content-Length"])
+        bodies.append(handler.rfile.read(length))
+        handler.answer(200, b'{"access_token":"T"}')
 
     hostile.trap("POST /token", exchange)
     client.repository.manifest("1")

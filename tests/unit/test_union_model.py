@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from harness.direct import Direct
@@ -58,7 +58,7 @@ def initial_model() -> dict[str, Inode]:
 
 
 class UnionAsDict(RuleBasedStateMachine):
-    options: dict[str, Any] = {}  # noqa: RUF012 (a subclass replaces it)
+    options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,15 +248,15 @@ class UnionAsDict(RuleBasedStateMachine):
 
 
 class UnionWithoutRedirects(UnionAsDict):
-    options = {"redirect_dir": "off"}  # noqa: RUF012
+    options: ClassVar = {"redirect_dir": "off"}
 
 
 class UnionWithMetacopy(UnionAsDict):
-    options = {"metacopy": True}  # noqa: RUF012
+    options: ClassVar = {"metacopy": True}
 
 
 class UnionWithLookupIndex(UnionAsDict):
-    options = {"indexed": True}  # noqa: RUF012
+    options: ClassVar = {"indexed": True}
 
 
 MACHINES = (UnionAsDict, UnionWithoutRedirects, UnionWithMetacopy, UnionWithLookupIndex)
