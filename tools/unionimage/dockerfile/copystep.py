@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from unionimage.digest import Digest
 from unionimage.dockerfile.cache import key_of
@@ -17,8 +17,27 @@ from unionimage.dockerfile.plan import CopyAction, Source, WorkdirAction
 from unionimage.dockerfile.select import Found, Tree, digest, find, open_file, open_in
 
 if TYPE_CHECKING:  # writing is imported when something is written: cached builds are quick
-    from unionimage.dockerfile.execute import Build
+    from unionimage.dockerfile.cache import BuildCache
+    from unionimage.dockerfile.kitchen import Kitchen
     from unionimage.dockerfile.place import Owner, Target
+
+
+class Work(Protocol):
+    """What these steps need of a build.
+
+    Attributes:
+        epoch: SOURCE_DATE_EPOCH in seconds, or None.
+    """
+
+    kitchen: Kitchen
+    cache: BuildCache
+
+    @property
+    def epoch(self) -> int | None: ...
+
+    def stage_name(self, source: Source, /) -> str: ...
+
+    def stack_of(self, source: Source, /) -> Sequence[Digest]: ...
 
 
 class Download(NamedTuple):
@@ -37,7 +56,7 @@ class Goods(NamedTuple):
     downloads: tuple[Download, ...] = ()
 
 
-def gather(build: Build, action: CopyAction, *, may_mount: bool) -> Goods | None:
+def gather(work: Work, action: CopyAction, *, may_mount: bool) -> Goods | None:
     """Find out what is copied and its digest.
 
     Returns:
@@ -49,16 +68,16 @@ def gather(build: Build, action: CopyAction, *, may_mount: bool) -> Goods | None
     locals_ = [source for source in action.sources if not _is_url(action, source)]
     urls = [source for source in action.sources if _is_url(action, source)]
     documents = key_of("documents", action.documents)
-    downloads, url_digest = _downloads(build, action, urls)
+    downloads, url_digest = _downloads(work, action, urls)
     found: tuple[Found, ...] | None = None
     if not locals_:
         found, content = (), ""
     elif action.source.is_context:
-        tree = build.kitchen.context.tree()
-        found = tuple(_find(build, tree, action, locals_))
+        tree = work.kitchen.context.tree()
+        found = tuple(_find(work, tree, action, locals_))
         content = digest(tree, found)
     else:
-        known = _remembered(build, action, locals_, may_mount)
+        known = _remembered(work, action, locals_, may_mount)
         if known is None:
             return None
         content = known
@@ -69,31 +88,31 @@ def _is_url(action: CopyAction, source: str) -> bool:
     return action.is_add and source.lower().startswith(("http://", "https://"))
 
 
-def _find(build: Build, tree: Tree, action: CopyAction, sources: Sequence[str]) -> list[Found]:
+def _find(work: Work, tree: Tree, action: CopyAction, sources: Sequence[str]) -> list[Found]:
     return find(
-        tree, sources, Patterns(action.exclude), action.parents, _name_of(build, action.source)
+        tree, sources, Patterns(action.exclude), action.parents, _name_of(work, action.source)
     )
 
 
-def _name_of(build: Build, source: Source) -> str:
+def _name_of(work: Work, source: Source) -> str:
     if source.image is not None:
         return "the image"
     if source.stage >= 0:
-        return f"stage {build.stages[source.stage].plan.name}"
-    return build.kitchen.context.name
+        return f"stage {work.stage_name(source)}"
+    return work.kitchen.context.name
 
 
 def _remembered(
-    build: Build, action: CopyAction, sources: Sequence[str], may_mount: bool
+    work: Work, action: CopyAction, sources: Sequence[str], may_mount: bool
 ) -> str | None:
     """The digest of files in a stage or image; those never change, so it is remembered."""
-    stack = build.stack_of(action.source)
+    stack = work.stack_of(action.source)
     key = key_of("content", ",".join(stack), sources, action.exclude, action.parents)
-    known = build.cache.content(key)
+    known = work.cache.content(key)
     if known is None and may_mount:
-        with build.kitchen.tree(stack) as tree:
-            known = digest(tree, _find(build, tree, action, sources))
-        build.cache.remember_content(key, known)
+        with work.kitchen.tree(stack) as tree:
+            known = digest(tree, _find(work, tree, action, sources))
+        work.cache.remember_content(key, known)
     return known
 
 
@@ -107,7 +126,7 @@ def context_digest(context: Context, path: str) -> str:
 
 
 def _downloads(
-    build: Build, action: CopyAction, urls: Sequence[str]
+    work: Work, action: CopyAction, urls: Sequence[str]
 ) -> tuple[tuple[Download, ...], str]:
     """What URLs stand for, and a digest of it; with a checksum nothing is fetched yet."""
     if action.checksum and (len(urls) != 1 or len(action.sources) != 1):
@@ -122,7 +141,7 @@ def _downloads(
             downloads.append(Download(os.fsencode(name), url, None))
             facts.append((name, str(Digest(action.checksum))))
         else:
-            path, found = _fetch(build, url)
+            path, found = _fetch(work, url)
             downloads.append(Download(os.fsencode(name), url, path))
             facts.append((name, str(found)))
     return tuple(downloads), key_of(facts)
@@ -139,14 +158,14 @@ def _file_name(url: str, destination: str) -> str:
     return name
 
 
-def _fetch(build: Build, url: str) -> tuple[Path, Digest]:
+def _fetch(work: Work, url: str) -> tuple[Path, Digest]:
     """Download a URL into scratch space; its time is what the server says it is."""
     import email.utils
     import hashlib
     import urllib.error
     import urllib.request
 
-    path = build.kitchen.scratch() / "download"
+    path = work.kitchen.scratch() / "download"
     total = hashlib.sha256()
     try:
         with urllib.request.urlopen(url, timeout=60) as answer, open(path, "wb") as file:
@@ -164,10 +183,10 @@ def _fetch(build: Build, url: str) -> tuple[Path, Digest]:
     return path, Digest.from_hex(total.hexdigest())
 
 
-def _present(build: Build, action: CopyAction, download: Download) -> Path:
+def _present(work: Work, action: CopyAction, download: Download) -> Path:
     if download.path is not None:
         return download.path
-    path, found = _fetch(build, download.url)
+    path, found = _fetch(work, download.url)
     if found != action.checksum:
         raise DockerfileError(
             f"{download.url} has the checksum {found}, --checksum says {action.checksum}"
@@ -179,46 +198,46 @@ def _present(build: Build, action: CopyAction, download: Download) -> Path:
 
 
 def carry_out(
-    build: Build, action: CopyAction, goods: Goods, below: Sequence[Digest], upper: Path
+    work: Work, action: CopyAction, goods: Goods, below: Sequence[Digest], upper: Path
 ) -> None:
     """Copy into a mount of the stack so far, so that `upper` holds the changes."""
     from unionimage.dockerfile.place import Style, Target
 
-    kitchen = build.kitchen
+    kitchen = work.kitchen
     with contextlib.ExitStack() as stack:
         root = stack.enter_context(
             _opened(stack.enter_context(kitchen.mounted(below, upper=upper)))
         )
-        epoch = build.settings.epoch
+        epoch = work.epoch
         time = None if epoch is None else epoch * 10**9
         target = Target(root, Style(_owner(action.chown, root), action.chmod, time))
         destination = os.fsencode(action.destination)
         if goods.found is not None:
             tree, found = kitchen.context.tree(), goods.found
         else:
-            tree = stack.enter_context(kitchen.tree(build.stack_of(action.source)))
-            found = tuple(_find(build, tree, action, list(action.sources)))
+            tree = stack.enter_context(kitchen.tree(work.stack_of(action.source)))
+            found = tuple(_find(work, tree, action, list(action.sources)))
         for each in found:
             if not (action.unpack and _unpack(target, tree, each, destination)):
                 target.copy(tree, each, destination)
         for name, text in action.documents:
             _document(target, destination, name, text)
         for download in goods.downloads:
-            _place_download(target, download, _present(build, action, download), destination)
+            _place_download(target, download, _present(work, action, download), destination)
         target.finish()
 
 
-def make_workdir(build: Build, action: WorkdirAction, below: Sequence[Digest], upper: Path) -> None:
+def make_workdir(work: Work, action: WorkdirAction, below: Sequence[Digest], upper: Path) -> None:
     """Make the working directory where it is not there yet; it belongs to USER, as in BuildKit."""
     from unionimage.dockerfile.place import Style, Target
 
-    kitchen = build.kitchen
+    kitchen = work.kitchen
     with kitchen.mounted(below, upper=upper) as merged, _opened(merged) as root:
         path = os.fsencode(action.path.strip("/"))
         target = Target(root, Style())
         if target.is_directory(path):
             return
-        epoch = build.settings.epoch
+        epoch = work.epoch
         time = None if epoch is None else epoch * 10**9
         target = Target(root, Style(_user(action.user, root), "", time))
         target.make_directories(path)

@@ -202,6 +202,14 @@ class Build:
             self.kitchen.store.hold_layers(HOLD, [made.diff_id])
         self.cache.remember(key, made)
 
+    @property
+    def epoch(self) -> int | None:
+        return self.settings.epoch
+
+    def stage_name(self, source: Source) -> str:
+        """How messages name the stage that a source is."""
+        return self.stages[source.stage].plan.name
+
     def stack_of(self, source: Source) -> Sequence[Digest]:
         """The layers of a stage that is finished, or of an image."""
         if source.image is not None:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from urllib3.exceptions import HTTPError
 
-from unionimage.digest import CHUNK
+from unionimage.digest import CHUNK, Digest
 from unionimage.errors import BadContent
 from unionimage.registry.errors import RegistryError, RegistryStatusError
-from unionimage.registry.transport import Pace, Response, finish
+from unionimage.registry.transport import Pace, Response, Transport, finish
 from unionimage.spec import Descriptor
-
-if TYPE_CHECKING:
-    from unionimage.registry.client import Repository
 
 Progress = Callable[[int], None]
 """Is told how many bytes more have moved."""
+
+
+class Origin(Protocol):
+    """Where blobs come from: a repository, whose name `str` gives."""
+
+    @property
+    def transport(self) -> Transport: ...
+
+    def open_range(self, digest: Digest, start: int, /) -> Response: ...
 
 
 class BlobReader:
@@ -31,14 +37,14 @@ class BlobReader:
     """
 
     def __init__(
-        self, repository: Repository, descriptor: Descriptor, progress: Progress, offset: int
+        self, origin: Origin, descriptor: Descriptor, progress: Progress, offset: int
     ) -> None:
-        self._repository = repository
+        self._origin = origin
         self._descriptor = descriptor
         self._progress = progress
         self._response: Response | None = None
         self._failures = 0
-        self._pace = Pace(repository.transport.limits.stall)
+        self._pace = Pace(origin.transport.limits.stall)
         self._finished = False
         self.position = offset
 
@@ -68,7 +74,7 @@ class BlobReader:
                 data = self._some(size)
                 break
             except (HTTPError, OSError) as error:
-                self._failed(self._repository.transport.explain(error, self._url), error)
+                self._failed(self._origin.transport.explain(error, self._url), error)
             except RegistryStatusError as error:
                 if error.status != 429 and error.status < 500:
                     raise
@@ -86,7 +92,7 @@ class BlobReader:
 
     @property
     def _url(self) -> str:
-        return self._repository.transport.base
+        return self._origin.transport.base
 
     def _some(self, size: int) -> bytes:
         """Some bytes from the connection, which is opened where there is none."""
@@ -112,7 +118,7 @@ class BlobReader:
 
     def _open(self) -> Response:
         """Ask for the rest of the blob; skip what is there already if the registry sends it all."""
-        response = self._repository.open_range(self._descriptor.digest, self.position)
+        response = self._origin.open_range(self._descriptor.digest, self.position)
         start = 0
         if response.status == 206:
             match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
@@ -133,11 +139,11 @@ class BlobReader:
         """Note a cut; wait before the next attempt, or give up after too many in a row."""
         self.close()
         self._failures += 1
-        transport = self._repository.transport
+        transport = self._origin.transport
         if transport.aborted or self._failures >= transport.limits.attempts:
             raise problem from cause
         transport.pause(self._failures)
 
     def _bad(self, reason: str) -> BadContent:
         self.close()
-        return BadContent(f"{self._repository}: blob {self._descriptor.digest} {reason}")
+        return BadContent(f"{self._origin}: blob {self._descriptor.digest} {reason}")

@@ -14,7 +14,7 @@ from unionimage.reference import Reference
 if TYPE_CHECKING:
     from unionimage.image_config import History, ImageConfig
     from unionimage.spec import Manifest
-    from unionimage.store.store import Store
+    from unionimage.store.blobs import Blobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,7 @@ class Image:
         created: RFC 3339 or empty. added, used: seconds since the epoch.
         names: its tags, sorted. digests: repository@digest it was pulled or pushed as.
         layers: base first.
+        blobs: where its config and manifest are read from.
     """
 
     id: Digest
@@ -59,7 +60,7 @@ class Image:
     names: tuple[Reference, ...]
     digests: tuple[Reference, ...]
     layers: tuple[Layer, ...]
-    store: Store = field(repr=False, compare=False)
+    blobs: Blobs = field(repr=False, compare=False)
 
     @property
     def diff_ids(self) -> tuple[Digest, ...]:
@@ -72,7 +73,7 @@ class Image:
 
     @cached_property
     def config_bytes(self) -> bytes:
-        return self.store.blobs.read(self.id)
+        return self.blobs.read(self.id)
 
     @cached_property
     def config(self) -> ImageConfig:
@@ -86,7 +87,7 @@ class Image:
 
     def manifest_bytes(self) -> bytes | None:
         """The manifest as it came, or None."""
-        return None if self.manifest_digest is None else self.store.blobs.read(self.manifest_digest)
+        return None if self.manifest_digest is None else self.blobs.read(self.manifest_digest)
 
     def manifest(self) -> Manifest | None:
         from unionimage.spec import Manifest

@@ -302,7 +302,7 @@ class Store:
                 tuple(sorted(names.get(identity, ()))),
                 tuple(sorted(digests.get(identity, ()))),
                 tuple(layers.get(identity, ())),
-                self,
+                self.blobs,
             )
             for identity, manifest, parent, created, added, used in rows
             if identity in chosen
