@@ -121,6 +121,8 @@ def _run_detached(invocation: Invocation) -> int:
                 _redirect(1, 2)
 
             code = _live_kept(invocation, ready, writer)
+        except mounting.MountError as refusal:
+            _say(str(refusal))
         except Exception:
             logging.getLogger(__name__).exception("the daemon ends")
         finally:
@@ -309,6 +311,9 @@ def _lock(options: MountOptions) -> list[int]:
     """Lock upper and work for the life of this process: two daemons would ruin both."""
     if options.upperdir is None or options.workdir is None:
         return []
+    if os.path.realpath(options.upperdir) == os.path.realpath(options.workdir):
+        reason, remedy = "upper and work are the same directory", "put them side by side"
+        raise LayerError(options.workdir, reason, remedy)
     deadline = time.monotonic() + _LOCK_PATIENCE
     return [_lock_directory(path, deadline) for path in (options.upperdir, options.workdir)]
 
@@ -366,7 +371,11 @@ def _close_inherited(*keep: int) -> None:
 
 def _redirect(*descriptors: int) -> None:
     """Point standard streams to nowhere, so that no caller waits for them to close."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    try:
+        nowhere = os.open(os.devnull, os.O_RDWR)
+    except OSError as error:
+        reason = f"cannot be opened: {error.strerror}"
+        raise mounting.MountError(b"/dev/null", reason, "a container needs the device") from None
     for descriptor in descriptors:
         os.dup2(nowhere, descriptor)
     os.close(nowhere)

@@ -70,7 +70,7 @@ class UpperDirectory:
     def _open(self, options: MountOptions) -> None:
         self.descriptor = self._keep(open_directory(self.path, "the upper directory"))
         workdir = self._keep(open_directory(self._work_path, "the work directory"))
-        self._check_places(workdir)
+        self._check_places(workdir, options)
         self._check_strangers(workdir)
         self._workdir = workdir
         self.work = self._prepare_staging(workdir)
@@ -88,7 +88,7 @@ class UpperDirectory:
 
     # --- checks: nothing is changed before all have passed ---
 
-    def _check_places(self, workdir: int) -> None:
+    def _check_places(self, workdir: int, options: MountOptions) -> None:
         upper, work = os.stat(self.descriptor), os.stat(workdir)
         if upper.st_dev != work.st_dev or _mount_id(self.descriptor) != _mount_id(workdir):
             reason = f"work and upper ({os.fsdecode(self.path)}) are on different file systems"
@@ -97,6 +97,11 @@ class UpperDirectory:
             raise LayerError(
                 self._work_path, "upper and work lie inside each other", "put them side by side"
             )
+        if not self._taken_over:  # then no path is followed: it might lead into the mount
+            for layer in options.lowerdir:
+                if os.path.samestat(os.stat(layer), upper):
+                    reason = "the upper directory is a lower layer as well"
+                    raise LayerError(self.path, reason, "name another upper")
         for path in (self.path, self._work_path):
             if not os.access(path, os.W_OK | os.X_OK):
                 reason = "the directory cannot be written"

@@ -269,6 +269,8 @@ WRONG = {
     "work_on_another_file_system": "/dev/shm",
     "work_inside_upper": "inside",
     "upper_inside_work": "upper",
+    "work_is_upper": "the same directory",
+    "upper_is_a_layer": "upper",
     "strangers_in_work": "stranger",
     "upper_in_use": "upper",
     "missing_mountpoint": "missing",
@@ -307,6 +309,12 @@ class _Wrong:
 
     def upper_inside_work(self) -> list[str]:
         return self.place.words(workdir=self.place.base)
+
+    def work_is_upper(self) -> list[str]:
+        return self.place.words(workdir=self.place.upper)
+
+    def upper_is_a_layer(self) -> list[str]:
+        return self.place.words(lowerdir=f"{self.place.lower}:{self.place.upper}")
 
     def strangers_in_work(self) -> list[str]:
         (self.place.work / "stranger").touch()
@@ -350,6 +358,18 @@ def test_bad_input_is_refused_in_one_line(place: Place, wrong: str) -> None:
     assert [p for p in sorted(map(str, place.base.rglob("*"))) if p != str(place.log)] == [
         p for p in before if p != str(place.log)
     ]
+
+
+@pytest.mark.parametrize("missing", ["fuse", "null"])
+def test_a_missing_device_is_named(place: Place, missing: str) -> None:
+    prepare = "mount -t tmpfs none /dev"
+    if missing == "fuse":
+        prepare += " && mknod /dev/null c 1 3"
+    script = f'{prepare} && exec "$@"'
+    words = ["unshare", "-m", "sh", "-c", script, "sh", *unionfuse_command(*place.words())]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=30)
+    assert result.returncode == 1
+    assert re.fullmatch(rf"unionfuse: /dev/{missing}: .*; .*\n", result.stderr), result.stderr
 
 
 @pytest.mark.parametrize("words", [["-o", "ro", "/mnt"], ["-o", "lowerdir=/,bogus", "/mnt"], []])

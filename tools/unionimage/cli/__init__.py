@@ -170,6 +170,8 @@ def _report(verb: str, error: BaseException, error_code: int) -> int:
 
 
 def _is_mount_call(words: list[str]) -> bool:
+    if words and words[0].startswith("-o"):
+        return True  # no verb begins so; what is missing in the list, the file system says
     for position, word in enumerate(words):
         if word == "-o" and "lowerdir=" in "".join(words[position + 1 : position + 2]):
             return True
