@@ -1,16 +1,19 @@
 """The mounted /dev/fuse as pyfuse3 gets it where no lane stands between (`express=off`).
 
-Nothing here is asynchronous, and nothing imports pyfuse3: INIT is answered before that is loaded.
+INIT is answered before pyfuse3 is loaded.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable
 
+from unionfuse.eventloop import EventLoop
 from unionfuse.express import protocol
 from unionfuse.options import MountOptions
+from unionfuse.union import Union
 
 
 class Channel:
@@ -21,13 +24,13 @@ class Channel:
     of it, when it calls `init`, its end of the socket is replaced by the real channel; what it
     answers goes to the kernel with a number that no request has, and is dropped there.
 
-    Attributes:
-        descriptor: for libfuse, to be named as /dev/fd/N; libfuse closes it.
     """
 
-    def __init__(self, fuse: int, options: MountOptions) -> None:
-        """Answer INIT, which is waiting in `fuse`. Raises protocol.ProtocolError."""
+    def __init__(self, fuse: int, union: Union, options: MountOptions) -> None:
+        """Answer INIT, which is waiting in `fuse`, and serve. Raises protocol.ProtocolError."""
         self._fuse = fuse
+        self._on_end: Callable[[], None] = lambda: None
+        self._ended = threading.Event()
         request = os.read(fuse, 1 << 20)
         header = protocol.parse_header(request)
         # libfuse does not pass on which write is to drop set-uid bits: let the kernel drop them.
@@ -40,20 +43,34 @@ class Channel:
         os.write(fuse, protocol.reply(header.unique, answer))
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ours.send(protocol.init_for_libfuse(request))
-        self.descriptor = theirs.detach()
+        self._theirs = theirs.detach()
+        self._loop = EventLoop(self._theirs, union, options, self._started, self._end)
 
-    def started(self) -> None:
-        """To be called from `init`: libfuse reads and writes the real channel from here on."""
-        os.dup2(self._fuse, self.descriptor, inheritable=False)
+    def _started(self) -> None:
+        """libfuse has shaken hands: it reads and writes the real channel from here on."""
+        os.dup2(self._fuse, self._theirs, inheritable=False)
         self._ours.close()
 
+    def _end(self) -> None:
+        self._ended.set()
+        self._on_end()
+
     def when_ended(self, callback: Callable[[], None]) -> None:
-        """Nothing to do: pyfuse3 sees the end of the mount by itself."""
+        """Have a function called, from any thread, once the mount has ended."""
+        self._on_end = callback
+        if self._ended.is_set():
+            callback()
+
+    @property
+    def failed(self) -> bool:
+        """Whether serving ended by a failure of our own."""
+        return self._loop.failed
 
     def counts(self) -> dict[str, int]:
-        """Requests that were answered before pyfuse3 saw them: none."""
-        return {}
+        """Requests by opcode."""
+        return dict(self._loop.requests)
 
     def close(self) -> None:
-        """Close what libfuse does not know of; a mount that is still there is dead from now on."""
+        """Stop serving, and close the channel; a mount that is still there is dead from now on."""
+        self._loop.stop()
         os.close(self._fuse)

@@ -1,8 +1,6 @@
 """The life of one mount: check, lock, mount, detach, serve, unmount, clean up.
 
-Everything that can be refused is refused before the mount exists. The order after that serves a
-quick start: the directory is mounted and INIT answered first; trio and pyfuse3, which take longer
-to import than all the rest, are imported while the kernel is already content.
+Everything that can be refused is refused before the mount exists.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from unionfuse import mounting, syscalls
@@ -28,6 +25,7 @@ from unionfuse.index import LookupIndex, LookupIndexError
 from unionfuse.layer import LayerError, LayerStack
 from unionfuse.logs import log_to
 from unionfuse.options import Invocation, MountOptions
+from unionfuse.serving import SIGNALS, Server
 from unionfuse.survival.keeping import Keeping, stored_descriptors
 from unionfuse.survival.memory import SharedMemory, TakeOverError
 from unionfuse.union import Union
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
     from unionfuse.survival.survivor import Survivor
 
 _LOCK_PATIENCE = 5.0  # seconds that a daemon which is just ending may take
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def run(invocation: Invocation) -> int:
@@ -164,8 +161,8 @@ def _live(invocation: Invocation, ready: Callable[[], None], keeping: Keeping | 
         _say(str(refusal))
         return 1
     log_to(log, options)
-    # Until the event loop listens, a signal waits: ended in between, the mount would stay behind.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    # Until the server listens, a signal waits: ended in between, the mount would stay behind.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         channel = mounting.attach(mountpoint, options)
     except mounting.MountError as refusal:
@@ -199,22 +196,18 @@ def _serve(
     ready: Callable[[], None],
     survivor: Survivor | None = None,
 ) -> int:
-    """Answer INIT, and only then import what is slow to import; serve until the end."""
+    """Answer INIT and serve until the end; `ready` is called once the mount answers."""
     door: Lane | Channel
     if options.express:
         door = Lane(channel, union, options, survivor)
         if survivor is not None:
             survivor.refresh(union, channel)
-        ready()  # it answers already
     else:
-        door = Channel(channel, options)
-    from unionfuse.serving import Server
-
+        door = Channel(channel, union, options)
     make_room = None
     if survivor is not None:
         make_room = functools.partial(survivor.make_room, union)
-    server = Server(door, union, options, mountpoint, make_room)
-    return server.serve(ready if isinstance(door, Channel) else lambda: None)
+    return Server(door, union, options, mountpoint, make_room).serve(ready)
 
 
 def _take_over(options: MountOptions, survivor: Survivor, ready: Callable[[], None]) -> int:
@@ -222,7 +215,7 @@ def _take_over(options: MountOptions, survivor: Survivor, ready: Callable[[], No
 
     No path is followed here: it might lead into the mount, and wait for ever.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     os.chdir("/")
     os.umask(0)
     _raise_limits()
@@ -234,7 +227,7 @@ def _take_over(options: MountOptions, survivor: Survivor, ready: Callable[[], No
         upper, work = survivor.kept("upper"), survivor.kept("work")
         if upper is not None and work is not None:
             paths = syscalls.proc_path(upper), syscalls.proc_path(work)
-            options = replace(options, upperdir=paths[0], workdir=paths[1])
+            options = options._replace(upperdir=paths[0], workdir=paths[1])
         union = _open_union(options, survivor)
         return _serve(channel, union, options, survivor.mountpoint, ready, survivor)
     except (LayerError, TakeOverError) as error:
@@ -252,8 +245,7 @@ def _anchored(options: MountOptions, here: bytes) -> MountOptions:
     def anchor(path: bytes | None) -> bytes | None:
         return None if path is None else os.path.join(here, path)
 
-    return replace(
-        options,
+    return options._replace(
         lowerdir=tuple(os.path.join(here, path) for path in options.lowerdir),
         upperdir=anchor(options.upperdir),
         workdir=anchor(options.workdir),
@@ -285,7 +277,7 @@ def _open_kept(options: MountOptions, survivor: Survivor) -> tuple[LayerStack, L
         index = survivor.kept("index")
         if index is None:
             return stack, None
-        return stack, _open_index(stack, replace(options, lookup_index=syscalls.proc_path(index)))
+        return stack, _open_index(stack, options._replace(lookup_index=syscalls.proc_path(index)))
     found = _open_index(stack, options)
     if found is not None and options.lookup_index is not None:
         descriptor = os.open(options.lookup_index, os.O_RDONLY | os.O_CLOEXEC)

@@ -34,7 +34,6 @@ import stat
 import struct
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import xxhash
@@ -113,8 +112,7 @@ class NodeInfo(NamedTuple):
     flags: int
 
 
-@dataclass(frozen=True, slots=True)
-class LayerIdentity:
+class LayerIdentity(NamedTuple):
     """What tells a layer directory from another one, or from the same one with other names in it.
 
     It does not change when the directory is moved or renamed. It does not see a change deeper in

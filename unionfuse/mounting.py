@@ -11,7 +11,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from unionfuse import syscalls
 from unionfuse.options import MountFlag, MountOptions
@@ -28,8 +28,7 @@ class MountError(Exception):
         super().__init__(f"{os.fsdecode(path)}: {reason}; {remedy}")
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(NamedTuple):
     """One line of /proc/self/mountinfo (proc_pid_mountinfo(5))."""
 
     device: bytes  # major:minor, st_dev of everything in it

@@ -59,30 +59,34 @@ def answering(handler: Handler) -> Handler:
 
 
 class Operations(pyfuse3.Operations):
-    """The handlers of one mount.
-
-    Attributes:
-        requests: how many have been served, by name.
-        trace: log each one.
-    """
+    """The handlers of one mount."""
 
     supports_dot_lookup = True
     enable_writeback_cache = False
     enable_acl = True
 
     def __init__(
-        self, union: Union, trace: bool = False, started: Callable[[], None] | None = None
+        self,
+        union: Union,
+        requests: Counter[str],
+        trace: bool,
+        started: Callable[[], None],
     ) -> None:
+        """
+        Arguments:
+            requests: where requests are counted, by name.
+            trace: log each one.
+            started: called when libfuse has shaken hands.
+        """
         super().__init__()
         self._union = union
         self._timeout = union.options.timeout
-        self.requests: Counter[str] = Counter()
+        self.requests = requests
         self.trace = trace
         self._started = started
 
     def init(self) -> None:
-        if self._started is not None:
-            self._started()
+        self._started()
 
     # --- looking -------------------------------------------------------------------------
 

@@ -15,7 +15,6 @@ import getopt
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
 from enum import IntFlag
 from typing import Any, NamedTuple
 
@@ -66,8 +65,7 @@ class MountFlag(IntFlag):
     LAZYTIME = 1 << 25
 
 
-@dataclass(frozen=True, slots=True)
-class MountOptions:
+class MountOptions(NamedTuple):
     """What one mount is asked to be. Paths are as given, unescaped, perhaps relative."""
 
     lowerdir: tuple[bytes, ...]  # the highest layer first
@@ -113,14 +111,13 @@ class MountOptions:
         return self.upperdir is None or MountFlag.RDONLY in self.mount_flags
 
 
-@dataclass(frozen=True, slots=True)
-class Invocation:
+class Invocation(NamedTuple):
     """One call of the mount program: what its words mean, and the words themselves."""
 
     options: MountOptions
     mountpoint: bytes
-    warnings: tuple[str, ...] = field(default=())
-    words: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
 
 
 def parse(words: list[str]) -> Invocation:
@@ -144,9 +141,9 @@ def parse(words: list[str]) -> Invocation:
         raise UsageError(f"{found}; usage: unionfuse -o lowerdir=… MOUNTPOINT")
     options, warnings = parse_options(entries)
     if len(places) == 2 and options.fsname == b"unionfuse":
-        options = replace(options, fsname=os.fsencode(places[0]) or b"unionfuse")
+        options = options._replace(fsname=os.fsencode(places[0]) or b"unionfuse")
     debug |= options.debug
-    options = replace(options, debug=debug, foreground=foreground or debug)
+    options = options._replace(debug=debug, foreground=foreground or debug)
     return Invocation(options, os.fsencode(places[-1]), warnings, tuple(words))
 
 

@@ -177,7 +177,7 @@ def _answer(connection: socket.socket) -> None:
 
 def prepare() -> None:
     """Import what a mount needs, so that the forks that follow have it and share it."""
-    for name in ("__main__", "daemon", "serving"):  # the last brings trio and pyfuse3 along
+    for name in ("__main__", "daemon"):
         importlib.import_module(f"unionfuse.{name}")
     gc.freeze()
 

@@ -13,7 +13,6 @@ import contextlib
 import errno
 import itertools
 import os
-import shutil
 import stat
 
 from unionfuse import ordering, syscalls
@@ -245,6 +244,8 @@ def remove_tree(directory: int, name: bytes) -> None:
         return
     except (IsADirectoryError, PermissionError):
         pass
+    import shutil
+
     shutil.rmtree(name, dir_fd=directory)
 
 

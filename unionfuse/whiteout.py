@@ -16,7 +16,6 @@ import errno
 import os
 import stat
 import struct
-from dataclasses import dataclass
 
 from unionfuse import syscalls
 
@@ -31,7 +30,6 @@ DIALECTS = (TRUSTED, USER, FUSE_OVERLAYFS)
 _MISSING = (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES)
 
 
-@dataclass(slots=True)
 class Marks:
     """What the overlay's own xattrs say of one file or directory.
 
@@ -46,14 +44,26 @@ class Marks:
         nlink: overlayfs's note about the union's link count (`U+1`, `L-2`); empty for none.
     """
 
-    opaque: bool = False
-    whiteouts_inside: bool = False
-    whiteout: bool = False
-    redirect: bytes | None = None
-    metacopy: bool = False
-    origin: bytes = b""
-    inode: int = 0
-    nlink: bytes = b""
+    __slots__ = (
+        "inode",
+        "metacopy",
+        "nlink",
+        "opaque",
+        "origin",
+        "redirect",
+        "whiteout",
+        "whiteouts_inside",
+    )
+
+    def __init__(self, opaque: bool = False) -> None:
+        self.opaque = opaque
+        self.whiteouts_inside = False
+        self.whiteout = False
+        self.redirect: bytes | None = None
+        self.metacopy = False
+        self.origin = b""
+        self.inode = 0
+        self.nlink = b""
 
 
 NO_MARKS = Marks()

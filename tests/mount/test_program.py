@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,39 @@ def test_it_returns_when_the_mount_answers_and_lets_go_of_everything(place: Plac
     assert (place.mnt / "file").read_text() == "lower"
     assert select.select([reader], [], [], 5)[0] and os.read(reader, 1) == b""
     os.close(reader)
+
+
+def test_quick_and_slow_requests_go_on_beside_each_other_and_need_no_pyfuse3(place: Place) -> None:
+    for number in range(8):
+        (place.lower / f"big{number}").write_bytes(bytes([number]) * 1_000_000)
+    assert run(*place.words()).returncode == 0
+
+    def slow(number: int) -> None:
+        with open(place.mnt / f"big{number}", "r+b") as file:  # copies it up
+            for _ in range(10):
+                file.write(b"x")
+                os.fsync(file.fileno())
+        directory = os.open(place.mnt, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+
+    def quick(number: int) -> None:
+        for turn in range(50):
+            name = place.mnt / f"dir{number}-{turn}"
+            name.mkdir()
+            (name / "file").write_text("x")
+            assert os.listdir(name) == ["file"]
+
+    with ThreadPoolExecutor(16) as pool:
+        for done in [pool.submit(work, n) for n in range(8) for work in (slow, quick)]:
+            done.result(timeout=60)
+    assert len(os.listdir(place.mnt)) == 1 + 8 + 8 * 50
+    mount = mounting.mount_at(os.fsencode(place.mnt))
+    assert mount is not None
+    server = mounting.server_of(mount)
+    assert server is not None
+    maps = Path(f"/proc/{server[1]}/maps").read_text()
+    assert "_lane" in maps and "pyfuse3" not in maps
 
 
 def _umount(place: Place) -> None:

@@ -20,7 +20,6 @@ import queue
 import signal
 import socket
 import threading
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -34,6 +33,7 @@ from unionfuse.options import MountOptions
 from unionfuse.union import Union
 
 if TYPE_CHECKING:
+    from unionfuse.eventloop import EventLoop
     from unionfuse.survival.survivor import Survivor
 
 log = logging.getLogger(__name__)
@@ -51,10 +51,10 @@ Work = Callable[[], bytes | None]
 
 
 class Lane:
-    """The lane of one mount. It serves as soon as it is made, and needs no event loop.
+    """The lane of one mount. It serves as soon as it is made.
 
-    Attributes:
-        descriptor: the channel for libfuse, to be named as /dev/fd/N; libfuse closes it.
+    pyfuse3, with trio the bigger half of what a mount needs, is started by the first request that
+    is handed to it.
     """
 
     def __init__(
@@ -77,7 +77,6 @@ class Lane:
         self._threads: list[threading.Thread] = []
         self._waiters = 0
         self._idle = 0
-        self._relayed: Counter[int] = Counter()  # by opcode
         self._opened_nodes: dict[int, int] = {}  # node -> handle, for opens that the loop answered
         self._direct: dict[int, set[int]] = {}  # node -> handles that the loop reads by itself
         self._lock = threading.Lock()  # of the fields above; never held across a call
@@ -97,13 +96,9 @@ class Lane:
             self._loop.stay_resident()
             survivor.settle(union)
             survivor.guard(self._methods)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (ours, theirs):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER)
-        self._pair = ours
+        self._pair: socket.socket | None = None  # to pyfuse3
+        self._pyfuse: EventLoop | None = None
         self._handshake()
-        self.descriptor = theirs.detach()
         union.watcher = self
         if survivor is not None:
             survivor.ask_again(fuse)
@@ -111,7 +106,6 @@ class Lane:
             self._start(partial(self._serve_until_end, cpu), f"lane-ring-{cpu}")
         for number in range(1 if self._has_rings else _READERS):
             self._start(partial(self._serve_until_end, None), f"lane-{number}")
-        self._start(self._relay_back, "lane-relay")
 
     def _handshake(self) -> None:
         if self._survivor is not None:
@@ -121,7 +115,7 @@ class Lane:
                 self._passthrough.take_over()
                 self._borrow_again()
                 self._has_rings = False
-                self._pair.send(protocol.init_for_libfuse(request))
+                self._init = request
                 return
             self._survivor.ask_again(self._fuse)
         request = os.read(self._fuse, 1 << 20)
@@ -149,7 +143,7 @@ class Lane:
             self._survivor.negotiated(request, granted)
         answer = protocol.negotiate(body, wanted)
         os.write(self._fuse, protocol.reply(header.unique, answer))
-        self._pair.send(protocol.init_for_libfuse(request))
+        self._init = request
 
     def _use_passthrough(self, enabled: bool) -> None:
         self._passthrough = Passthrough(self._fuse, enabled, self._union.tree.journal)
@@ -169,23 +163,22 @@ class Lane:
         passes = self._options.upperdir is None and self._passes_files_through()
         return _LARGE if passes and passthrough.is_permitted() else 1 << 63
 
-    def started(self) -> None:
-        """libfuse has shaken hands: nothing is to be done, it goes on with its end of the pair."""
-
     def when_ended(self, callback: Callable[[], None]) -> None:
         """Have a function called, from any thread, once the mount has ended."""
         self._on_end = callback
         if self._ended.is_set():
             callback()
 
+    @property
+    def failed(self) -> bool:
+        """Whether serving ended by a failure of our own."""
+        return self._pyfuse is not None and self._pyfuse.failed
+
     def counts(self) -> dict[str, int]:
-        """Requests by opcode, without those that pyfuse3 got."""
-        counted = self._loop.counts()
-        total = {opcode: here + python for opcode, (here, python) in counted.items()}
-        for opcode, relayed in self._relayed.items():
-            total[opcode] -= relayed
+        """Requests by opcode."""
         return {
-            _OPCODE_NAMES.get(opcode, f"OPCODE_{opcode}"): n for opcode, n in total.items() if n
+            _OPCODE_NAMES.get(opcode, f"OPCODE_{opcode}"): here + python
+            for opcode, (here, python) in self._loop.counts().items()
         }
 
     def close(self) -> None:
@@ -193,7 +186,10 @@ class Lane:
         self._loop.stop()
         for _ in range(_WAITERS):
             self._work.put(None)
-        self._pair.close()
+        if self._pair is not None:
+            self._pair.close()
+        if self._pyfuse is not None:
+            self._pyfuse.stop()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=1)
@@ -217,6 +213,9 @@ class Lane:
         if failure not in _ENDS:
             what = "reading /dev/fuse" if cpu is None else f"io_uring queue {cpu}"
             log.error("the express lane ends: %s: %s", what, os.strerror(failure))
+        self._end()
+
+    def _end(self) -> None:
         with self._lock:
             first = not self._ended.is_set()
             self._ended.set()
@@ -275,15 +274,31 @@ class Lane:
 
     def relay(self, call: Call) -> None:
         """Hand a request to pyfuse3, which answers it in its own time."""
-        self._relayed[call.opcode] += 1
         header = protocol.IN_HEADER.pack(protocol.IN_HEADER.size + len(call.body), *call[:6], 0, 0)
-        self._pair.send(header + call.body)
+        with self._lock:
+            pair = self._pair = self._pair or self._start_pyfuse()
+        pair.send(header + call.body)
 
-    def _relay_back(self) -> None:
+    def _start_pyfuse(self) -> socket.socket:
+        """Start pyfuse3 behind a pair of sockets; returns our end."""
+        from unionfuse.eventloop import EventLoop
+
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER)
+        ours.send(protocol.init_for_libfuse(self._init))
+        self._start(partial(self._relay_back, ours), "lane-relay")
+        self._pyfuse = EventLoop(
+            theirs.detach(), self._union, self._options, lambda: None, self._end
+        )
+        return ours
+
+    def _relay_back(self, pair: socket.socket) -> None:
         """Carry pyfuse3's replies to the kernel."""
         while True:
             try:
-                reply = self._pair.recv((1 << 20) + 4096)
+                reply = pair.recv((1 << 20) + 4096)
             except OSError:
                 return
             if not reply:

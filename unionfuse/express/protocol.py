@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
 from typing import NamedTuple
 
 KERNEL_VERSION = 7
@@ -308,8 +307,7 @@ ALWAYS = (
 )
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """What a daemon asks for; it gets the part of `flags` that the kernel offers.
 
     max_write and max_readahead are bytes, max_stack_depth counts file systems below a passthrough

@@ -270,9 +270,14 @@ class Requests:
         return b""
 
     def _fsync(self, call: Call) -> None:
-        handle, flags, padding = protocol.FSYNC_IN.unpack_from(call.body)
+        handle, flags, _ = protocol.FSYNC_IN.unpack_from(call.body)
         handle = self._lane.union_handle(handle)
-        self._lane.relay(call._replace(body=protocol.FSYNC_IN.pack(handle, flags, padding)))
+
+        def sync() -> bytes:
+            self._union.fsync(handle, bool(flags & protocol.FSYNC_FDATASYNC))
+            return b""
+
+        self._lane.later(call.unique, sync)
 
     def _fsyncdir(self, call: Call) -> None:
         handle, flags, _ = protocol.FSYNC_IN.unpack_from(call.body)
@@ -417,6 +422,9 @@ class Requests:
             return None
         self._union.removexattr(call.node, name)
         return b""
+
+    def _poll(self, call: Call) -> bytes:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))  # and the kernel never asks again
 
     # --- what never changes anything ----------------------------------------------------------
 
