@@ -156,7 +156,7 @@ class OpenFiles:
         """The descriptor of a file, for who notes its number; -1: there are too many such."""
         opened = self._file(handle)
         if not opened.pinned:
-            if self._pinned > resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4 > 0:
+            if self._pinned > resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8 > 0:
                 return -1
             self.descriptor(handle)
             self._closable.pop(handle, None)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 from unionfuse import syscalls, view, whiteout
 from unionfuse.copyup import INLINE_SIZE, CopyUp
 from unionfuse.layer import LayerStack
-from unionfuse.node import NOW, Attributes, Caller, Changes, Directory, Entry, Node
+from unionfuse.node import NOW, Attributes, Caller, Changes, Directory, Entry, Node, Place
 from unionfuse.openfiles import OpenFiles
 from unionfuse.options import MountOptions
 from unionfuse.renaming import Renaming
@@ -473,6 +473,11 @@ class Union:
         """Open a file again under a handle that the kernel has from an earlier daemon."""
         with self.lock:
             self.files.reopen(handle, self.tree.node(number), flags)
+
+    def lower_place(self, number: int) -> Place | None:
+        """Where a node's file lies in a layer; None where it is in upper, or no longer there."""
+        node = self.tree.node(number)
+        return None if node.in_upper or node.deleted else node.lower
 
     def is_settled(self, number: int) -> bool:
         """Whether no copy-up will ever give a node's open files another descriptor."""

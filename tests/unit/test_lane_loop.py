@@ -3,6 +3,7 @@
 import os
 import random
 import struct
+from pathlib import Path
 
 import pytest
 from harness.layers import File, HardLink, Symlink, build
@@ -29,8 +30,12 @@ NO_DATA = (61, b"")
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> LookupIndex:
-    base = tmp_path_factory.mktemp("loop")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("loop")
+
+
+@pytest.fixture(scope="module")
+def index(base: Path) -> LookupIndex:
     stack = LayerStack.open([os.fsencode(build(base / "layer", LAYER))])
     build_index(stack.layers).write(str(base / "index"))
     stack.close()
@@ -155,6 +160,53 @@ def test_links_xattrs_and_the_rest(loop: Loop, index: LookupIndex) -> None:
     assert loop.answer_request(request(Opcode.OPENDIR, 1, bytes(8))) == (38, b"")
     assert loop.answer_request(request(Opcode.FLUSH, file, bytes(24))) == (38, b"")
     assert loop.answer_request(request(Opcode.INTERRUPT, 0, bytes(8))) == ()
+
+
+def test_files_are_opened_beside_one_that_python_has_shown(index: LookupIndex, base: Path) -> None:
+    loop = loop_of(index)
+    loop.open_here(below=1 << 20)
+    many = index.lookup(1, b"many")
+    names = [name for name, *_ in listed(loop, many, 4096, plus=True) if len(name) > 5][:40]
+    nodes = {name: index.lookup(many, name) for name in names}
+    for name in names:
+        (base / "layer/many" / os.fsdecode(name)).write_bytes(name)
+
+    def opened(node: int) -> int:
+        error, body = loop.answer_request(request(Opcode.OPEN, node, bytes(8)))
+        assert error == 0
+        return int(protocol.OPEN_OUT.unpack(body)[0])
+
+    def read(node: int, handle: int) -> object:
+        body = protocol.READ_IN.pack(handle, 0, 4096, 0, 0, 0, 0)
+        return loop.answer_request(request(Opcode.READ, node, body))
+
+    def release(node: int, handle: int) -> object:
+        body = protocol.RELEASE_IN.pack(handle, 0, 0, 0)
+        return loop.answer_request(request(Opcode.RELEASE, node, body))
+
+    first = nodes[names[0]]
+    handle = opened(first)
+    assert read(first, handle) is PYTHON  # nobody knows yet where it lies
+    before = len(os.listdir("/proc/self/fd"))
+    loop.open_in(first, os.open(base / "layer/many", os.O_PATH))
+    handles = {name: opened(node) for name, node in nodes.items()}
+    for name, node in nodes.items():
+        assert read(node, handles[name]) == (0, name)
+    assert len(os.listdir("/proc/self/fd")) == before + 1 + len(nodes)
+    copy = os.open(base / "layer/file", os.O_RDONLY)
+    loop.changed(first, [many])
+    loop.read_node_from(first, copy)  # as after a copy-up
+    assert read(first, handle) == (0, b"x")
+    loop.read_node_from(first, -1)
+    assert read(first, handle) is PYTHON
+    for name, node in nodes.items():
+        assert release(node, handles[name]) == (0, b"")
+    assert release(first, handle) is PYTHON  # which has it open
+    os.close(copy)
+    one = index.lookup(index.lookup(1, b"d"), b"one")
+    loop.open_in(one, os.open(base / "layer/d", os.O_PATH))
+    assert read(one, opened(one)) is PYTHON  # it has two names: which one is there?
+    assert len(os.listdir("/proc/self/fd")) <= before + 2  # the two directories
 
 
 def test_forgets_of_indexed_nodes_need_nobody(loop: Loop, index: LookupIndex) -> None:

@@ -38,6 +38,9 @@ class QuietLane:
     def released_here(self, handle: int) -> None:
         pass
 
+    def open_beside(self, handle: int) -> None:
+        pass
+
     def union_handle(self, handle: int) -> int:
         return handle
 

@@ -19,9 +19,12 @@ from posix.unistd cimport close, pread, read, write
 cdef extern from *:
     """
     #define XXH_INLINE_ALL
+    #include <fcntl.h>
+    #include <sys/stat.h>
     #include <xxhash.h>
     #include <linux/fuse.h>
     #include <sys/mman.h>
+    #include <sys/resource.h>
     #include <sys/uio.h>
     #include <time.h>
 
@@ -44,6 +47,8 @@ cdef extern from *:
     #include <sys/syscall.h>
     #include <unistd.h>
 
+    #define LANE_WORTH_SPLICING 65536 /* bytes */
+    #define LANE_PIPE (1 << 20)
     #define LANE_REGISTER 1 /* FUSE_IO_URING_CMD_REGISTER */
     #define LANE_COMMIT 2   /* FUSE_IO_URING_CMD_COMMIT_AND_FETCH */
 
@@ -174,6 +179,58 @@ cdef extern from *:
         return __atomic_exchange_n(counter, value, __ATOMIC_SEQ_CST);
     }
 
+    static inline int lane_replace(int *counter, int expected, int value) { /* what was there */
+        __atomic_compare_exchange_n(counter, &expected, value, 0, __ATOMIC_SEQ_CST,
+                                    __ATOMIC_SEQ_CST);
+        return expected;
+    }
+    static inline uint64_t lane_load_place(uint64_t *place) {
+        return __atomic_load_n(place, __ATOMIC_SEQ_CST);
+    }
+    static inline uint64_t lane_swap_place(uint64_t *place, uint64_t value) {
+        return __atomic_exchange_n(place, value, __ATOMIC_SEQ_CST);
+    }
+
+    static long lane_most_files(void) { /* of those that this process may have open, an eighth */
+        struct rlimit limit;
+        return getrlimit(RLIMIT_NOFILE, &limit) ? 0 : limit.rlim_cur / 8;
+    }
+    static int lane_open(int directory, const char *name) {
+        int flags = O_RDONLY | O_NOFOLLOW | O_CLOEXEC, fd;
+        fd = openat(directory, name, flags | O_NOATIME);
+        return fd < 0 && errno == EPERM ? openat(directory, name, flags) : fd; /* not our file */
+    }
+
+    /* Answer a READ by splice: the kernel copies once, from the file's pages to those that asked.
+     * `ends` is a pipe, made when it is first needed. 0: nothing was sent. */
+    static int lane_splice(int *ends, int fuse, uint64_t unique, int file, uint64_t offset,
+                           size_t size) {
+        struct fuse_out_header out;
+        struct stat status;
+        loff_t at = offset;
+        size_t done = 0;
+        ssize_t moved = 0;
+        if (fstat(file, &status) || offset >= (uint64_t)status.st_size) return 0;
+        if (size > status.st_size - offset) size = status.st_size - offset;
+        if (size < LANE_WORTH_SPLICING) return 0; /* two system calls more */
+        if (!ends[1]) {
+            if (pipe2(ends, O_CLOEXEC | O_NONBLOCK)) return ends[1] = 0;
+            fcntl(ends[1], F_SETPIPE_SZ, LANE_PIPE);
+        }
+        out.len = sizeof out + size;
+        out.error = 0;
+        out.unique = unique;
+        if (write(ends[1], &out, sizeof out) == sizeof out) {
+            while (done < size &&
+                   (moved = splice(file, &at, ends[1], 0, size - done, SPLICE_F_NONBLOCK)) > 0)
+                done += moved;
+            if (done == size && splice(ends[0], 0, fuse, 0, out.len, 0) == out.len) return 1;
+        }
+        close(ends[0]); /* with what is left in it */
+        close(ends[1]);
+        return ends[0] = ends[1] = 0;
+    }
+
     static inline double lane_clock(void) {
         struct timespec now;
         clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
@@ -256,6 +313,13 @@ cdef extern from *:
     int lane_add(int *counter, int by) nogil
     int lane_load(int *counter) nogil
     int lane_swap(int *counter, int value) nogil
+    int lane_replace(int *counter, int expected, int value) nogil
+    uint64_t lane_load_place(uint64_t *place) nogil
+    uint64_t lane_swap_place(uint64_t *place, uint64_t value) nogil
+    long lane_most_files() nogil
+    int lane_splice(
+        int *ends, int fuse, uint64_t unique, int file, uint64_t offset, size_t size) nogil
+    int lane_open(int directory, const char *name) nogil
     int eventfd(unsigned count, int flags) nogil
     int mlock(const void *address, size_t length) nogil
     ssize_t writev(int fd, const iovec *iov, int count) nogil
@@ -298,6 +362,12 @@ cdef enum:
     TRUNCATE = 0o1000  # O_TRUNC
     KEEP_CACHE_NOFLUSH = 1 << 1 | 1 << 5
     BUSY = 256  # counters of reads that are under way
+    # What `files` has beside a descriptor plus one:
+    OURS = 1 << 30  # the loop has opened it
+    ASK = 1 << 29  # Python has it open, and reads it
+    DIRECTORIES = 32  # of layers, that the loop can open files in
+    DESCRIPTOR_BITS = 20
+    LAYER_BITS = 12
 
 # A handle that the loop gave: this bit, and the node id. It stands for all opens of the node.
 cdef uint64_t NODE_BIT = <uint64_t>1 << 62
@@ -307,11 +377,13 @@ NODE_HANDLE = NODE_BIT
 cdef enum:
     FOR_PYTHON = 0
     ANSWERED = 1
-    SILENT = 2  # no reply is due
+    SILENT = 2  # no reply is due, or it has been sent
 
 # Flags of a node in the index.
 cdef enum:
     HAS_XATTRS = 1
+    HAS_LINKS = 2
+    METACOPY = 4
     DIRECTORY = 8
     SYMLINK = 16
 
@@ -355,6 +427,7 @@ cdef struct Thread:
     Entry entries[8]
     int entry_count
     Place places[16]
+    int pipe[2]  # zeros for none
     uint64_t here[64]  # requests answered here, by opcode
     uint64_t python[64]  # requests handed to Python
 
@@ -367,6 +440,9 @@ cdef void free_thread(Thread *thread) noexcept:
     else:
         free(thread.request)
         free(thread.out)
+    if thread.pipe[1]:
+        close(thread.pipe[0])
+        close(thread.pipe[1])
     free(thread)
 
 
@@ -420,6 +496,10 @@ cdef class Loop:
     cdef uint64_t open_size  # files of this size and more are for Python to open
     cdef int *opens  # by node: how many opens the loop has answered
     cdef int *files  # by node: the descriptor to read such opens from, plus one; 0 for none yet
+    cdef int opened_files  # how many of them the loop has opened
+    # By a hash of node and layer: node, layer and descriptor of a directory, in one number.
+    cdef uint64_t directories[32]
+    cdef int entering[32]  # how many threads are using one
     cdef int busy[256]
     cdef int *descriptors  # by handle: where READ reads, plus one; 0 is for Python to say
     cdef uint64_t handles
@@ -433,6 +513,13 @@ cdef class Loop:
             raise MemoryError
 
     def __dealloc__(self):
+        if self.opening:
+            for i in range(<int>self.count + 1):
+                if self.files[i] & OURS:
+                    close((self.files[i] & ~OURS) - 1)
+        for i in range(DIRECTORIES):
+            if self.directories[i]:
+                close(self.directories[i] & ((1 << DESCRIPTOR_BITS) - 1))
         free(self.own_marks)
         free(self.files)
         free(self.descriptors)
@@ -512,7 +599,8 @@ cdef class Loop:
     def open_here(self, uint64_t below):
         """Answer OPEN for reading, of files that are as in the index and smaller than `below`.
 
-        Nothing is opened then: who reads such a file asks Python for a descriptor first.
+        Nothing is opened then. The file is opened when it is first read: here where its directory
+        is known (see `open_in`), as long as descriptors are not scarce; by Python otherwise.
         """
         self.files = <int *>calloc(self.count + 1, sizeof(int))
         if not self.files:
@@ -524,16 +612,38 @@ cdef class Loop:
         # An addition, not a look: it comes after the mark that `changed` has just set.
         return lane_add(&self.opens[node], 0) if self.opening and node <= self.count else 0
 
-    def read_node_from(self, uint64_t node, int descriptor):
-        """READ of opens that the loop has answered reads this descriptor; -1 asks Python again.
+    def read_node_from(self, uint64_t node, int descriptor, bint held=True):
+        """READ of opens that the loop has answered reads this descriptor; -1 asks Python.
 
         When it returns, nobody reads the one before any more.
+
+        Arguments:
+            held: Python has the file open, and has to be told of the last RELEASE.
         """
-        if not self.opening or not 0 < node <= self.count:
+        cdef int value = descriptor + 1 if descriptor >= 0 else ASK if held else 0
+        if self.opening and 0 < node <= self.count:
+            with nogil:
+                self.end_reading(node, lane_swap(&self.files[node], value))
+
+    def open_in(self, uint64_t node, int directory):
+        """Let the loop open files beside this node, of the same layer, in a directory.
+
+        Arguments:
+            directory: becomes the loop's.
+        """
+        cdef uint64_t key = self.directory_key(node), old
+        cdef uint64_t slot = key % DIRECTORIES
+        if not key or directory >> DESCRIPTOR_BITS:
+            close(directory)
             return
-        lane_swap(&self.files[node], descriptor + 1)
-        while lane_load(&self.busy[node % BUSY]):
-            pass  # a pread that began before; it needs no GIL
+        with nogil:
+            old = lane_swap_place(
+                &self.directories[slot], key << DESCRIPTOR_BITS | <uint64_t>directory
+            )
+            while lane_load(&self.entering[slot]):
+                pass
+            if old:
+                close(old & ((1 << DESCRIPTOR_BITS) - 1))
 
     def counts(self):
         """Requests by opcode: (answered here, handed to Python)."""
@@ -1063,6 +1173,18 @@ cdef class Loop:
         descriptor = self.descriptors[wanted.fh] - 1
         if descriptor < 0:
             return FOR_PYTHON
+        return self.read_file(thread, descriptor, wanted, reply)
+
+    cdef int read_file(
+        self, Thread *thread, int descriptor, const fuse_read_in *wanted, Reply *reply
+    ) noexcept nogil:
+        cdef ssize_t got
+        cdef uint64_t unique = (<const fuse_in_header *>thread.request).unique
+        if thread.entry == NULL:
+            if lane_splice(
+                thread.pipe, self.fd, unique, descriptor, wanted.offset, wanted.size
+            ):
+                return SILENT
         got = pread(descriptor, thread.out, wanted.size, <off_t>wanted.offset)
         if got < 0:
             return self.fail(reply, errno)
@@ -1073,22 +1195,18 @@ cdef class Loop:
         self, Thread *thread, uint64_t node, const fuse_read_in *wanted, Reply *reply
     ) noexcept nogil:
         cdef int descriptor
-        cdef ssize_t got = 0
-        cdef int failure = 0
+        cdef int how = FOR_PYTHON
         if not self.opening or not 0 < node <= self.count:
             return self.fail(reply, EINVAL)
-        lane_add(&self.busy[node % BUSY], 1)  # before the look: see read_node_from
-        descriptor = lane_load(&self.files[node]) - 1
+        lane_add(&self.busy[node % BUSY], 1)  # before the look: see end_reading
+        descriptor = lane_load(&self.files[node])
+        if descriptor == 0:
+            descriptor = self.open_file(node)
+        descriptor = (descriptor & ~OURS) - 1 if descriptor != ASK else -1
         if descriptor >= 0:
-            got = pread(descriptor, thread.out, wanted.size, <off_t>wanted.offset)
-            failure = errno
+            how = self.read_file(thread, descriptor, wanted, reply)
         lane_add(&self.busy[node % BUSY], -1)
-        if descriptor < 0:
-            return FOR_PYTHON
-        if got < 0:
-            return self.fail(reply, failure)
-        reply.data, reply.length = thread.out, got
-        return ANSWERED
+        return how
 
     cdef int open(
         self, Thread *thread, uint64_t node, const char *body, size_t size, Reply *reply
@@ -1119,7 +1237,7 @@ cdef class Loop:
     ) noexcept nogil:
         cdef const fuse_release_in *wanted = <const fuse_release_in *>body
         cdef uint64_t node
-        cdef int done = ANSWERED
+        cdef int found, done = ANSWERED
         if size < sizeof(fuse_release_in) or not wanted.fh & NODE_BIT or not self.opening:
             return FOR_PYTHON
         node = wanted.fh & ~NODE_BIT
@@ -1130,9 +1248,60 @@ cdef class Loop:
             # open too many is counted. One too few would close a file that is open.
             self.send(NULL, (<const fuse_in_header *>thread.request).unique, reply)
             done = SILENT
-        if lane_add(&self.opens[node], -1) > 0 or lane_load(&self.files[node]) == 0:
+        if lane_add(&self.opens[node], -1) > 0:
             return done
-        return FOR_PYTHON  # the last one: Python closes what it has opened for it
+        found = lane_load(&self.files[node])
+        if found & OURS and lane_replace(&self.files[node], found, 0) == found:
+            self.end_reading(node, found)
+            return done
+        return done if found == 0 else FOR_PYTHON  # which closes what it has opened for it
+
+    cdef void end_reading(self, uint64_t node, int old) noexcept nogil:
+        """Close what `files` had of a node, if it is ours, once nobody reads it."""
+        while lane_load(&self.busy[node % BUSY]):
+            pass  # a pread that began before
+        if old & OURS:
+            close((old & ~OURS) - 1)
+            lane_add(&self.opened_files, -1)
+
+    cdef uint64_t directory_key(self, uint64_t node) noexcept nogil:
+        """A number for the directory of a layer that has this node; 0 for none."""
+        if not 0 < node <= self.count or self.nodes[node].layer >> LAYER_BITS:
+            return 0
+        return <uint64_t>self.nodes[node].parent << LAYER_BITS | self.nodes[node].layer
+
+    cdef int open_file(self, uint64_t node) noexcept nogil:
+        """Open the lower file of a node; returns what `files` then has of it, 0 for nothing."""
+        cdef uint64_t key = self.directory_key(node), place
+        cdef uint64_t slot = key % DIRECTORIES
+        cdef const char *record
+        cdef const fuse_dirent *entry
+        cdef char name[256]
+        cdef int descriptor = -1, found
+        # A file with several names may have another one in its layer; a metacopy is elsewhere.
+        if self.nodes[node].flags & (HAS_LINKS | METACOPY | DIRECTORY | SYMLINK):
+            return 0
+        record = self.record(<uint64_t>self.nodes[node].record * 8, self.records_length)
+        if record == NULL or self.dirty[node] & CHANGED:
+            return 0
+        entry = <const fuse_dirent *>(record + ENTRY_SIZE)
+        if entry.namelen > NAME_MAX:
+            return 0
+        memcpy(name, record + RECORD_SIZE, entry.namelen)
+        name[entry.namelen] = 0
+        lane_add(&self.entering[slot], 1)  # before the look: see open_in
+        place = lane_load_place(&self.directories[slot])
+        if place and place >> DESCRIPTOR_BITS == key and self.opened_files < lane_most_files():
+            descriptor = lane_open(place & ((1 << DESCRIPTOR_BITS) - 1), name)
+        lane_add(&self.entering[slot], -1)
+        if descriptor < 0:
+            return 0
+        found = lane_replace(&self.files[node], 0, (descriptor + 1) | OURS)
+        if found:  # somebody was faster
+            close(descriptor)
+            return found
+        lane_add(&self.opened_files, 1)
+        return (descriptor + 1) | OURS
 
     def keep_statfs(self, bytes answer):
         """Answer STATFS with these bytes for a moment: the kernel never caches it."""

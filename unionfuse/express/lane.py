@@ -352,12 +352,20 @@ class Lane:
                 self._opened_nodes[handle.node] = handle.number
                 self._loop.read_node_from(handle.node, self._union.files.pin(handle.number))
 
+    def open_beside(self, handle: int) -> None:
+        """Let the loop open by itself what lies beside a file that it has answered an open of."""
+        node = handle & ~NODE_HANDLE
+        with self._union.lock:
+            place = self._union.lower_place(node)
+            if place is not None and self._index is not None:
+                self._loop.open_in(node, os.dup(place.layer.directory(place.path)))
+
     def released_here(self, handle: int) -> None:
         """The last open of a node that the loop has answered may be gone."""
         node = handle & ~NODE_HANDLE
         with self._union.lock:
             if not self._loop.opened_here(node) and node in self._opened_nodes:
-                self._loop.read_node_from(node, -1)
+                self._loop.read_node_from(node, -1, held=False)
                 self._union.release(self._opened_nodes.pop(node))
 
     def read_directly(self, node: int, handle: int, descriptor: int) -> None:
