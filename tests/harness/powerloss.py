@@ -154,7 +154,7 @@ def disks(recorder: Recorder, before: Path, where: Path) -> Iterator[tuple[int, 
     for number, (made, moment) in enumerate(recorder.moments):
         end = recorder.moments[number + 1][0] if number + 1 < len(recorder.moments) else total
         for kept in range(moment.changes, end + 1):
-            key = kept, tuple(sorted(moment.data))
+            key = kept, tuple(sorted(moment.data.items()))
             if key in seen:
                 continue
             seen.add(key)
