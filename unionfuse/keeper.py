@@ -88,8 +88,8 @@ class Keeper:
                 return code
             if not self.mountpoint:
                 return code if code > 0 else 1
-            if not self.served:
-                return self.end("died before it served")
+            if not self.served and code > 0:  # killed it may be at any time
+                return self.end("gave up before it served")
             if self.ending:
                 return self.end("died while it was ending")
             if self.reason:

@@ -127,6 +127,8 @@ class Daemon:
 
     def kill(self) -> None:
         """SIGKILL for the daemon, and for its keeper first if it has one."""
+        if self.process.poll() is not None:
+            return
         self.process.send_signal(signal.SIGSTOP)  # as long as it lives its child is known
         with contextlib.suppress(OSError):
             pid = self.process.pid

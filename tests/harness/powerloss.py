@@ -106,10 +106,14 @@ class Recorder:
         count, data = last.changes, dict(last.data)
         status = os.fstat(descriptor)
         if stat.S_ISREG(status.st_mode):
-            with open(f"/proc/self/fd/{descriptor}", "rb") as file:
-                data[status.st_ino] = file.read()
+            data[status.st_ino] = _content(f"/proc/self/fd/{descriptor}")
         if name == "syncfs":
             count = len(self.changes)
+            for part in (b"/upper", b"/work"):
+                for directory, _, names in os.walk(self.base + part):
+                    for path in (os.path.join(directory, found) for found in names):
+                        if stat.S_ISREG(os.lstat(path).st_mode):
+                            data[os.lstat(path).st_ino] = _content(path)
         elif name == "fsync":
             touching = [
                 number
@@ -123,6 +127,11 @@ class Recorder:
         path = os.readlink(b"/proc/self/fd/%d" % descriptor)
         assert path.startswith(self.base + b"/"), path
         return path[len(self.base) + 1 :]
+
+
+def _content(path: str | bytes) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _parameters(name: str) -> Iterator[str]:
@@ -154,19 +163,17 @@ def disks(recorder: Recorder, before: Path, where: Path) -> Iterator[tuple[int, 
     for number, (made, moment) in enumerate(recorder.moments):
         end = recorder.moments[number + 1][0] if number + 1 < len(recorder.moments) else total
         for kept in range(moment.changes, end + 1):
-            key = kept, tuple(sorted(moment.data.items()))
+            key = kept, number + 1 == len(recorder.moments), tuple(sorted(moment.data.items()))
             if key in seen:
                 continue
             seen.add(key)
-            for name in ("upper", "work"):
-                shutil.rmtree(where / name, ignore_errors=True)
-                _copy(before / name, where / name)
+            parts = [before / name for name in ("upper", "work")]
+            for part in parts:
+                shutil.rmtree(where / part.name, ignore_errors=True)
+            # in one go: hard links between them stay
+            subprocess.run(["cp", "-a", *parts, where], check=True)
             _replay(recorder.changes[:kept], moment.data, os.fsencode(where))
             yield made, kept, moment
-
-
-def _copy(source: Path, target: Path) -> None:
-    subprocess.run(["cp", "-a", source, target], check=True)
 
 
 def _replay(changes: list[Change], data: dict[int, bytes], where: bytes) -> None:

@@ -22,7 +22,7 @@ import pytest
 from harness import torture
 from harness.layers import File, HardLink, Layer
 from harness.linux import RENAME_EXCHANGE
-from harness.mounts import Mounted, Workshop, is_mounted, unionfuse_command
+from harness.mounts import Daemon, Mounted, Workshop, is_mounted, unionfuse_command
 from harness.snapshot import assert_equal
 
 pytestmark = [pytest.mark.on("unionfuse"), pytest.mark.timeout(300)]
@@ -293,7 +293,7 @@ def test_upgrade_while_a_file_is_open(workshop: Workshop) -> None:
 
 
 def test_upgrade_needs_a_keeper(workshop: Workshop) -> None:
-    tree = workshop({"f": "1"})
+    tree = workshop({"f": "1"}, options={"keeper": "off"})
     program = Path(sys.executable).with_name("unionfuse")
     for place, words in ((tree.root, "no keeper"), (tree.root / "f", "no union")):
         said = subprocess.run([program, "upgrade", place], capture_output=True, text=True)
@@ -567,5 +567,38 @@ def test_a_service_manager_holds_what_the_keeper_held(workshop: Workshop) -> Non
         manager.close()
         process.kill()
         process.wait()
+        if is_mounted(stack.mountpoint):
+            subprocess.run(["umount", "-l", stack.mountpoint], check=True)
+
+
+OLD_KERNEL = """
+import sys
+from unionfuse.express import protocol
+whole = protocol.parse_init
+def without(body):
+    found = whole(body)
+    return found._replace(flags=found.flags & ~protocol.InitFlag.HAS_RESEND)
+protocol.parse_init = without
+from unionfuse.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_kernel_that_does_not_send_requests_again(workshop: Workshop) -> None:
+    """Linux before 6.9, played: the mount works, the log says what a crash means, and it ends."""
+    plain = workshop({"f": "1"})
+    stack = type(plain.stack).around(plain.stack.base.with_name("second"), plain.stack.lowers)
+    line = f"lowerdir={stack.lowers[0]},upperdir={stack.upper},workdir={stack.work},keeper=on"
+    command = [sys.executable, "-c", OLD_KERNEL, "-f", "-o", line, str(stack.mountpoint)]
+    daemon = Daemon.start(command, stack.mountpoint, stack.base / "log")
+    try:
+        assert (stack.mountpoint / "f").read_text() == "1"
+        assert "a crash of the daemon will end this mount: this kernel" in daemon.messages()
+        os.kill(daemon.pid, signal.SIGKILL)
+        assert daemon.process.wait(20) == 1
+        assert "cannot be replaced: this kernel does not send requests again" in daemon.messages()
+        assert not is_mounted(stack.mountpoint)
+    finally:
+        daemon.kill()
         if is_mounted(stack.mountpoint):
             subprocess.run(["umount", "-l", stack.mountpoint], check=True)

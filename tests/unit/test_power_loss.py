@@ -90,7 +90,8 @@ def test_what_fsync_said_is_there(directory: Path, name: str, ordered: bool) -> 
                 difference(after, seen, ("acknowledged", "on disk"))
             )
         lost += seen != after
-    assert kept and lost  # the model does lose what nobody has waited for
+    assert kept
+    assert lost or "empty" in name  # the model does lose what nobody has waited for
 
 
 def power_cuts(
