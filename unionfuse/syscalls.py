@@ -1,8 +1,8 @@
 """The only raw system calls: what the `os` module lacks, and everything that changes a file system.
 
 Every call that changes something on disk goes through this module, so that a test can kill the
-process, fail a call or record the order in front of each of them (`UNIONFUSE_TEST_KILL_AT`,
-`UNIONFUSE_TEST_FAIL_AT`). Without these variables the calls are plain and cost nothing extra.
+process, fail a call, have it wait or record the order in front of each of them (the variables
+`UNIONFUSE_TEST_…`, see `_Faults`). Without these the calls are plain and cost nothing extra.
 
 Names are single path components relative to a directory descriptor; nothing here follows a
 symbolic link.
@@ -17,6 +17,7 @@ import os
 import signal
 import struct
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -235,13 +236,14 @@ class _Faults:
         self.fail_at = int(number or 0)
         self.fail_errno = getattr(errno, name or "EIO")
         self.trace = os.environ.get("UNIONFUSE_TEST_TRACE")
+        self.hold = os.environ.get("UNIONFUSE_TEST_HOLD")  # such a call waits while it is armed
         self.count = 0
         self.armed_by = os.environ.get("UNIONFUSE_TEST_ARMED_BY")  # counts once this file exists
         self.lock = threading.Lock()
 
     @property
     def active(self) -> bool:
-        return bool(self.kill_at or self.fail_at or self.trace)
+        return bool(self.kill_at or self.fail_at or self.trace or self.hold)
 
     def before(self, call: str, args: tuple[Any, ...]) -> None:
         if self.armed_by and not os.path.exists(self.armed_by):
@@ -255,6 +257,8 @@ class _Faults:
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.count == self.fail_at:
                 raise OSError(self.fail_errno, os.strerror(self.fail_errno))
+        while call == self.hold and self.armed_by and os.path.exists(self.armed_by):
+            time.sleep(0.01)
 
 
 _faults = _Faults()

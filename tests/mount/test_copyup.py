@@ -1,12 +1,12 @@
 """A lower file that changes is copied up: whole, once, and so that nobody notices."""
 
-import contextlib
 import errno
 import os
 import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -235,29 +235,39 @@ def test_racing_threads_in_every_operation(workshop: Workshop) -> None:
         assert os.getxattr(path, "user.x") == b"y"
 
 
+@pytest.mark.doors
 @pytest.mark.on("unionfuse")
-def test_a_slow_copy_does_not_hold_up_others(workshop: Workshop) -> None:
-    tree = workshop({"big": File(data=os.urandom(1 << 20), size=1 << 20), "d/x": "x"})
-    tree.unmount()
-    big = tree.stack.lowers[0] / "big"
-    with open(big, "wb") as file:
-        block = os.urandom(4 << 20)
-        for _ in range(150):
-            file.write(block)
-    for layer in tree.stack.lowers:
-        workshop.forget_layer(layer)
-    tree.mount()
-    copying = threading.Thread(target=lambda: os.chmod(tree / "big", 0o600))
-    copying.start()
-    rounds = 0
-    while copying.is_alive():
-        assert os.listdir(tree / "d") == ["x"]
-        assert os.stat(tree / "d/x").st_size == 1
-        with contextlib.suppress(OSError):
-            os.stat(tree / f"missing{rounds}")
-        rounds += 1
-    copying.join()
-    assert rounds > 20, "others waited for the copy"
+@pytest.mark.parametrize("call", ["clone_file", "fsync"])
+def test_a_slow_copy_or_fsync_does_not_hold_up_others(workshop: Workshop, call: str) -> None:
+    """The call does not end before the others have been answered."""
+    armed, trace = workshop.directory / "armed", workshop.directory / "trace"
+    environment = {
+        "UNIONFUSE_TEST_HOLD": call,
+        "UNIONFUSE_TEST_ARMED_BY": str(armed),
+        "UNIONFUSE_TEST_TRACE": str(trace),
+    }
+    stack = {"big": File(data=os.urandom(300_000)), "d/x": "x"}
+    tree = workshop(stack, environment=environment)
+    with open(tree / "written", "w") as file:
+        armed.touch()
+        if call == "fsync":
+            slow = threading.Thread(target=os.fsync, args=(file.fileno(),))
+        else:
+            slow = threading.Thread(target=os.chmod, args=(tree / "big", 0o600))
+        slow.start()
+        try:
+            while not trace.exists() or f" {call} " not in trace.read_text():
+                time.sleep(0.01)
+            assert os.listdir(tree / "d") == ["x"]
+            assert (tree / "d/x").read_text() == "x"
+            assert not (tree / "missing").exists()
+            (tree / "d/new").write_text("new")
+            os.mkdir(tree / "d/directory")
+            assert slow.is_alive()
+        finally:
+            armed.unlink()
+            slow.join()
+    assert os.stat(tree / "written").st_size == 0
 
 
 @pytest.mark.on("overlay", "unionfuse")
