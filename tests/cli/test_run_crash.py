@@ -10,13 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from harness.containers import COMMAND, Box, nothing_left, wait_until
-
-
-def monitor_of(box: Box, name: str) -> int:
-    """The pid of the process that keeps a container: the parent of its first process."""
-    text = Path(f"/proc/{box.state(name)['Pid']}/stat").read_text()
-    return int(text.rpartition(")")[2].split()[1])
+from harness.containers import COMMAND, Box, monitor_of, nothing_left, wait_until
 
 
 def alive(pid: int) -> bool:
@@ -200,17 +194,3 @@ def test_a_full_disk_stops_the_log_and_not_the_container(box: Box, tmp_path: Pat
         box("rm", "-f", "writer")
     finally:
         subprocess.run(["umount", str(small)], check=True)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(300)
-def test_fifty_containers_of_one_image(box: Box) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda number: box.start(f"many-{number}"), range(50)))
-    assert len(box.names()) == 50
-    pids = [box.state(f"many-{number}")["Pid"] for number in range(50)]
-    assert len(set(pids)) == 50
-    names = [f"many-{number}" for number in range(50)]
-    box("rm", "-f", *names, timeout=200)
-    assert nothing_left(box)
-    assert not any(alive(pid) for pid in pids)

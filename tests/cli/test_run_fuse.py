@@ -5,10 +5,11 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from harness.containers import Box, boxed, leftovers, nothing_left, wait_until
+from harness.containers import Box, boxed, leftovers, monitor_of, nothing_left, wait_until
 
 from unionfuse import mounting
 
@@ -105,6 +106,59 @@ def test_a_shared_file_is_cached_once(box: Box) -> None:
         box.out("exec", name, "stat", "-c", "%i", "/bin/busybox") for name in ("left", "right")
     }
     assert len(inode) == 1
+
+
+@pytest.mark.parametrize(
+    "count", [4, pytest.param(50, marks=(pytest.mark.long, pytest.mark.timeout(600)))]
+)
+def test_many_containers_of_one_image_at_once(box: Box, count: int) -> None:
+    """Together they read a file of a lower layer from the disk once; each holds little memory."""
+    size = 8 << 20
+    box.start("maker", command=f"head -c {size} /dev/urandom > /big; sync; echo done; sleep 1000")
+    wait_until(lambda: box.out("logs", "maker") == "done\n", 30)
+    box("commit", "maker", "big")
+    box("rm", "-f", "maker")
+    (layer,) = (path for path in box.root.glob("diff/*/big"))
+    _forget_pages(layer)
+    names = [f"many-{number}" for number in range(count)]
+    # /proc/PID/io counts what came from the disk, that of ended children too
+    script = "cat /big > /dev/null; cat /proc/1/io > /io.new; mv /io.new /io; sleep 1000"
+    words = ("run", "-d", "--network", "none")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda one: box(*words, "--name", one, "big", "sh", "-c", script), names))
+    assert sorted(box.names()) == sorted(names)
+    reports = [box.directory(name) / "upper/io" for name in names]
+    wait_until(lambda: all(report.exists() for report in reports), 60)
+    daemons = [daemon_of(box, name) for name in names]
+    monitors = [monitor_of(box, name) for name in names]
+    read = sum(_read_bytes(report) for report in reports)
+    read += sum(_read_bytes(Path(f"/proc/{pid}/io")) for pid in daemons)
+    assert size <= read < 2 * size, f"{count} containers read {read} bytes of {size} from the disk"
+    held = sum(_anonymous(pid) for pid in (*daemons, *monitors)) / count
+    assert held < 30 << 20, f"{held / 1e6:.1f} MB of anonymous memory for each container"
+    pids = [box.state(name)["Pid"] for name in names]
+    assert len(set(pids)) == count
+    box("rm", "-f", *names, timeout=200)
+    assert nothing_left(box)
+    assert not [pid for pid in (*pids, *daemons, *monitors) if Path(f"/proc/{pid}/exe").exists()]
+
+
+def _forget_pages(path: Path) -> None:
+    """Take a file out of the page cache."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _read_bytes(report: Path) -> int:
+    lines = report.read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
+
+
+def _anonymous(pid: int) -> int:
+    """Bytes of anonymous memory, what is shared divided by those who share it."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss_Anon:"))
 
 
 @pytest.mark.parametrize("runtime", ["crun", "runc"])

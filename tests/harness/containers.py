@@ -144,6 +144,12 @@ class Box:
             self("network", "prune", "-f", code=None)
 
 
+def monitor_of(box: Box, name: str) -> int:
+    """The pid of the process that keeps a container: the parent of its first process."""
+    text = Path(f"/proc/{box.state(name)['Pid']}/stat").read_text()
+    return int(text.rpartition(")")[2].split()[1])
+
+
 def leftovers(box: Box, marks: tuple[str, ...] = ()) -> dict[str, list[str]]:
     """Mounts, monitors and cgroups of a box that are still there."""
     here = str(box.run_root)

@@ -4,11 +4,23 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from unionimage.container import capabilities, create, limits, logs, seccomp, terminal, users, wire
+from unionimage.container import (
+    capabilities,
+    create,
+    limits,
+    logs,
+    seccomp,
+    terminal,
+    usage,
+    users,
+    wire,
+)
 from unionimage.container import volumes as volume_flags
 from unionimage.container.processes import signal_number
 from unionimage.container.state import Containers, new_id
@@ -53,6 +65,70 @@ def test_limits_as_the_runtime_takes_them() -> None:
         with pytest.raises(UserError, match="cannot be enforced"):
             limits.resources({key: value}, nothing)
     assert limits.resources({}, nothing) == {}
+
+
+def test_usage_is_read_from_cgroup_v2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files as the kernel's admin-guide/cgroup-v2.rst describes them."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    own = next((line.partition("::")[2] for line in lines if line.startswith("0::")), "/")
+    tree = tmp_path / own.lstrip("/")
+    tree.mkdir(parents=True, exist_ok=True)
+    for name, text in {
+        "cpu.stat": "usage_usec 1500000\nuser_usec 1000000\nsystem_usec 500000\n",
+        "memory.current": "52428800\n",
+        "memory.max": "max\n",
+        "memory.stat": "anon 4096\nfile 8192\ninactive_file 20971520\nactive_file 0\n",
+        "memory.events": "low 0\nhigh 0\nmax 31\noom 2\noom_kill 1\n",
+        "io.stat": "8:0 rbytes=4096 wbytes=8192 rios=1 wios=2\n254:0 rbytes=4 wbytes=0\n",
+        "pids.current": "12\n",
+        "cgroup.procs": f"{os.getpid()}\n1\n",
+    }.items():
+        (tree / name).write_text(text)
+    names = ("cpu", "io", "memory", "pids")
+    monkeypatch.setattr(limits, "host", lambda: limits.Host(2, dict.fromkeys(names, tmp_path)))
+    fake: Any = SimpleNamespace(state=lambda: {"Pid": os.getpid()})
+    found = usage.sample(fake)
+    assert found is not None
+    assert (found.cpu, found.memory, found.pids) == (1_500_000_000, 31457280, 12)
+    assert found.memory_limit == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert (found.read, found.written) == (4100, 8192)
+    assert limits.processes(os.getpid()) == [1, os.getpid()]
+    (tree / "memory.max").write_text("67108864\n")
+    limited = usage.sample(fake)
+    assert limited is not None and limited.memory_limit == 67108864
+    assert limits.ran_out_of_memory(tree)
+    (tree / "memory.events").write_text("low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\n")
+    assert not limits.ran_out_of_memory(tree)
+
+
+def test_which_limits_cgroup_v2_has(tmp_path: Path) -> None:
+    (tmp_path / "child").mkdir()
+    (tmp_path / "cpuset.cpus.effective").write_text("0-3\n")
+    names = ("cpu", "cpuset", "io", "memory", "pids")
+    v2 = limits.Host(2, dict.fromkeys(names, tmp_path))
+    assert limits.resources({"CpusetCpus": "1-2", "CpuShares": 512}, v2)["cpu"] == {
+        "cpus": "1-2",
+        "shares": 512,
+    }
+    with pytest.raises(UserError, match="7 is not available, only 0-3"):
+        limits.resources({"CpusetCpus": "7"}, v2)
+    # without memory.swap.max in a child the kernel accounts no swap
+    assert "swap" not in limits.resources({"Memory": 64 << 20}, v2)["memory"]
+    with pytest.raises(UserError, match="does not account swap"):
+        limits.resources({"Memory": 64 << 20, "MemorySwap": 128 << 20}, v2)
+    (tmp_path / "child/memory.swap.max").write_text("max\n")
+    assert limits.resources({"Memory": 64 << 20}, v2)["memory"]["swap"] == 128 << 20
+    for config, said in (
+        ({"MemorySwappiness": 10}, "no swappiness"),
+        ({"OomKillDisable": True}, "--oom-kill-disable"),
+        ({"Memory": 64 << 20, "MemoryReservation": 65 << 20}, "cannot be above"),
+    ):
+        with pytest.raises(UserError, match=said):
+            limits.resources(config, v2)
+    bare = limits.Host(2, {})
+    for config in ({"Memory": 64 << 20}, {"PidsLimit": 3}, {"NanoCpus": 10**9}, {"CpuShares": 9}):
+        with pytest.raises(UserError, match="cgroup controller"):
+            limits.resources(config, bare)
 
 
 def test_signals() -> None:

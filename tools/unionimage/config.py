@@ -26,9 +26,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from unionimage.errors import UserError
 
@@ -48,8 +48,10 @@ _KEYS: dict[str, dict[str, str]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Config(NamedTuple):
     """What the configuration files say, with defaults for the rest.
 
     Attributes:
@@ -67,9 +69,9 @@ class Config:
     layer_size: int = 256 << 30
     layer_entries: int = 10_000_000
     insecure: tuple[str, ...] = ()
-    mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    short_names: Mapping[str, str] = field(default_factory=dict)
-    token_realms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    mirrors: Mapping[str, tuple[str, ...]] = _NOTHING
+    short_names: Mapping[str, str] = _NOTHING
+    token_realms: Mapping[str, tuple[str, ...]] = _NOTHING
 
 
 def load() -> Config:

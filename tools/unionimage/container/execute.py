@@ -12,20 +12,18 @@ import signal
 import socket
 import stat
 import subprocess
-import tempfile
 import termios
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from unionimage.container import bundle, capabilities, runtime, terminal, users, wire
-from unionimage.container.state import Container
+from unionimage.container.state import Container, remove_tree
 
 CHUNK = 1 << 16
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What to run, and how it differs from the container's own process."""
 
     command: Sequence[str]
@@ -93,12 +91,16 @@ def run_detached(container: Container, request: Request) -> None:
 
 @contextlib.contextmanager
 def _files(container: Container, request: Request) -> Iterator[str]:
-    with tempfile.TemporaryDirectory(dir=container.run, prefix="exec-") as directory:
+    directory = container.run / f"exec-{os.urandom(8).hex()}"
+    directory.mkdir(mode=0o700)
+    try:
         spec = process_of(container, request)
         _require_command(container, spec)
-        Path(directory, "process.json").write_text(json.dumps(spec))
-        Path(directory, "log").touch()
-        yield directory
+        (directory / "process.json").write_text(json.dumps(spec))
+        (directory / "log").touch()
+        yield str(directory)
+    finally:
+        remove_tree(directory)
 
 
 def _require_command(container: Container, spec: bundle.Spec) -> None:

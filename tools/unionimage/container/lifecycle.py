@@ -12,35 +12,21 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unionimage.container import networks, volumes, wire
-from unionimage.container.events import Events
-from unionimage.container.state import ALIVE, Container, Containers
+from unionimage.container.inventory import Inventory
+from unionimage.container.state import ALIVE, Container
 from unionimage.errors import Conflict, NotFound, UserError
 
 if TYPE_CHECKING:
     from unionimage.store import Image, Store
 
-OpenStore = Callable[[], AbstractContextManager["Store"]]
 
-
-class Engine:
-    """All containers, volumes and networks of one store.
-
-    `open_store` is called only where images are needed: most verbs do without.
-    """
-
-    def __init__(self, root: Path, open_store: OpenStore) -> None:
-        self.root = root
-        self.open_store = open_store
-        self.containers = Containers(root)
-        self.volumes = volumes.Volumes(root)
-        self.networks = networks.Networks(root)
-        self.events = Events(root)
+class Engine(Inventory):
+    """The verbs, on what there is of one store."""
 
     # ---- looking
 
@@ -167,8 +153,6 @@ class Engine:
         self, container: Container, *, force: bool = False, anonymous_volumes: bool = False
     ) -> None:
         """Remove a container. Raises Conflict when it runs, unless `force` kills it."""
-        from unionimage.container import prepare, remains
-
         if container.state()["Status"] in ALIVE:
             if not force:
                 raise Conflict(
@@ -179,23 +163,19 @@ class Engine:
         with contextlib.suppress(NotFound), container.locked():
             if container.monitor_lives() and container.state()["Status"] in ALIVE:
                 raise Conflict(f"container {container.name} was started meanwhile")
-            remains.bury(self, container)
-            prepare.undo(container)
+            self._put_away(container)
             self.delete(container, anonymous_volumes=anonymous_volumes)
 
-    def delete(self, container: Container, *, anonymous_volumes: bool) -> None:
-        """Remove what is left of a container that is stopped and cleaned up."""
-        points = [point for point in container.record["Mounts"] if point["Type"] == "volume"]
-        self.containers.delete(container)
-        self.events.container(container, "destroy")
-        with self.open_store() as store:
-            store.release(f"container:{container.id}")
-        if anonymous_volumes:
-            others = self.containers.all()
-            for point in points:
-                with contextlib.suppress(NotFound, Conflict):
-                    if volumes.is_anonymous(self.volumes.find(point["Name"])):
-                        self.volumes.remove(point["Name"], others)
+    def _put_away(self, container: Container) -> None:
+        """Clean up after a dead monitor, or a command that was killed while it started one."""
+        if container.state()["Status"] in ALIVE:
+            from unionimage.container import remains
+
+            remains.bury(self, container)
+        if container.mounted():
+            from unionimage.container import prepare
+
+            prepare.undo(container)
 
     # ---- what is about many
 

@@ -265,9 +265,23 @@ def cgroup_of(pid: int, controller: str, found: Host | None = None) -> Path | No
         return None
     for line in lines:
         _, names, path = line.split(":", 2)
-        if (names == "" and found.version == 2) or controller in names.split(","):
+        if names == "" if found.version == 2 else controller in names.split(","):
             return where / path.lstrip("/")
     return None
+
+
+def ran_out_of_memory(cgroup: Path | None) -> bool:
+    """Whether the kernel killed something in a memory cgroup because its limit was reached."""
+    if cgroup is None:
+        return False
+    for name in ("memory.oom_control", "memory.events"):
+        try:
+            lines = (cgroup / name).read_text().splitlines()
+        except OSError:
+            continue
+        if any(line.startswith("oom_kill ") and int(line.split()[1]) for line in lines):
+            return True
+    return False
 
 
 def processes(pid: int) -> list[int]:

@@ -1,10 +1,11 @@
 """The process that keeps one container: starts it, holds its streams, and outlives the command.
 
-One thread, one `poll` loop. It is the child subreaper, so the container's first process is its own
-child and its exit code is known for sure. It writes log and state, answers on its socket (`wire`),
-runs the health check, keeps the restart policy, and cleans up when the container has ended. What it
-does *not* do: mount (the command did that before, errors are told to the user there), decide
-configuration, or know images.
+One thread, one loop: what is registered with the selector is a function that takes the events. It
+is the child subreaper, so the container's first process is its own child and its exit code is known
+for sure. It writes log and state, passes on what `streams` and `clients` bring, runs the health
+check, keeps the restart policy, and cleans up when the container has ended. What it does *not* do:
+mount (the command did that before, errors are told to the user there), decide configuration, or
+know images.
 """
 
 from __future__ import annotations
@@ -18,22 +19,23 @@ import signal
 import socket
 import struct
 import subprocess
-import termios
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unionimage.container import limits, logs, wire
+from unionimage.container.clients import Client, Clients
 from unionimage.container.processes import signal_number, start_time
 from unionimage.container.runtime import Runtime
 from unionimage.container.state import Container, now
+from unionimage.container.streams import Streams
 from unionimage.errors import UserError
 
 if TYPE_CHECKING:
     from unionimage.container import health
 
 CHUNK = 1 << 16
-SLOW_CLIENT = 1 << 20  # bytes unsent to a client above which the container has to wait
 FIRST_DELAY, LONGEST_DELAY = 0.1, 60.0
 LONG_ENOUGH = 10.0  # seconds up after which a restart counts as a success
 DRAIN = 1.0  # seconds to wait for output that somebody still holds open after the exit
@@ -52,18 +54,6 @@ class Hooks(NamedTuple):
     event: Callable[..., None]
 
 
-class Client:
-    """One connection."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.socket = connection
-        self.attached = self.stdin = self.stdout = self.stderr = False
-        self.waits = ""  # "exit": answer when the container has ended for good
-        self.received = b""
-        self.frames = wire.Frames()
-        self.unsent = bytearray()
-
-
 class Monitor:
     """See the module. `run` returns when the container has ended for good."""
 
@@ -79,26 +69,21 @@ class Monitor:
         self._ready = ready  # a pipe: one JSON line tells the command how the start went
         self._tty = bool(container.config.get("Tty"))
         self._state: State = container.state()
-        self._clients: list[Client] = []
         self._selector = selectors.DefaultSelector()
+        self._clients = Clients(self._selector, self._answer, self._take_frame, self._gone)
+        self._streams: Streams | None = None
         self._starters: dict[int, Client] = {}  # pid of an exec that is about to be answered
-        self._outputs: dict[int, str] = {}  # descriptor -> stdout, stderr
-        self._master = self._stdin = -1
-        self._input = bytearray()
-        self._input_ends = False
         self._exit_code: int | None = None
         self._stopping = False
         self._timers: dict[str, tuple[float, Callable[[], None]]] = {}
         self._delay = FIRST_DELAY
         self._started = 0.0
-        self._oom_file: str | None = None
-        self._memory_cgroup: str | None = None
+        self._memory_cgroup: Path | None = None
         self._health: health.Checker | None = None
         self._done = False
         self._log = self._open_log()
         if first is not None:
-            first.setblocking(False)
-            self._add_client(first)
+            self._clients.add(first)
 
     def run(self) -> None:
         alive = os.open(self._container.run / "alive", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -112,7 +97,7 @@ class Monitor:
         signal.signal(signal.SIGTERM, lambda *_: self._timer("stop", 0.0, stop))
         server = wire.listen(self._container.control)
         self._selector.register(wake, selectors.EVENT_READ, self._reap)
-        self._selector.register(server, selectors.EVENT_READ, lambda: self._accept(server))
+        self._clients.listen(server)
         self._wake = wake
         try:
             self._start()
@@ -134,49 +119,40 @@ class Monitor:
     def _start(self) -> None:
         config = self._container.config
         console = str(self._container.run / "console") if self._tty else None
-        pid_file = self._container.run / "pid"
-        container_ends, own_ends, listener = self._make_streams(console)
         networked = self._container.record.get("NetworkMode") == "engine"
+        self._streams = streams = Streams(
+            self._selector,
+            console=console,
+            wants_input=bool(config.get("OpenStdin")),
+            received=self._pass_on,
+            ended=self._maybe_ended,
+        )
+        stdin, stdout, stderr = streams.theirs
         try:
             pid = self._runtime.start_detached(
                 self._container.id,
                 self._container.bundle,
-                pid_file,
+                self._container.run / "pid",
                 create_only=networked,
                 console_socket=console,
-                stdin=container_ends[0],
-                stdout=container_ends[1],
-                stderr=container_ends[2],
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
             )
             if networked:
                 self._hooks.connect(pid)
                 self._runtime.start(self._container.id)
         except BaseException:
-            for descriptor in own_ends:
-                os.close(descriptor)
+            streams.abandon()
             self._runtime.delete(self._container.id, force=True)
             self._hooks.disconnect()
             raise
         finally:
-            for descriptor in {end for end in container_ends if end >= 0}:
-                os.close(descriptor)
-        if listener is not None:
-            with listener:
-                connection, _ = listener.accept()
-                with connection:
-                    _, descriptors, _, _ = socket.recv_fds(connection, 64, 1)
-            self._master = self._stdin = descriptors[0]
-            os.set_blocking(self._master, False)
-            self._watch_output(self._master, "stdout")
-        else:
-            if config.get("OpenStdin"):
-                self._stdin = own_ends.pop(0)
-            for descriptor, name in zip(own_ends, ("stdout", "stderr"), strict=True):
-                self._watch_output(descriptor, name)
+            streams.let_go()
+        streams.started()
         self._started = time.monotonic()
         self._exit_code = None
-        cgroup = limits.cgroup_of(pid, "memory")
-        self._memory_cgroup = str(cgroup) if cgroup else None
+        self._memory_cgroup = limits.cgroup_of(pid, "memory")
         self._write(
             Status="running",
             Pid=pid,
@@ -199,30 +175,6 @@ class Monitor:
             self._write(Health=check.status())
             self._timer("health", check.first_delay(), self._check_health)
 
-    def _make_streams(
-        self, console: str | None
-    ) -> tuple[tuple[int, int, int], list[int], socket.socket | None]:
-        """The container's ends of its streams, ours (input if any, output, errors), and where a
-        terminal will arrive."""
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        if console is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(console)
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-            listener.bind(console)
-            listener.listen(1)
-            return (null, null, null), [], listener
-        out_read, out_write = os.pipe2(os.O_CLOEXEC)
-        error_read, error_write = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(out_read, False)
-        os.set_blocking(error_read, False)
-        if not self._container.config.get("OpenStdin"):
-            return (null, out_write, error_write), [out_read, error_read], None
-        os.close(null)
-        in_read, in_write = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(in_write, False)
-        return (in_read, out_write, error_write), [in_write, out_read, error_read], None
-
     def _failed_start(self, error: UserError) -> None:
         code = error.exit_code if error.exit_code in (126, 127) else 128
         self._write(Status="created", Pid=0, ExitCode=code, Error=error.message)
@@ -241,20 +193,10 @@ class Monitor:
     # ---- the loop
 
     def _step(self) -> None:
-        waiting = any(len(client.unsent) > SLOW_CLIENT for client in self._clients)
-        for descriptor in self._outputs:
-            with contextlib.suppress(KeyError, ValueError):
-                wanted = 0 if waiting else selectors.EVENT_READ
-                self._want_output(descriptor, wanted)
+        if self._streams is not None:
+            self._streams.hold(self._clients.slow)
         for key, mask in self._selector.select(self._next_timer()):
-            if isinstance(key.data, Client):
-                self._serve(key.data, mask)
-            elif key.fd == self._stdin and mask & selectors.EVENT_WRITE:
-                self._feed_input()
-                if mask & selectors.EVENT_READ:
-                    key.data()
-            else:
-                key.data()
+            key.data(mask)
         for name, (when, action) in list(self._timers.items()):
             if when <= time.monotonic() and self._timers.get(name, (None,))[0] == when:
                 del self._timers[name]
@@ -268,41 +210,10 @@ class Monitor:
             return None
         return max(0.0, min(when for when, _ in self._timers.values()) - time.monotonic())
 
-    # ---- output and input
+    # ---- output, input and clients
 
-    def _watch_output(self, descriptor: int, name: str) -> None:
-        self._outputs[descriptor] = name
-        self._selector.register(
-            descriptor, selectors.EVENT_READ, lambda: self._read_output(descriptor)
-        )
-
-    def _want_output(self, descriptor: int, wanted: int) -> None:
-        """Read from a stream or leave it, without forgetting input that waits for a terminal."""
-        writes = selectors.EVENT_WRITE if descriptor == self._stdin and self._input else 0
-        events = wanted | writes
-        known = self._selector.get_map().get(descriptor)
-        read = lambda: self._read_output(descriptor)  # noqa: E731
-        if known is None:
-            if events:
-                self._selector.register(descriptor, events, read)
-        elif not events:
-            self._selector.unregister(descriptor)
-        elif known.events != events:
-            self._selector.modify(descriptor, events, read)
-
-    def _read_output(self, descriptor: int) -> None:
-        name = self._outputs.get(descriptor)
-        if name is None:
-            return
-        try:
-            data = os.read(descriptor, CHUNK)
-        except BlockingIOError:
-            return
-        except OSError:  # EIO: nobody holds the terminal any more
-            data = b""
-        if not data:
-            self._end_output(descriptor)
-            return
+    def _pass_on(self, name: str, data: bytes) -> None:
+        """Output of the process: to the log and to everybody who is attached."""
         if self._log is not None:
             try:
                 self._log.write(name, data)
@@ -310,145 +221,28 @@ class Monitor:
                 self._log = None
                 self._write(LogError=f"{self._container.log_path}: {error.strerror}")
         kind = wire.STDOUT if name == "stdout" else wire.STDERR
-        for client in list(self._clients):
+        for client in self._clients:
             if client.attached and getattr(client, name):
-                self._send(client, wire.frame(kind, data))
-
-    def _end_output(self, descriptor: int) -> None:
-        del self._outputs[descriptor]
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(descriptor)
-        if descriptor == self._stdin:
-            self._stdin = -1
-        if descriptor == self._master:
-            self._master = -1
-        os.close(descriptor)
-        self._maybe_ended()
-
-    def _take_input(self, data: bytes) -> None:
-        if self._stdin >= 0:
-            self._input += data
-            self._feed_input()
-
-    def _feed_input(self) -> None:
-        if self._stdin < 0:
-            return
-        try:
-            while self._input:
-                written = os.write(self._stdin, self._input[:CHUNK])
-                del self._input[:written]
-        except BlockingIOError:
-            pass
-        except OSError:  # EPIPE: the process reads no more
-            self._input.clear()
-            self._input_ends = True
-        if self._stdin == self._master:
-            return  # `_step` registers a terminal for both directions
-        known = self._selector.get_map().get(self._stdin)
-        if self._input and known is None:
-            self._selector.register(self._stdin, selectors.EVENT_WRITE, self._feed_input)
-        elif not self._input and known is not None:
-            self._selector.unregister(self._stdin)
-        if self._input_ends and not self._input:
-            os.close(self._stdin)
-            self._stdin = -1
-
-    def _end_input(self) -> None:
-        """The attached command has no more input: pass the end on, once (docker's StdinOnce)."""
-        if self._stdin >= 0 and self._stdin != self._master:
-            self._input_ends = True
-            self._feed_input()
-
-    # ---- clients
-
-    def _accept(self, server: socket.socket) -> None:
-        with contextlib.suppress(BlockingIOError):
-            connection, _ = server.accept()
-            connection.setblocking(False)
-            self._add_client(connection)
-
-    def _add_client(self, connection: socket.socket) -> None:
-        client = Client(connection)
-        self._clients.append(client)
-        self._selector.register(connection, selectors.EVENT_READ, client)
-
-    def _serve(self, client: Client, mask: int) -> None:
-        if mask & selectors.EVENT_WRITE:
-            self._send(client, b"")
-        if not mask & selectors.EVENT_READ:
-            return
-        try:
-            data = client.socket.recv(CHUNK)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._drop(client)
-            return
-        if not client.attached:
-            client.received += data
-            line, newline, data = client.received.partition(b"\n")
-            if not newline:
-                return
-            client.received = b""
-            try:
-                self._answer(client, json.loads(line))
-            except UserError as error:
-                self._reply(client, {"error": error.message})
-            except (ValueError, KeyError, TypeError):
-                self._drop(client)
-                return
-        try:
-            for kind, payload in client.frames.feed(data) if client.attached else ():
-                self._take_frame(client, kind, payload)
-        except (ValueError, struct.error):
-            self._drop(client)
+                self._clients.send(client, wire.frame(kind, data))
 
     def _take_frame(self, client: Client, kind: int, payload: bytes) -> None:
-        if kind == wire.STDIN and client.stdin:
-            self._take_input(payload)
+        if kind == wire.SIGNAL:
+            self._signal(payload[0])
+        elif self._streams is None:
+            return
+        elif kind == wire.STDIN and client.stdin:
+            self._streams.write(payload)
         elif kind == wire.END_OF_INPUT and client.stdin:
             if self._container.config.get("StdinOnce"):
-                self._end_input()
+                self._streams.end_input()
         elif kind == wire.RESIZE:
-            self._resize(*struct.unpack(">HH", payload))
-        elif kind == wire.SIGNAL:
-            self._signal(payload[0])
+            self._streams.resize(*struct.unpack(">HH", payload))
 
-    def _resize(self, rows: int, columns: int) -> None:
-        if self._master >= 0:
-            size = struct.pack("HHHH", rows, columns, 0, 0)
-            with contextlib.suppress(OSError):
-                fcntl.ioctl(self._master, termios.TIOCSWINSZ, size)
-
-    def _drop(self, client: Client) -> None:
-        if client not in self._clients:
-            return
-        self._clients.remove(client)
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(client.socket)
-        client.socket.close()
-        if client.stdin and self._container.config.get("StdinOnce") and not self._tty:
-            self._end_input()
-
-    def _send(self, client: Client, data: bytes) -> None:
-        client.unsent += data
-        try:
-            while client.unsent:
-                sent = client.socket.send(client.unsent)
-                del client.unsent[:sent]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._drop(client)
-            return
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.unsent else 0)
-        if self._selector.get_key(client.socket).events != wanted:
-            self._selector.modify(client.socket, wanted, client)
-
-    def _reply(self, client: Client, answer: dict[str, Any]) -> None:
-        self._send(client, json.dumps(answer).encode() + b"\n")
+    def _gone(self, client: Client) -> None:
+        """Who gave the input is gone: so is the input (docker's StdinOnce)."""
+        once = self._container.config.get("StdinOnce") and not self._tty
+        if client.stdin and once and self._streams is not None:
+            self._streams.end_input()
 
     def _answer(self, client: Client, request: dict[str, Any]) -> None:
         """Do what a request asks. Raises UserError, which is sent back."""
@@ -461,9 +255,9 @@ class Monitor:
                 client.stderr = bool(request.get("stderr", client.stderr))
                 self._hooks.event("attach")
             case "wait":
-                client.waits = "exit"
+                client.waits = True
             case "stop":
-                client.waits = "exit"
+                client.waits = True
                 self._begin_stop(request.get("signal"), request.get("timeout"))
             case "kill":
                 number = int(request["signal"])
@@ -471,18 +265,18 @@ class Monitor:
                 if number == signal.SIGKILL:
                     self._manually_stopped()
                 self._signal(number)
-                self._reply(client, {})
+                self._clients.reply(client, {})
             case "pause":
                 self._pause()
-                self._reply(client, {})
+                self._clients.reply(client, {})
             case "unpause":
                 self._unpause()
-                self._reply(client, {})
+                self._clients.reply(client, {})
             case "exec":
                 self._exec(client, request["process"], request["log"])
             case "reload":
                 self._container.reload()
-                self._reply(client, {})
+                self._clients.reply(client, {})
             case other:
                 raise UserError(f"unknown request {other!r}")
 
@@ -509,7 +303,7 @@ class Monitor:
         if self._state["Status"] == "paused":
             self._unpause()
         self._timers.pop("restart", None)
-        if self._exit_code is not None and not self._outputs:
+        if self._exit_code is not None and not self._draining():
             self._finish()
             return
         config = self._container.config
@@ -547,7 +341,7 @@ class Monitor:
 
     # ---- the end
 
-    def _reap(self) -> None:
+    def _reap(self, _: int) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(self._wake, CHUNK)
         while True:
@@ -565,17 +359,21 @@ class Monitor:
                 self._timer("drain", DRAIN, self._stop_draining)
                 self._maybe_ended()
             elif (client := self._starters.pop(pid, None)) is not None:
-                self._reply(client, {"exit_code": code})
+                self._clients.reply(client, {"exit_code": code})
             elif self._health is not None and self._health.ended(pid, code):
                 self._health_result()
 
+    def _draining(self) -> bool:
+        """Whether output may still come."""
+        return self._streams is not None and self._streams.open
+
     def _stop_draining(self) -> None:
-        for descriptor in list(self._outputs):
-            self._end_output(descriptor)
+        if self._streams is not None:
+            self._streams.end_output()
 
     def _maybe_ended(self) -> None:
         """Once the process has ended and all its output is read."""
-        if self._exit_code is None or self._outputs or self._done:
+        if self._exit_code is None or self._draining() or self._done:
             return
         if self._state["Status"] in ("exited", "restarting"):
             return
@@ -584,22 +382,23 @@ class Monitor:
         if self._health is not None:
             self._health.cancel()
             self._health = None
-        if self._stdin >= 0:
-            os.close(self._stdin)
-            self._stdin = -1
-        self._input.clear()
-        self._input_ends = False
-        killed_by_oom = self._ran_out_of_memory()
+        if self._streams is not None:
+            self._streams.close_input()
+        killed_by_oom = limits.ran_out_of_memory(self._memory_cgroup)
         if self._log is not None:
             with contextlib.suppress(OSError):
                 self._log.flush()
-        self._runtime.delete(self._container.id, force=True)
+        restarts = self._should_restart()
+        deleting = self._runtime.begin_delete(self._container.id)
         self._hooks.disconnect()
+        if not restarts:
+            self._hooks.unmount()  # beside the runtime: its process has ended, its mounts with it
+        deleting.wait()
         if killed_by_oom:
             self._hooks.event("oom")
         self._hooks.event("die", exitCode=str(self._exit_code))
         self._write(Pid=0, ExitCode=self._exit_code, FinishedAt=now(), OOMKilled=killed_by_oom)
-        if self._should_restart():
+        if restarts:
             self._schedule_restart()
         else:
             self._finish()
@@ -651,30 +450,15 @@ class Monitor:
     def _farewell(self) -> None:
         """Tell every client the exit code, and wait a moment for the slow ones."""
         code = self._exit_code or 0
-        for client in list(self._clients):
+        for client in self._clients:
             if client.attached:
-                self._send(client, wire.frame(wire.EXIT, bytes([code & 0xFF])))
+                self._clients.send(client, wire.frame(wire.EXIT, bytes([code & 0xFF])))
             elif client.waits:
-                self._reply(client, {"exit_code": code})
+                self._clients.reply(client, {"exit_code": code})
         deadline = time.monotonic() + 30
-        while any(client.unsent for client in self._clients) and time.monotonic() < deadline:
+        while self._clients.unsent and time.monotonic() < deadline:
             for key, mask in self._selector.select(1.0):
-                if isinstance(key.data, Client):
-                    self._serve(key.data, mask)
-
-    def _ran_out_of_memory(self) -> bool:
-        if self._memory_cgroup is None:
-            return False
-        for name in ("memory.oom_control", "memory.events"):
-            try:
-                with open(f"{self._memory_cgroup}/{name}") as file:
-                    for line in file:
-                        key, _, count = line.partition(" ")
-                        if key == "oom_kill" and int(count) > 0:
-                            return True
-            except OSError:
-                continue
-        return False
+                key.data(mask)
 
     # ---- health
 

@@ -65,8 +65,14 @@ def prepare(
 
 
 def undo(container: Container) -> None:
-    """Unmount, and give addresses back. Does nothing where nothing was done."""
-    unmount_root(container)
+    """Unmount, and give addresses back. Does nothing where nothing was done.
+
+    A container that is removed next need not wait for its file system's daemon to end.
+    """
+    if container.host_config.get("AutoRemove"):
+        unmount(container.merged)
+    else:
+        unmount_root(container)
     unmount(container.run / "shm")
     networks.forget_live(container)
 

@@ -15,20 +15,20 @@ from unionimage.container.state import ALIVE, Container, Record, now, remove_tre
 from unionimage.errors import UserError
 
 if TYPE_CHECKING:
-    from unionimage.container.lifecycle import Engine
+    from unionimage.container.inventory import Inventory
 
 REBOOTED = 255  # docker's exit code for what a reboot ended
 KILLED = 137
 
 
-def bury(engine: Engine, container: Container) -> None:
+def bury(inventory: Inventory, container: Container) -> None:
     """What a dead monitor left: processes, mounts, network, cgroup. Hold `locked()`."""
     state = container.state()
     if state["Status"] not in ALIVE or container.monitor_lives():
         return
     same_boot = state.get("BootId") == boot_id()
     if same_boot:
-        _kill_leftovers(engine, container, state)
+        _kill_leftovers(inventory, container, state)
     else:
         _forget_runtime(container)
     prepare.undo(container)
@@ -36,19 +36,19 @@ def bury(engine: Engine, container: Container) -> None:
     code = KILLED if same_boot else REBOOTED
     change = {"Status": "exited", "Pid": 0, "ExitCode": code, "FinishedAt": now()}
     container.write_state(state | change | {"Error": message})
-    engine.events.container(container, "die", exitCode=str(code))
+    inventory.events.container(container, "die", exitCode=str(code))
     if container.host_config.get("AutoRemove"):
-        engine.delete(container, anonymous_volumes=True)
+        inventory.delete(container, anonymous_volumes=True)
 
 
-def _kill_leftovers(engine: Engine, container: Container, state: Record) -> None:
+def _kill_leftovers(inventory: Inventory, container: Container, state: Record) -> None:
     pid = int(state.get("Pid") or 0)
     alive = started_by(pid, state.get("PidStart"))
     if networks.live(container)["Networks"] and not rootless.active():
 
         def teardown(namespace: str) -> None:
             with contextlib.suppress(UserError):
-                networks.disconnect(container, engine.networks, namespace)
+                networks.disconnect(container, inventory.networks, namespace)
 
         if alive:
             teardown(f"/proc/{pid}/ns/net")

@@ -142,9 +142,14 @@ class Runtime(NamedTuple):
     def delete(self, container: str, *, force: bool = False) -> None:
         """Remove the runtime's state and the cgroup; with `force` kill first and never complain."""
         if force:
-            self._ask("delete", "--force", container)
+            self.begin_delete(container).wait()
         else:
             self._call("delete", container)
+
+    def begin_delete(self, container: str) -> subprocess.Popen[bytes]:
+        """`delete --force` as a process that the caller waits for."""
+        null = subprocess.DEVNULL
+        return self.spawn("delete", "--force", container, stdin=null, stdout=null, stderr=null)
 
     def pause(self, container: str) -> None:
         """Freeze all processes."""

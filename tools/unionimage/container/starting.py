@@ -27,12 +27,12 @@ from unionimage.errors import Conflict, UserError
 LAST_MOMENTS = 5.0  # seconds that a monitor may take between writing the end and its own
 
 if TYPE_CHECKING:
-    from unionimage.container.lifecycle import Engine
+    from unionimage.container.inventory import Inventory
     from unionimage.store import Store
 
 
 def start(
-    engine: Engine,
+    inventory: Inventory,
     container: Container,
     *,
     attach: bytes | None = None,
@@ -44,7 +44,7 @@ def start(
     Raises UserError with docker's exit code; nothing is mounted or running then.
     """
     with container.locked():
-        remains.bury(engine, container)
+        remains.bury(inventory, container)
         container.reload()
         state = container.state()
         deadline = time.monotonic() + LAST_MOMENTS
@@ -56,16 +56,16 @@ def start(
             raise Conflict(f"container {container.name} is {state['Status']} already")
         chosen = runtime.find(container.record.get("Runtime"))
         with contextlib.ExitStack() as stack:
-            opened = store or stack.enter_context(engine.open_store())
-            prepare.prepare(container, opened, engine.containers, console_size)
+            opened = store or stack.enter_context(inventory.open_store())
+            prepare.prepare(container, opened, inventory.containers, console_size)
         kept = {"BootId": boot_id(), "RestartCount": 0, "StoppedByUser": False}
         container.write_state(state | kept | {"Error": ""})
-        connection = _spawn(engine, container, chosen, attach)
+        connection = _spawn(inventory, container, chosen, attach)
     return connection
 
 
 def _spawn(
-    engine: Engine, container: Container, chosen: runtime.Runtime, attach: bytes | None
+    inventory: Inventory, container: Container, chosen: runtime.Runtime, attach: bytes | None
 ) -> socket.socket | None:
     """Fork the monitor and wait until it has started the process."""
     ours, theirs = socket.socketpair() if attach is not None else (None, None)
@@ -75,7 +75,7 @@ def _spawn(
     gc.freeze()  # the child never touches what was made before: its pages stay shared
     pid = os.fork()
     if pid == 0:
-        _be_monitor(engine, container, chosen, theirs, writer)
+        _be_monitor(inventory, container, chosen, theirs, writer)
     os.close(writer)
     if theirs is not None:
         theirs.close()
@@ -87,6 +87,7 @@ def _spawn(
         raise UserError(f"the monitor of {container.name} died at its start", exit_code=125)
     told = json.loads(answer)
     if "error" in told:
+        prepare.remove_cgroup(container)  # a runtime that gives up half way may leave it
         if ours is not None:
             ours.close()
         raise UserError(told["error"], exit_code=told["exit_code"])
@@ -94,7 +95,7 @@ def _spawn(
 
 
 def _be_monitor(
-    engine: Engine,
+    inventory: Inventory,
     container: Container,
     chosen: runtime.Runtime,
     first: socket.socket | None,
@@ -115,7 +116,7 @@ def _be_monitor(
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT):
             signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
-        monitor.Monitor(container, chosen, _hooks(engine, container), first, ready).run()
+        monitor.Monitor(container, chosen, _hooks(inventory, container), first, ready).run()
     except BaseException:
         import traceback
 
@@ -124,7 +125,7 @@ def _be_monitor(
     os._exit(0)
 
 
-def _hooks(engine: Engine, container: Container) -> monitor.Hooks:
+def _hooks(inventory: Inventory, container: Container) -> monitor.Hooks:
     namespace = -1
     rootless_network: slirp.Connection | None = None
 
@@ -137,8 +138,8 @@ def _hooks(engine: Engine, container: Container) -> monitor.Hooks:
         # kept open: the addresses are taken away when the process is long gone
         namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         if not networks.live(container)["Networks"]:
-            prepare.reserve(container, engine.networks, engine.containers)
-        networks.connect(container, engine.networks, f"/proc/{os.getpid()}/fd/{namespace}")
+            prepare.reserve(container, inventory.networks, inventory.containers)
+        networks.connect(container, inventory.networks, f"/proc/{os.getpid()}/fd/{namespace}")
 
     def disconnect() -> None:
         nonlocal namespace, rootless_network
@@ -148,18 +149,18 @@ def _hooks(engine: Engine, container: Container) -> monitor.Hooks:
         if namespace >= 0:
             with contextlib.suppress(UserError):
                 path = f"/proc/{os.getpid()}/fd/{namespace}"
-                networks.disconnect(container, engine.networks, path)
+                networks.disconnect(container, inventory.networks, path)
             os.close(namespace)
             namespace = -1
 
     def event(action: str, **attributes: str) -> None:
-        engine.events.container(container, action, **attributes)
+        inventory.events.container(container, action, **attributes)
 
     return monitor.Hooks(
         connect=connect,
         disconnect=disconnect,
         unmount=lambda: prepare.undo(container),
-        removed=lambda: engine.delete(container, anonymous_volumes=True),
+        removed=lambda: inventory.delete(container, anonymous_volumes=True),
         event=event,
     )
 

@@ -89,6 +89,18 @@ class Container:
         """Where its root file system is mounted while it runs."""
         return self.run / "merged"
 
+    def mounted(self) -> bool:
+        """True while something is mounted for it: its root file system or a shared /dev/shm."""
+        for place in (self.merged, self.run / "shm"):
+            try:
+                if os.stat(place).st_dev != os.stat(self.run).st_dev:
+                    return True
+            except FileNotFoundError:
+                continue
+            except OSError:  # ENOTCONN: mounted, and the daemon is dead
+                return True
+        return False
+
     @property
     def bundle(self) -> Path:
         return self.run / "bundle"

@@ -13,10 +13,10 @@ On disk, below the root:
 
 The map of the package, arrows downwards:
 
-    store      reading, names, holds          lease      adding
+    store      reading, names                 lease      adding
     cleanup    garbage                        check      damage and repair
     platforms  names for several platforms
-    layer_tar, blobs, model, ahead
+    layer_tar, blobs, model, ahead, holds
     database → schema;  files, locks
 """
 
@@ -24,19 +24,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from unionimage.store.model import Image, Layer
-from unionimage.store.store import Store
-
 if TYPE_CHECKING:
     from unionimage.store.lease import Lease
+    from unionimage.store.model import Image, Layer
+    from unionimage.store.store import Store
 
 __all__ = ["Image", "Layer", "Lease", "Store"]
 
 
-def __getattr__(name: str) -> Any:
-    """`Lease` is imported when it is asked for: verbs that only read start faster without it."""
-    if name == "Lease":
-        from unionimage.store.lease import Lease
+_PLACES = {"Image": "model", "Layer": "model", "Lease": "lease", "Store": "store"}
 
-        return Lease
-    raise AttributeError(name)
+
+def __getattr__(name: str) -> Any:
+    """Each is imported when it is asked for: verbs that need less of the store start faster."""
+    if name not in _PLACES:
+        raise AttributeError(name)
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)

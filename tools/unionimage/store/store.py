@@ -15,7 +15,7 @@ from unionimage.changeset.limits import Limits
 from unionimage.digest import Digest, Readable, chain_ids
 from unionimage.errors import Conflict, NotFound, UserError
 from unionimage.reference import Reference
-from unionimage.store import cleanup
+from unionimage.store import cleanup, holds
 from unionimage.store.blobs import Blobs
 from unionimage.store.database import Database
 from unionimage.store.files import new_id, remove
@@ -390,8 +390,7 @@ class Store:
 
     def release(self, owner: str) -> None:
         """End all that an owner holds."""
-        with self.database.write() as database:
-            database.execute("DELETE FROM holds WHERE owner = ?", (owner,))
+        holds.release_in(self.database, owner)
 
     def users(self, image: Image) -> list[str]:
         """Owners that hold an image, leases aside: `container:ID`, `mount:DIR`."""
