@@ -25,6 +25,7 @@ import time
 
 UPGRADE = 75  # a daemon that ends with this wants to be replaced (EX_TEMPFAIL)
 _SIGCHLD, _SIGHUP, _SIGINT, _SIGUSR1, _SIGTERM, _SIGPIPE = 17, 1, 2, 10, 15, 13
+SIGNALS = (_SIGCHLD, _SIGHUP, _SIGINT, _SIGUSR1, _SIGTERM)  # blocked by who starts a keeper
 _LIFE = 0.2  # seconds of service; who dies sooner counts as one of many
 _MOST_SHORT_LIVES = 8  # in a row, then the mount ends
 _FREE_TRIES = 3  # short lives before it waits
@@ -68,9 +69,10 @@ class Keeper:
         for end in (self.wake, waker):
             posix.set_blocking(end, False)
         signal.set_wakeup_fd(waker)
-        for number in (_SIGCHLD, _SIGHUP, _SIGINT, _SIGUSR1, _SIGTERM):
+        for number in SIGNALS:
             signal.signal(number, lambda *_: None)
         signal.signal(_SIGPIPE, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def run(self) -> int:
         """Keep until the mount has ended; returns an exit code."""
@@ -238,7 +240,7 @@ class Keeper:
                 environment.pop(b"UNIONFUSE_TEST_KILL_AT", None)  # that was for the one before
                 environment[b"UNIONFUSE_KEEPER"] = b"%d" % theirs.fileno()
                 environment[b"UNIONFUSE_CWD"] = self.cwd
-                for number in (_SIGHUP, _SIGINT, _SIGUSR1, _SIGTERM, _SIGPIPE, _SIGCHLD):
+                for number in (*SIGNALS, _SIGPIPE):
                     signal.signal(number, signal.SIG_DFL)
                 posix.execve(self.command[0], self.command, environment)
             finally:

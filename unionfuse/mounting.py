@@ -133,8 +133,10 @@ def server_of(mount: Mount) -> tuple[int, int] | None:
     # The number is used anew as soon as a mount is gone, while its daemon may still be ending:
     # what serves this mount was started last.
     process = max(holders, key=lambda holder: _stat_field(holder, _START_TIME))
-    parent = _stat_field(process, _PARENT)
-    return (parent, process) if parent in holders else (process, process)
+    # The clock of start times is coarse: keeper and daemon may have started in the same tick.
+    served_by = next((one for one in holders if _stat_field(one, _PARENT) == process), process)
+    parent = _stat_field(served_by, _PARENT)
+    return (parent, served_by) if parent in holders else (served_by, served_by)
 
 
 def _stat_field(process: int, number: int) -> int:

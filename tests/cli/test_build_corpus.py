@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from harness.building import Builder, describe, make_root, write_files
+from harness.peers import container_storage
 
 PREFIX = "FROM scratch AS base\nCOPY root/ /\nENV PATH=/bin\n"
 
@@ -176,9 +177,8 @@ CONFIG_KEYS = (
 class Buildah:
     """Debian's buildah on a storage of its own."""
 
-    def __init__(self, directory: Path) -> None:
-        storage = ["--root", str(directory / "root"), "--runroot", str(directory / "run")]
-        self._command = ["buildah", *storage, "--storage-driver", "vfs"]
+    def __init__(self, storage: list[str]) -> None:
+        self._command = ["buildah", *storage]
 
     def run(self, *words: str) -> str:
         done = subprocess.run([*self._command, *words], capture_output=True, text=True)
@@ -203,10 +203,11 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
 
 
 @pytest.fixture(scope="module")
-def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buildah]:
-    peer = Buildah(tmp_path_factory.mktemp("buildah"))
-    yield peer
-    peer.run("rmi", "--all", "--force")
+def buildah() -> Iterator[Buildah]:
+    with container_storage() as storage:
+        peer = Buildah(storage)
+        yield peer
+        peer.run("rmi", "--all", "--force")
 
 
 def make_context(directory: Path, name: str) -> Path:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from harness.building import Builder
+from harness.peers import container_storage
 
 
 class Podman:
     """Debian's podman on a storage of its own."""
 
-    def __init__(self, directory: Path) -> None:
-        storage = ["--root", str(directory / "root"), "--runroot", str(directory / "run")]
-        self._command = ["podman", *storage, "--storage-driver", "vfs", "--runtime", "runc"]
-        self._command += ["--cgroup-manager", "cgroupfs"]
+    def __init__(self, storage: list[str]) -> None:
+        self._command = ["podman", *storage, "--runtime", "runc", "--cgroup-manager", "cgroupfs"]
 
     def run(self, *words: str | Path) -> str:
         done = subprocess.run([*self._command, *map(str, words)], capture_output=True, text=True)
@@ -28,8 +26,8 @@ class Podman:
 
 @pytest.fixture
 def podman() -> Iterator[Podman]:
-    with tempfile.TemporaryDirectory(prefix="podman-") as directory:  # it wants a short path
-        peer = Podman(Path(directory))
+    with container_storage() as storage:
+        peer = Podman(storage)
         yield peer
         peer.run("rmi", "--all", "--force")
 

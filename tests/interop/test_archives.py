@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from harness.command import Command, make_command
 from harness.inside import Inside
+from harness.peers import container_storage, peer_directory
 from harness.registry import run
 from harness.tars import archive, member, tree
 from unionimage.digest import Digest
@@ -33,16 +34,19 @@ def unionfuse(scratch: Path, tmp_path: Path) -> Iterator[Command]:
 
 
 @pytest.fixture(scope="module")
-def podman(tmp_path_factory: pytest.TempPathFactory) -> Peer:
-    folder = tmp_path_factory.mktemp("containers")
-    options = [f"--root={folder}/root", f"--runroot={folder}/run", "--storage-driver=vfs"]
-    return lambda *words: run("podman", *options, *PODMAN, *words).strip()
+def podman() -> Iterator[Peer]:
+    with container_storage() as options:
+        yield lambda *words: run("podman", *options, *PODMAN, *words).strip()
 
 
 @pytest.fixture(scope="module")
-def docker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+def docker() -> Iterator[Peer]:
     """A docker daemon of its own, that touches no network."""
-    folder = tmp_path_factory.mktemp("docker")
+    with peer_directory() as folder:
+        yield from _docker_in(folder)
+
+
+def _docker_in(folder: Path) -> Iterator[Peer]:
     socket = f"unix://{folder}/socket"
     words = ["--data-root", f"{folder}/data", "--exec-root", f"{folder}/run", "--host", socket]
     words += ["--pidfile", f"{folder}/pid", "--bridge=none", "--iptables=false"]

@@ -3,11 +3,12 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from harness.command import Command
+from harness.peers import container_storage
 from harness.registry import Registry, run, skopeo
 
 # podman of this age knows no zstd layers in docker's manifests
@@ -18,10 +19,9 @@ Peer = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The options that give podman and buildah a store of their own."""
-    folder = tmp_path_factory.mktemp("containers")
-    return [f"--root={folder}/root", f"--runroot={folder}/run", "--storage-driver=vfs"]
+def storage() -> Iterator[list[str]]:
+    with container_storage() as options:
+        yield options
 
 
 @pytest.fixture(scope="module")

@@ -127,6 +127,46 @@ def test_quick_and_slow_requests_go_on_beside_each_other_and_need_no_pyfuse3(pla
     assert "_lane" in maps and "pyfuse3" not in maps
 
 
+def test_the_daemon_is_told_from_a_keeper_that_started_in_the_same_tick(
+    monkeypatch: pytest.MonkeyPatch, place: Place
+) -> None:
+    assert place.mount().returncode == 0
+    mount = mounting.mount_at(os.fsencode(place.mnt))
+    assert mount is not None
+    found = mounting.server_of(mount)
+    assert found is not None and found[0] != found[1]
+    read = mounting._stat_field
+    monkeypatch.setattr(
+        mounting, "_stat_field", lambda pid, n: 7 if n == mounting._START_TIME else read(pid, n)
+    )
+    assert mounting.server_of(mount) == found
+
+
+def test_a_signal_that_comes_before_the_keeper_listens_is_not_lost(place: Place) -> None:
+    """The keeper's interpreter takes a second to start here; the mount is there long before."""
+    python = place.base / "python"
+    python.write_text(
+        f"#!{sys.executable} -IS\nimport os, sys, time\ntime.sleep(1)\n"
+        f"os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])\n"
+    )  # not a shell: some clear the mask of signals
+    python.chmod(0o755)
+    script = f"import sys; sys.executable = {str(python)!r}; from unionfuse.__main__ import main; "
+    words = [sys.executable, "-c", script + "sys.exit(main())", "-f", *place.words(keeper="on")]
+    process = subprocess.Popen(words)
+    try:
+        while not is_mounted(place.mnt):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        assert "requests=" in place.log.read_text()
+        assert not is_mounted(place.mnt)
+    finally:
+        process.kill()
+        process.wait()
+
+
 def _umount(place: Place) -> None:
     linux.umount(place.mnt)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -84,8 +85,11 @@ class Keeping:
         stored = stored or {}
         cwd = os.getcwdb()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # A signal waits until the keeper has begun: it would die, and leave the mount without one.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, keeper.SIGNALS)
         child = os.fork()
         if child == 0:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
             if ready >= 0:
                 os.close(ready)
