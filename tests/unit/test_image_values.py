@@ -74,6 +74,8 @@ def test_a_reader_that_verifies() -> None:
         ("[::1]:5000/a", "[::1]:5000/a", "[::1]:5000/a"),
         (f"a@{D}", f"docker.io/library/a@{D}", f"a@{D}"),
         (f"q.io/a:t@{D}", f"q.io/a:t@{D}", f"q.io/a:t@{D}"),
+        ("library/a/b", "docker.io/library/a/b", "library/a/b"),
+        ("docker.io/x.y/a", "docker.io/x.y/a", "docker.io/x.y/a"),
         ("a__b-c/d.e_f", "docker.io/a__b-c/d.e_f", "a__b-c/d.e_f"),
     ],
 )

@@ -50,9 +50,8 @@ class Reference:
         colon = rest.find(":", slash + 1)
         tag = rest[colon + 1 :] if colon >= 0 else None
         name = rest[:colon] if colon >= 0 else rest
-        first, slash_found, remainder = name.partition("/")
-        if slash_found and ("." in first or ":" in first or first == "localhost" or "[" in first):
-            registry, path = first, remainder
+        if _begins_with_registry(name):
+            registry, _, path = name.partition("/")
         else:
             registry, path = DEFAULT_REGISTRY, name
         if registry == "index.docker.io":
@@ -74,7 +73,10 @@ class Reference:
         """The name as docker shows it: `debian`, `localhost:5000/app`."""
         if self.registry != DEFAULT_REGISTRY:
             return self.repository
-        return self.path.removeprefix("library/")
+        short = self.path.removeprefix("library/")
+        if "/" not in short:
+            return short
+        return self.repository if _begins_with_registry(self.path) else self.path
 
     @property
     def familiar(self) -> str:
@@ -91,6 +93,11 @@ class Reference:
 
     def _suffix(self) -> str:
         return (f":{self.tag}" if self.tag else "") + (f"@{self.digest}" if self.digest else "")
+
+
+def _begins_with_registry(name: str) -> bool:
+    first, slash, _ = name.partition("/")
+    return bool(slash) and (first == "localhost" or any(mark in first for mark in ".:["))
 
 
 def _digest(text: str, digest_text: str) -> Digest:
