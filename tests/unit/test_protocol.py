@@ -70,7 +70,7 @@ def test_negotiate_takes_only_what_is_offered() -> None:
 
 def test_negotiate_passthrough_and_max_pages() -> None:
     offered = InitFlag.INIT_EXT | InitFlag.MAX_PAGES | InitFlag.PASSTHROUGH
-    wanted = Wanted(InitFlag.INIT_EXT | offered, max_stack_depth=1, max_write=1 << 18)
+    wanted = Wanted(InitFlag.INIT_EXT | offered, 1 << 18, max_pages=64, max_stack_depth=1)
     out = parse_out(protocol.negotiate(init_in(offered), wanted))
     assert out[6] == 1 << 18
     assert out[7] == 1  # nanosecond times

@@ -393,7 +393,8 @@ cdef enum:
     LISTING = 2  # a name in it leads to a node that is CHANGED
 
 cdef uint32_t DELETED = 0xFFFFFFFF
-cdef size_t BUFFER = (1 << 20) + 8192  # the largest request: max_write and its headers
+cdef size_t MAX_WRITE = 1 << 20
+cdef size_t BUFFER = MAX_WRITE + 8192  # the largest request: max_write and its headers
 cdef size_t HEADROOM = 256  # bytes before a payload
 cdef size_t PAYLOAD = (1 << 20) + 4096  # what the kernel wants: max_write and a page
 cdef enum:
@@ -474,7 +475,8 @@ cdef class Loop:
 
     cdef int fd
     cdef object handler, index, trace
-    cdef bint tracing, resident
+    cdef bint tracing
+    cdef size_t resident  # bytes of each buffer for requests; 0: as they are touched
     cdef uint64_t valid, forever
     cdef bint xattrs
     cdef const char *base
@@ -582,14 +584,17 @@ cdef class Loop:
         """Whether Python is asked about a node."""
         return not 0 < node <= self.count or bool(self.dirty[node] & CHANGED)
 
-    def stay_resident(self):
+    def stay_resident(self, size_t max_write):
         """Have memory that the kernel copies to or from in place before it does so.
 
         In a process that is being killed no page can be brought in any more: the kernel would end
         the request that it was about to hand over with EIO, not keep it for the next daemon.
         Called before any thread runs.
+
+        Arguments:
+            max_write: the most data that a request brings.
         """
-        self.resident = True
+        self.resident = min(max_write + BUFFER - MAX_WRITE, BUFFER)
 
     def read_from(self, uint64_t handle, int descriptor):
         """READ of an open handle reads this descriptor from now on; -1 asks Python again."""
@@ -693,8 +698,8 @@ cdef class Loop:
         if not thread.request or not thread.out:
             raise MemoryError
         if self.resident:
-            memset(thread.request, 0, BUFFER)
-            mlock(thread.request, BUFFER)  # where that is not allowed they are hardly ever swapped
+            memset(thread.request, 0, self.resident)
+            mlock(thread.request, self.resident)  # where that is not allowed they are hardly ever swapped
         return thread
 
     cdef Thread *add_thread(self) except NULL:

@@ -42,6 +42,7 @@ _READERS = 2  # threads that read /dev/fuse: two are faster than one, more are n
 _WAITERS = 4  # threads for what may take long
 _SOCKET_BUFFER = 4 << 20
 _LARGE = 1 << 20  # bytes
+_MAX_WRITE = 1 << 18  # bytes of one request; each reader has a buffer of that size in memory
 _OPCODE_NAMES = {int(opcode): opcode.name for opcode in Opcode}
 
 _ENDS = (0, errno.ENODEV, errno.ENOTCONN, errno.ECANCELED)  # of a mount, not failures
@@ -93,7 +94,7 @@ class Lane:
             self._loop.open_here(below=self._size_to_pass_through())
         self._methods = Requests(self, union).methods
         if survivor is not None:
-            self._loop.stay_resident()
+            self._loop.stay_resident(_MAX_WRITE)
             survivor.settle(union)
             survivor.guard(self._methods)
         self._pair: socket.socket | None = None  # to pyfuse3
@@ -133,7 +134,7 @@ class Lane:
             flags |= InitFlag.PASSTHROUGH
             depth = 1
         body = request[protocol.IN_HEADER.size :]
-        wanted = Wanted(flags, max_stack_depth=depth)
+        wanted = Wanted(flags, _MAX_WRITE, max_stack_depth=depth)
         granted = wanted.granted(protocol.parse_init(body))
         self._use_passthrough(bool(granted & InitFlag.PASSTHROUGH))
         self._has_rings = bool(granted & InitFlag.OVER_IO_URING)

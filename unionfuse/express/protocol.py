@@ -310,12 +310,14 @@ ALWAYS = (
 class Wanted(NamedTuple):
     """What a daemon asks for; it gets the part of `flags` that the kernel offers.
 
-    max_write and max_readahead are bytes, max_stack_depth counts file systems below a passthrough
-    file (1 allows layers on an ordinary file system), request_timeout is seconds, 0 for none.
+    max_write and max_readahead are bytes, max_pages is what one request carries at most,
+    max_stack_depth counts file systems below a passthrough file (1 allows layers on an ordinary
+    file system), request_timeout is seconds, 0 for none.
     """
 
     flags: InitFlag = ALWAYS
     max_write: int = 1 << 20
+    max_pages: int = 256
     max_readahead: int = 1 << 20
     max_background: int = 64
     congestion_threshold: int = 48
@@ -351,7 +353,7 @@ def negotiate(init_in: bytes | memoryview, wanted: Wanted) -> bytes:
         wanted.congestion_threshold,
         wanted.max_write,
         1,  # time_gran: nanoseconds
-        wanted.max_write // 4096 if flags & InitFlag.MAX_PAGES else 0,
+        wanted.max_pages if flags & InitFlag.MAX_PAGES else 0,
         0,
         flags >> 32,
         wanted.max_stack_depth if flags & InitFlag.PASSTHROUGH else 0,

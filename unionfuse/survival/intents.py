@@ -93,7 +93,10 @@ class IntentLog:
     def __init__(self, memory: SharedMemory, union: Union) -> None:
         self._words, self._bytes = memory.words, memory.bytes
         self._union = union
-        self._first = memory.generation % (SLOTS // _GENERATION) * _GENERATION
+        rounds = SLOTS // _GENERATION
+        self._first = memory.generation % rounds * _GENERATION
+        # A page of shared memory takes room once it is looked at: the slots that had a daemon.
+        self._used = range(min(memory.generation + 1, rounds) * _GENERATION)
         self._given = 0
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -106,7 +109,7 @@ class IntentLog:
         """Free the slots of this generation; settle what earlier ones have begun before."""
         for slot in range(self._first, self._first + _GENERATION):
             self._words[self._word(slot) + _STATE] = _FREE
-        for slot in range(SLOTS):
+        for slot in self._used:
             word = self._word(slot)
             if self._words[word + _STATE] == _FINISHED:
                 self._answered[self._words[word + _UNIQUE]] = self._reply(slot)
@@ -221,7 +224,7 @@ class IntentLog:
         """What earlier daemons have begun and not finished."""
         return [
             self._intent(slot)
-            for slot in range(SLOTS)
+            for slot in self._used
             if self._words[self._word(slot) + _STATE] == _BEGUN
         ]
 
