@@ -120,7 +120,8 @@ class Node:
         opened: open handles.
         record: its number in the lookup index; 0 without one.
         unnamed: an O_PATH descriptor of a deleted file that is still in use; -1 for none.
-        written: was opened for writing: shared maps may change its times at any moment.
+        mappable: was opened for reading and writing, as who maps it shared must: a map may outlive
+            the descriptor, and change the times at any moment.
         last: attributes of a deleted node that nothing else can tell.
         copying: held by the one thread that copies it up.
         lower_key, upper_key: under what the tree finds it as a file with several links.
@@ -138,13 +139,13 @@ class Node:
         "lookups",
         "lower",
         "lower_key",
+        "mappable",
         "metacopy",
         "names",
         "opened",
         "record",
         "unnamed",
         "upper_key",
-        "written",
     )
 
     def __init__(self, kind: int) -> None:
@@ -161,7 +162,7 @@ class Node:
         self.opened = 0
         self.record = 0
         self.unnamed = -1
-        self.written = False
+        self.mappable = False
         self.last: Attributes | None = None
         self.copying: threading.Lock | None = None
         self.lower_key: tuple[int, int] | None = None

@@ -112,7 +112,7 @@ class OpenFiles:
         self._make_room()
         self._handles[handle] = self._closable[handle] = opened
         node.opened += 1
-        node.written = node.written or opened.writable
+        node.mappable = node.mappable or flags & os.O_ACCMODE == os.O_RDWR
         if not node.in_upper or node.metacopy:
             self._readers.setdefault(node.id, set()).add(handle)
 

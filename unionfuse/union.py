@@ -38,7 +38,7 @@ LAYER_ATTRIBUTE = b"user.unionfuse.layer"
 
 _ACL_PREFIX = b"system.posix_acl_"
 _OPEN_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
-_WRITTEN_VALID = 1.0  # seconds; a shared map may change the times of a file once written to
+_MAPPABLE_VALID = 1.0  # seconds; a shared map may be there still, and change the times
 
 
 class Watcher(Protocol):
@@ -149,9 +149,9 @@ class Union:
         return entry
 
     def _valid(self, node: Node) -> float:
-        if not node.written:
+        if not node.mappable:
             return self.options.timeout
-        return 0.0 if node.opened else min(_WRITTEN_VALID, self.options.timeout)
+        return 0.0 if node.opened else min(_MAPPABLE_VALID, self.options.timeout)
 
     # --- looking -------------------------------------------------------------------------
 
@@ -351,7 +351,9 @@ class Union:
             flags &= _OPEN_FLAGS & ~os.O_TRUNC
             node, descriptor = self._changes().create(directory, name, mode, flags, caller)
             handle = self.files.add(node, descriptor, flags)
-            return self._entry(node), handle
+            # An empty file has no page that a map could change: what makes it grow tells us, or
+            # has the kernel ask. One that was just opened would be asked for at once otherwise.
+            return self._entry(node)._replace(attr_valid=self.options.timeout), handle
 
     def tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> tuple[Entry, int]:
         """Create a regular file without a name in a directory (O_TMPFILE)."""

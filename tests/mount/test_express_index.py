@@ -1,15 +1,14 @@
 """Mounts with a lookup index: the same tree, fewer requests, and never a stale or wrong answer."""
 
 import os
-import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from harness.counting import asked, status_line
 from harness.layers import Dir, File, HardLink, Symlink, Whiteout
 from harness.mounts import Mounted, Stack, Workshop
 from harness.snapshot import assert_equal
@@ -57,30 +56,6 @@ def indexed(
     index = write_index(stack)
     found = {"stats": None, "lookup_index": str(index), **options}
     return workshop.mount(stack, options=found, watch=watch)
-
-
-def status_line(tree: Mounted) -> dict[str, int]:
-    """What SIGUSR1 logs: nodes, open files, and requests by opcode."""
-    assert tree.daemon is not None
-    before = len(tree.daemon.messages())
-    tree.daemon.process.send_signal(signal.SIGUSR1)
-    while True:
-        assert tree.daemon.process.poll() is None
-        time.sleep(0.01)
-        lines = tree.daemon.messages()[before:].splitlines(keepends=True)
-        if lines and lines[0].endswith("\n"):
-            words = [word.split("=") for word in lines[0].split() if "=" in word]
-            return {key: int(value) for key, value in words if value.isdigit()}
-
-
-@contextmanager
-def asked(tree: Mounted) -> Iterator[dict[str, int]]:
-    """The requests of a block, by opcode, once it has ended."""
-    found: dict[str, int] = {}
-    before = status_line(tree)
-    yield found
-    after = status_line(tree)
-    found.update({name: n - before.get(name, 0) for name, n in after.items() if name.isupper()})
 
 
 def list_all(tree: Mounted) -> None:

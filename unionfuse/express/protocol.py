@@ -134,7 +134,7 @@ class InitFlag(enum.IntFlag):
     REQUEST_TIMEOUT = 1 << 42
 
 
-class OpenFlag(enum.IntFlag):
+class OpenFlag:  # not an enum: these are looked at for every open
     """`open_flags` of the reply to OPEN and CREATE (FOPEN_*)."""
 
     DIRECT_IO = 1 << 0
@@ -147,7 +147,7 @@ class OpenFlag(enum.IntFlag):
     PASSTHROUGH = 1 << 7
 
 
-class SetattrValid(enum.IntFlag):
+class SetattrValid:  # nor are these
     """Which fields of SETATTR count (FATTR_*)."""
 
     MODE = 1 << 0

@@ -125,7 +125,7 @@ class Requests:
         valid, _, handle, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _ = (
             protocol.SETATTR_IN.unpack_from(call.body)
         )
-        fields = SetattrValid(valid & (1 << 12) - 1)
+        fields = valid & (1 << 12) - 1
         # Without any field it means: somebody has written, drop capabilities, and set-uid as well
         # unless the writer may keep it. Who it was is told by pid alone (FUSE_ALLOW_IDMAP).
         nothing = not fields & ~(SetattrValid.FH | SetattrValid.LOCKOWNER)
@@ -503,9 +503,7 @@ def _sized(value: bytes, room: int) -> bytes:
     return value
 
 
-def _time(
-    fields: SetattrValid, given: SetattrValid, now: SetattrValid, seconds: int, nanoseconds: int
-) -> int | None:
+def _time(fields: int, given: int, now: int, seconds: int, nanoseconds: int) -> int | None:
     if not fields & given:
         return None
     if fields & now:

@@ -25,7 +25,7 @@ _FIELDS = (
     *("atime_ns", "mtime_ns", "ctime_ns", "blksize"),
     *("mode", "nlink", "uid", "gid"),
 )
-_IN_UPPER, _METACOPY, _HAS_LAST, _WRITTEN = 1, 2, 4, 8
+_IN_UPPER, _METACOPY, _HAS_LAST, _MAPPABLE = 1, 2, 4, 8
 
 
 def _stale() -> OSError:
@@ -86,7 +86,7 @@ class Revival:
         path, name = (b"", b"") if place is None else (place.path, place.name)
         texts = (path, name, node.index_name)
         flags = (node.in_upper * _IN_UPPER) | (node.metacopy * _METACOPY)
-        flags |= (node.written * _WRITTEN) | (_HAS_LAST if node.last is not None else 0)
+        flags |= (node.mappable * _MAPPABLE) | (_HAS_LAST if node.last is not None else 0)
         out = _FAREWELL.pack(flags, node.kind, node.link_offset, layer, *map(len, texts))
         if node.last is not None:
             out += _ATTRIBUTES.pack(*(getattr(node.last, field) for field in _FIELDS))
@@ -114,7 +114,7 @@ class Revival:
         node = tree.without_name(kind, index_name)
         if node is None:
             raise _stale()
-        node.id, node.last, node.written = number, last, bool(flags & _WRITTEN)
+        node.id, node.last, node.mappable = number, last, bool(flags & _MAPPABLE)
         if not index_name:
             node.in_upper, node.metacopy = bool(flags & _IN_UPPER), bool(flags & _METACOPY)
             node.link_offset = link_offset

@@ -1,0 +1,73 @@
+"""How many requests the kernel sends for changes: what need not be asked is not asked."""
+
+import os
+
+import pytest
+from harness.counting import asked
+from harness.layers import File
+from harness.mounts import Workshop
+
+pytestmark = pytest.mark.on("unionfuse")
+
+NUMBER = 20
+
+
+def test_creating_files_asks_for_the_directory_alone(workshop: Workshop) -> None:
+    """Each new name makes the kernel ask for the directory's attributes, and for nothing else."""
+    tree = workshop({"d/old": ""}, options={"stats": None})
+    (tree / "d/first").write_bytes(b"")
+    with asked(tree) as counts:
+        for number in range(NUMBER):
+            os.close(os.open(tree / f"d/{number}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+    assert counts.pop("CREATE") == counts.pop("RELEASE") == NUMBER
+    assert counts.pop("LOOKUP") == NUMBER
+    assert counts.pop("GETATTR") <= NUMBER + 1
+    assert not any(counts.values()), counts
+
+
+def test_unlinking_asks_for_the_directory_alone(workshop: Workshop) -> None:
+    tree = workshop({"d/old": ""}, options={"stats": None})
+    for number in range(NUMBER):
+        (tree / f"d/{number}").write_bytes(b"")
+    with asked(tree) as counts:
+        for number in range(NUMBER):
+            os.unlink(tree / f"d/{number}")
+    counts.pop("FORGET", 0)
+    counts.pop("BATCH_FORGET", 0)
+    assert counts.pop("UNLINK") == NUMBER
+    assert counts.pop("GETATTR") <= NUMBER + 1
+    assert not any(counts.values()), counts
+
+
+@pytest.mark.parametrize("where", ["lower", "upper"])
+def test_a_change_of_attributes_is_one_request(workshop: Workshop, where: str) -> None:
+    files = {f"d/{number}": File(data="x") for number in range(NUMBER)}
+    tree = workshop(files if where == "lower" else {"d/old": ""}, options={"stats": None})
+    if where == "upper":
+        for name in files:
+            (tree / name).write_bytes(b"x")
+    for name in files:
+        os.stat(tree / name)
+    with asked(tree) as counts:
+        for name in files:
+            os.chmod(tree / name, 0o640)
+            os.utime(tree / name, ns=(1, 2))
+            found = os.stat(tree / name)
+            assert (found.st_mode & 0o777, found.st_mtime_ns) == (0o640, 2)
+    assert {name: n for name, n in counts.items() if n} == {"SETATTR": 2 * NUMBER}
+
+
+def test_a_file_that_was_written_is_asked_for_once(workshop: Workshop) -> None:
+    """Who writes without reading has no shared map: attributes hold when the descriptor is gone."""
+    tree = workshop({"d/old": ""}, options={"stats": None})
+    path = tree / "d/new"
+    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY)
+    with asked(tree) as counts:
+        assert os.fstat(descriptor).st_size == 0
+        os.write(descriptor, b"more")
+        for _ in range(3):
+            assert os.fstat(descriptor).st_size == 4
+        os.close(descriptor)
+        assert os.stat(path).st_size == 4
+    assert counts.pop("GETATTR") <= 2  # one of them of the directory
+    assert os.stat(path).st_mtime_ns == os.stat(tree.upper / "d/new").st_mtime_ns
