@@ -19,7 +19,8 @@ def test_creating_files_asks_for_the_directory_alone(workshop: Workshop) -> None
     with asked(tree) as counts:
         for number in range(NUMBER):
             os.close(os.open(tree / f"d/{number}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
-    assert counts.pop("CREATE") == counts.pop("RELEASE") == NUMBER
+    assert counts.pop("CREATE") == NUMBER
+    assert abs(counts.pop("RELEASE") - NUMBER) <= 1  # nobody waits for it: one may be late
     assert counts.pop("LOOKUP") == NUMBER
     assert counts.pop("GETATTR") <= NUMBER + 1
     assert not any(counts.values()), counts
@@ -32,6 +33,7 @@ def test_unlinking_asks_for_the_directory_alone(workshop: Workshop) -> None:
     with asked(tree) as counts:
         for number in range(NUMBER):
             os.unlink(tree / f"d/{number}")
+    counts.pop("RELEASE", 0)  # the last one may be late
     counts.pop("FORGET", 0)
     counts.pop("BATCH_FORGET", 0)
     assert counts.pop("UNLINK") == NUMBER
