@@ -1,6 +1,6 @@
 """Images and builds beside podman, docker and umoci: the same verbs, interleaved, on a Debian base.
 
-    scripts/bench --images [--rounds N] [--json FILE]
+    scripts/bench --images [--rounds N] [--only ROW]… [--json FILE]
 
 Each tool has a store of its own below the cache; podman uses fuse-overlayfs, docker a private
 daemon with overlay2 and no network, umoci an OCI layout. All take the same base, made by mmdebstrap
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from benchmark.report import Results, Row
 
+UMOCI_ROW = "commit one file"
 BASE = "bench.test/debian:12"
 _STARTED = time.time()
 
@@ -76,6 +78,8 @@ class Tool:
 
 def main() -> int:
     args = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the peers' daemons end too
+    rows = [row for row in _WORKLOADS if not args.only or row[0] in args.only]
     cache = Path(args.cache).resolve()
     cache.mkdir(parents=True, exist_ok=True)
     results = Results()
@@ -86,7 +90,7 @@ def main() -> int:
         for tool in tools:
             _prepare(tool, base)
         for number in range(args.rounds):
-            for workload, prepare, work in _WORKLOADS:
+            for workload, prepare, work in rows:
                 for tool in tools:
                     if (tool.name, workload) in _MISSING:
                         continue
@@ -96,8 +100,9 @@ def main() -> int:
                     work(scene)
                     results.add(Row(1, False, workload), tool.name, time.perf_counter() - begun)
                     scene.tidy()
-            for workload, seconds in _umoci(cache, base, number):
-                results.add(Row(1, False, workload), "umoci", seconds)
+            if any(row[0] == UMOCI_ROW for row in rows):
+                seconds = _umoci(cache, base, number)
+                results.add(Row(1, False, UMOCI_ROW), "umoci", seconds)
             print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
     print(_table(results))
     table = {
@@ -191,7 +196,7 @@ def _pull(scene: Scene) -> None:
 
 _WORKLOADS: list[tuple[str, Step, Step]] = [
     (
-        "commit one file",
+        UMOCI_ROW,
         Scene.make_container,
         _commit,
     ),
@@ -285,7 +290,7 @@ def _base(cache: Path) -> Path:
     return path
 
 
-def _umoci(cache: Path, base: Path, number: int) -> Iterator[tuple[str, float]]:
+def _umoci(cache: Path, base: Path, number: int) -> float:
     """Its words for a commit of one file: insert, or unpack once and repack."""
     layout, bundle = cache / "umoci", cache / "umoci-bundle"
     if not layout.exists():
@@ -303,7 +308,7 @@ def _umoci(cache: Path, base: Path, number: int) -> Iterator[tuple[str, float]]:
     (bundle / "rootfs/etc/motd").write_text(f"{time.time()}\n")
     begun = time.perf_counter()
     subprocess.run(["umoci", "repack", "--image", f"{layout}:new{number}", bundle], check=True)
-    yield "commit one file", time.perf_counter() - begun
+    return time.perf_counter() - begun
 
 
 def _arguments() -> argparse.Namespace:
@@ -313,6 +318,12 @@ def _arguments() -> argparse.Namespace:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=[name for name, *_ in _WORKLOADS],
+        help="only this row; may be given several times",
+    )
     parser.add_argument("--cache", default=".cache/bench-images", help="where the stores are kept")
     parser.add_argument("--json", default="bench-images.json")
     return parser.parse_args()

@@ -338,6 +338,20 @@ def test_history_reads_as_dockers(builder: Builder, tmp_path: Path) -> None:
     ]
 
 
+def test_the_comment_of_a_base_is_not_inherited(builder: Builder, tmp_path: Path) -> None:
+    (tmp_path / "upper").mkdir()
+    words = ("commit", "--upper", tmp_path / "upper", "--parent", "base", "-m", "mine")
+    builder.run(*words, "commented")
+    directory = context(tmp_path, "")
+    (directory / "Dockerfile").write_text("FROM commented\nENV A=b\n")
+    image = builder.build(directory)
+    assert builder.config(image).comment == ""
+    assert [step.comment for step in builder.config(image).history][-2:] == [
+        "mine",
+        "unionfuse.dockerfile.v0",
+    ]
+
+
 def test_onbuild_triggers_run_in_the_child(builder: Builder, tmp_path: Path) -> None:
     text = "ONBUILD COPY file /from/child\nONBUILD RUN echo $PATH > /ran\nONBUILD ENV SET=1\n"
     builder.build(context(tmp_path / "parent", text), "-t", "parent")

@@ -33,6 +33,7 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
         ("COPY --from=later a /x\nFROM base AS later\nCOPY --from=0 / /\n", "line 2: from=later"),
         ("COPY --from=$X a /x\n", "line 2: from=$X: variables are not expanded"),
         ("COPY http://x/y /x\n", "line 2: COPY takes no URL"),
+        ("ADD http://127.0.0.1:1/x /\n", "fetch http://127.0.0.1:1/x: Connection refused"),
         ("ADD https://x/y.git /x\n", "line 2: ADD does not clone repositories"),
         ("COPY --chmod=9 a /x\n", "line 2: --chmod=9"),
         ("COPY --chown=nobody a /x\n", "line 2: COPY --chown=nobody a /x: unable to find user"),

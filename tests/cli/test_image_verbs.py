@@ -3,10 +3,12 @@
 import importlib
 import json
 import os
+import shlex
 import shutil
 import stat
 import subprocess
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from harness.tars import archive, member
 from unionimage.cli import load_verb, parser_of
 from unionimage.cli.verbs import ALIASES, VERBS
 
-from unionfuse import syscalls
+from unionfuse import __version__, syscalls
 
 
 @pytest.fixture
@@ -104,7 +106,12 @@ def test_light_verbs_import_nothing_heavy(unionfuse: Command, base: str) -> None
             "unrecognized arguments: --nope; see 'unionfuse",
         ),
         (["--nope"], 125, "unknown flag: --nope"),
-        (["image"], 1, "'unionfuse image' needs one of: "),
+        (["image"], 125, "required: ACTION"),
+        (["image", "bogus"], 125, "'bogus' (choose from "),
+        (["container", "bogus"], 125, "'ls'"),
+        (["image", "inspect", "nope"], 1, "no such image: nope"),
+        (["container", "inspect", "nope"], 1, "no such container: nope"),
+        (["run"], 125, "required: IMAGE;"),
         (["history", "nope"], 1, "no such image: nope"),
         (["history"], 125, "required: IMAGE"),
         (["tag", "base:1", "UPPER"], 1, "must be lower case"),
@@ -153,6 +160,8 @@ def test_images(unionfuse: Command, base: str, app: str) -> None:
         "2",
         "1",
     ]
+    created = unionfuse("images", "--format", "{{.CreatedAt}}", "base:1").strip()
+    assert time.strptime(created.rpartition(" ")[0], "%Y-%m-%d %H:%M:%S %z")
     unionfuse("tag", "app:2", "base:1")
     assert unionfuse("images", "-q", "--filter", "dangling=true").split() == []  # it has a child
     assert base[7:19] in unionfuse("images", "-a", "-q").split()
@@ -283,6 +292,8 @@ def test_what_is_saved_is_loaded(
     said = other("load", "-q", "-i", str(out)).splitlines()
     assert said == ["Loaded image: app:2", "Loaded image: base:1"]
     assert other.image_id("app:2") == app and other.image_id("base:1") == base
+    other("tag", "app:2", "mine")
+    assert other("load", "-q", "-i", str(out)).splitlines() == said  # of the archive, no others
     other("check")
 
 
@@ -319,18 +330,53 @@ def test_limits(unionfuse: Command, rootfs: Path) -> None:
     assert os.listdir(unionfuse.root / "diff") == os.listdir(unionfuse.root / "staging") == []
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion(unionfuse: Command, shell: str) -> None:
+def test_completion_of_bash(unionfuse: Command, base: str, tmp_path: Path) -> None:
+    script = unionfuse("completion", "bash")
+    unionfuse("create", "--name", "idle", "--network", "none", "base:1", "sh")
+    unionfuse("volume", "create", "vol")
+    called = " ".join(map(shlex.quote, unionfuse.line()))
+    (tmp_path / "unionfuse").write_text(f'#!/bin/sh\nexec {called} "$@"\n')
+    (tmp_path / "unionfuse").chmod(0o755)
+    try:
+        for typed, shown in {
+            "his": "history",
+            "--root /x his": "history",
+            "images --no-t": "--no-trunc",
+            "volume cr": "create",
+            "image ls --dig": "--digests",
+            "volume create --la": "--label",
+            "rmi ba": "base:1",
+            "stop id": "idle",
+            "volume rm v": "vol",
+            "network connect host id": "idle",
+        }.items():
+            words = ["unionfuse", *typed.split()]
+            ask = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _unionfuse"
+            done = subprocess.run(
+                ["bash", "-c", f'{script}{ask}; echo "${{COMPREPLY[*]}}"'],
+                capture_output=True,
+                text=True,
+                env={**unionfuse.environment, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            )
+            assert (done.stdout, done.stderr) == (f"{shown}\n", ""), typed
+    finally:
+        unionfuse("rm", "idle")
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completion_of_other_shells(unionfuse: Command, shell: str) -> None:
     script = unionfuse("completion", shell)
-    assert "--no-trunc" in script or "no-trunc" in script
-    if shell == "bash":
-        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-        typed = "COMP_WORDS=(unionfuse his); COMP_CWORD=1; _unionfuse; echo $COMPREPLY"
-        done = subprocess.run(
-            ["bash", "-c", script + typed],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        assert done.stdout == "history\n"
+    for word in ("history", "no-trunc", "label-file", "{{.Names}}"):
+        assert word in script
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=script, text=True, check=True)
+
+
+def test_version(unionfuse: Command) -> None:
+    said = unionfuse("--version")
+    assert said == unionfuse("-v") == f"unionfuse {__version__}\n"
+    assert unionfuse("version", "--format", "{{.Server.Version}}") == f"{__version__}\n"
+    assert json.loads(unionfuse("version", "--json"))["Version"] == __version__
 
 
 def test_the_configuration_is_read(unionfuse: Command, base: str, tmp_path: Path) -> None:

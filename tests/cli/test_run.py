@@ -294,6 +294,15 @@ def test_ps_filters(box: Box) -> None:
     assert "colour" in box("ps", "--filter", "colour=red", code=1).stderr
 
 
+def test_ps_fields(box: Box) -> None:
+    box("create", "--name", "one", "--tmpfs", "/t", "-v", "volume-of-many-letters:/v", "busybox")
+    (row,) = map(json.loads, box.out("ps", "-a", "--json").splitlines())
+    assert (row["Mounts"], row["LocalVolumes"]) == ("volume-of-many…", "1")
+    assert time.strptime(row["CreatedAt"].rpartition(" ")[0], "%Y-%m-%d %H:%M:%S %z")
+    full = box.out("ps", "-a", "--no-trunc", "--format", "{{.Mounts}}").strip()
+    assert full == "volume-of-many-letters"
+
+
 def test_cidfile_and_create_and_start_attached(box: Box, tmp_path: Path) -> None:
     file = tmp_path / "cid"
     identity = box.out(

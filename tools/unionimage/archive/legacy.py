@@ -20,13 +20,15 @@ _MAX_PARENTS = 1000
 _DROPPED = ("id", "parent", "Size", "parent_id", "layer_id", "throwaway", "container_config")
 
 
-def load(lease: Lease, source: Source) -> list[Image]:
-    """Load the images that `repositories` names, or without it those that are no one's parent."""
-    images = []
-    names = _tips(source)
-    for tip, references in names.items():
-        images.append(_load_image(lease, source, tip, references))
-    return images
+def load(lease: Lease, source: Source) -> list[tuple[Image, list[Reference]]]:
+    """Load the images that `repositories` names, or without it those that are no one's parent.
+
+    Returns: each with the names that the archive gives it.
+    """
+    return [
+        (_load_image(lease, source, tip, references), references)
+        for tip, references in _tips(source).items()
+    ]
 
 
 def _tips(source: Source) -> dict[str, list[Reference]]:

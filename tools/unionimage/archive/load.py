@@ -44,7 +44,7 @@ def load(
     *,
     every_platform: bool = False,
 ) -> list[Image]:
-    """Load every image of an archive.
+    """Load every image of an archive; each with the names that the archive gives it.
 
     Args:
         every_platform: of an index all images that are in the archive; else this machine's.
@@ -85,7 +85,7 @@ def load_source(lease: Lease, source: Source, every_platform: bool = False) -> l
     if (data := source.text("manifest.json")) is not None:
         return [_load_docker(lease, source, one) for one in _docker_manifests(data)]
     if any(name.endswith("/layer.tar") for name in source.names()):
-        return legacy.load(lease, source)
+        return [_named(*loaded) for loaded in legacy.load(lease, source)]
     raise BadContent("no image in the archive: neither manifest.json nor index.json is there")
 
 
@@ -120,7 +120,12 @@ def _load_docker(lease: Lease, source: Source, table: dict[str, Any]) -> Image:
         )
     for name, diff_id in zip(layers, config.diff_ids, strict=True):
         source.layer(name, diff_id, None, None)
-    return lease.add_image(data, names=_references(table.get("RepoTags") or []))
+    names = _references(table.get("RepoTags") or [])
+    return _named(lease.add_image(data, names=names), names)
+
+
+def _named(image: Image, names: Sequence[Reference]) -> Image:
+    return replace(image, names=tuple(names))
 
 
 def _references(names: Sequence[str]) -> list[Reference]:
@@ -171,9 +176,10 @@ def _load_index(
     if not images:
         raise BadContent("the archive has none of the images of its index")
     kept = lease.add_bytes(data)
-    for name in _names(named):
+    names = _names(named)
+    for name in names:
         platforms.note(lease.store, name, kept, images)
-    return [lease.store.image_by_id(image.id) for image in images]
+    return [_named(lease.store.image_by_id(image.id), names) for image in images]
 
 
 def _load_manifest(
@@ -196,7 +202,7 @@ def _load_manifest(
     for layer, diff_id in zip(manifest.layers, config.diff_ids, strict=True):
         source.layer(_blob_name(layer.digest), diff_id, layer.digest, layer.size)
     names = _names(named) or _references(tags.get(manifest.config.digest, []))
-    return lease.add_image(config_bytes, manifest=data, names=names)
+    return _named(lease.add_image(config_bytes, manifest=data, names=names), names)
 
 
 def _names(descriptor: Descriptor) -> list[Reference]:

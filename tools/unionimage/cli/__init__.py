@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from unionfuse import __version__
 from unionimage.cli.verbs import ALIASES, GROUPS, VERBS
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
         root, words = _global_options(words)
         if not words or words[0] in ("help", "-h", "--help"):
             return _help(words[1:])
+        if words[0] in ("-v", "-V", "--version"):
+            print(f"unionfuse {__version__}")
+            return 0
         verb, words = resolve(words)
         module = load_verb(verb)
         args = parser_of(verb, module).parse_args(words)
@@ -67,9 +71,6 @@ def resolve(words: Sequence[str]) -> tuple[str, list[str]]:
             return target[0], [*target[1:], *words[length:]]
     if words[0] in VERBS:
         return words[0], list(words[1:])
-    group = sorted(form[1] for form in ALIASES if len(form) == 2 and form[0] == words[0])
-    if group:
-        raise UserError(f"'unionfuse {words[0]}' needs one of: {', '.join(group)}")
     import difflib
 
     near = difflib.get_close_matches(words[0], VERBS, 1)
@@ -95,6 +96,9 @@ def parser_of(verb: str, module: ModuleType) -> argparse.ArgumentParser:
     return parser
 
 
+_ALONE = ("-h", "--help", "-v", "-V", "--version")
+
+
 def _global_options(words: list[str]) -> tuple[str | None, list[str]]:
     from unionimage.errors import UserError
 
@@ -108,7 +112,7 @@ def _global_options(words: list[str]) -> tuple[str | None, list[str]]:
         if not root:
             raise UserError("--root needs a directory", exit_code=USAGE)
         words = rest
-    if words and words[0].startswith("-") and words[0] not in ("-h", "--help"):
+    if words and words[0].startswith("-") and words[0] not in _ALONE:
         raise UserError(f"unknown flag: {words[0]}; see 'unionfuse --help'", exit_code=USAGE)
     return root, words
 
@@ -177,4 +181,4 @@ def _is_mount_call(words: list[str]) -> bool:
             return True
         if word.startswith("-o") and "lowerdir=" in word:
             return True
-    return words == ["--version"] or words == ["-V"]
+    return False

@@ -79,6 +79,13 @@ def human_ago(when: float | None) -> str:
     return "N/A" if when is None else human_duration(max(0.0, time.time() - when)) + " ago"
 
 
+def local_time(when: float | None) -> str:
+    """`2026-01-31 12:00:00 +0000 UTC`, docker's CreatedAt; `N/A` where the time is not known."""
+    if when is None:
+        return "N/A"
+    return time.strftime("%Y-%m-%d %H:%M:%S %z %Z", time.localtime(when))
+
+
 def parse_time(text: str) -> float | None:
     """RFC 3339 (up to nanoseconds) → seconds since the epoch; None where it is empty or bad."""
     from datetime import datetime

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from unionimage.cli.parser import add_grouped
 from unionimage.errors import UserError
 
 EXAMPLE = """unionfuse container prune -f
@@ -21,6 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     verbs.add_parser("autostart", help=what, description=what)
     what = "stop all that run (before a shutdown); autostart starts them again"
     verbs.add_parser("stop-all", help=what, description=what)
+    add_grouped(verbs, "container")
 
 
 def run(args: argparse.Namespace) -> int:

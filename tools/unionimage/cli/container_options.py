@@ -16,7 +16,8 @@ def add_container_options(parser: argparse.ArgumentParser) -> None:
         add(*names, help=help, action="store_true")
 
     parser.add_argument("image", metavar="IMAGE")
-    parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER)
+    command = parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER)
+    command.required = False  # argparse names it among what is missing otherwise
 
     add("--name", help="a name for the container")
     flag("--rm", help="remove the container when it ends")

@@ -29,8 +29,10 @@ Side = tuple[list[Path], set[bytes]]
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-s", "--size", action="store_true", help="show sizes as well")
     add_format_options(parser)
-    parser.add_argument("a", metavar="A", help="a container, an image, or a layer (its diffID)")
-    parser.add_argument("b", nargs="?", metavar="B", help="compare A with this")
+    parser.add_argument(
+        "a", metavar="CONTAINER|IMAGE|LAYER", help="a container, an image, or a layer (its diffID)"
+    )
+    parser.add_argument("b", nargs="?", metavar="IMAGE|LAYER", help="compare with this")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,6 +24,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="show only what matches",
     )
     parser.add_argument("--format", metavar="TEMPLATE", help="json, or a template")
+    parser.add_argument(
+        "--json",
+        dest="format",
+        action="store_const",
+        const="json",
+        help="the same as --format json",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 import fnmatch
 from typing import Any
 
-from unionimage.cli.common import human_ago, human_size, open_store, parse_time
+from unionimage.cli.common import human_ago, human_size, local_time, open_store, parse_time
 from unionimage.cli.format import add_format_options, filters, show
 from unionimage.reference import Reference
 from unionimage.store import Image, Store
@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tree", action="store_true", help="layers from base to top, each once")
     add_format_options(parser)
     parser.add_argument(
-        "name", nargs="?", metavar="NAME[:TAG]", help="only this repository or name"
+        "name", nargs="?", metavar="IMAGE[:TAG]", help="only this repository or name"
     )
 
 
@@ -76,7 +76,7 @@ def rows_of(
     common = {
         "ID": image.id if whole else image.id.short,
         "CreatedSince": human_ago(created),
-        "CreatedAt": image.created or "N/A",
+        "CreatedAt": local_time(created),
         "Size": human_size(image.size),
         "VirtualSize": human_size(image.size),
         "SharedSize": "N/A",

@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--type", choices=("container", "image"), help="only this kind")
     parser.add_argument("-s", "--size", action="store_true", help="sizes of containers as well")
-    parser.add_argument("name", nargs="+", metavar="NAME|ID")
+    parser.add_argument("name", nargs="+", metavar="CONTAINER|IMAGE")
 
 
 def run(args: argparse.Namespace) -> int:

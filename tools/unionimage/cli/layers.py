@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 
 from unionfuse.mounting import MountError
@@ -25,7 +26,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         made.add_argument("mountpoint", metavar="MOUNTPOINT", help="where it is mounted")
         return made
 
-    verb("ls", "print the layers, topmost first")
+    ls = verb("ls", "print the layers, topmost first")
+    ls.add_argument("--json", action="store_true", help="a line of JSON a layer")
     add = verb("add", "put a directory on top of the layers (below the upper directory)")
     add.add_argument("directory", metavar="DIR", help="the new layer")
     add.add_argument("--below", metavar="LAYER", help="put it right below this layer")
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         present = layers.layers(mountpoint)
         if args.verb == "ls":
             for path in present:
-                print(path)
+                print(json.dumps({"Layer": path}) if args.json else path)
         elif args.verb == "add":
             layers.change(mountpoint, _with(present, args))
         else:

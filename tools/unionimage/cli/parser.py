@@ -7,6 +7,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
+from unionimage.cli.verbs import ALIASES, VERBS
 from unionimage.errors import UserError
 
 
@@ -17,6 +18,18 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
     except (OSError, ValueError):
         width = 80
     return argparse.RawDescriptionHelpFormatter(prog, width=max(width, 40) - 2)
+
+
+def add_grouped(verbs: argparse._SubParsersAction[argparse.ArgumentParser], group: str) -> None:
+    """Name docker's grouped forms among the actions of `unionfuse GROUP`, for help and completion.
+
+    Nothing is parsed by these: the dispatch takes such a form before.
+    """
+    for form, target in ALIASES.items():
+        if len(form) == 2 and form[0] == group:
+            what = VERBS[target[0]][1]
+            what = f"{what[0].lower()}{what[1:]} ('unionfuse {' '.join(target)}')"
+            verbs.add_parser(form[1], help=what, description=what)
 
 
 class VerbParser(argparse.ArgumentParser):

@@ -12,6 +12,7 @@ EXAMPLE = "unionfuse port web 80"
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("container", metavar="CONTAINER")
     parser.add_argument("port", metavar="PORT[/PROTOCOL]", nargs="?")
+    parser.add_argument("--json", action="store_true", help="a line of JSON an address")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -20,15 +21,18 @@ def run(args: argparse.Namespace) -> int:
 
     container = open_engine(args).find(args.container)
     table = describe.ports(container)
-    if args.port is None:
-        for port, places in table.items():
-            for place in places or []:
-                print(f"{port} -> {place['HostIp']}:{place['HostPort']}")
-        return 0
-    wanted = args.port if "/" in args.port else f"{args.port}/tcp"
-    places = table.get(wanted)
-    if not places:
-        raise UserError(f"no public port {wanted} published for {container.name}")
-    for place in places:
-        print(f"{place['HostIp']}:{place['HostPort']}")
+    if args.port is not None:
+        wanted = args.port if "/" in args.port else f"{args.port}/tcp"
+        if not table.get(wanted):
+            raise UserError(f"no public port {wanted} published for {container.name}")
+        table = {wanted: table[wanted]}
+    for port, places in table.items():
+        for place in places or []:
+            address = f"{place['HostIp']}:{place['HostPort']}"
+            if args.json:
+                import json
+
+                print(json.dumps({"Port": port, **place}))
+            else:
+                print(address if args.port is not None else f"{port} -> {address}")
     return 0

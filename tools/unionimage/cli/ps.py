@@ -77,20 +77,19 @@ RUNNING = ("running", "paused", "restarting")
 
 def row_of(container: Container, full: bool, size: bool) -> dict[str, Any]:
     """One line, with docker's field names."""
-    from unionimage.cli.common import human_duration, human_size
+    from unionimage.cli.common import human_duration, human_size, local_time, parse_time
     from unionimage.container import create, describe
 
     command = create.command_line(container.record)
-    if not full and len(command) > 20:
-        command = command[:19] + "…"
     image = str(container.config["Image"])
     age = human_duration(describe.seconds_since(str(container.record["Created"])))
     points = container.record["Mounts"]
+    places = [str(point.get("Name") or point["Source"]) for point in points]  # a tmpfs has none
     row = {
         "ID": container.id if full else container.id[:12],
         "Image": image,
-        "Command": f'"{command}"',
-        "CreatedAt": container.record["Created"],
+        "Command": f'"{_shortened(command, full, 20)}"',
+        "CreatedAt": local_time(parse_time(str(container.record["Created"]))),
         "CreatedAgo": f"{age} ago",
         "RunningFor": f"{age} ago",
         "Status": status_text(container),
@@ -100,13 +99,17 @@ def row_of(container: Container, full: bool, size: bool) -> dict[str, Any]:
         "Labels": ",".join(
             f"{name}={value}" for name, value in (container.config.get("Labels") or {}).items()
         ),
-        "Mounts": ",".join(point.get("Name") or point["Source"] for point in points),
+        "Mounts": ",".join(_shortened(name, full) for name in places if name),
         "Networks": ",".join(container.record["Networks"]) or str(container.record["NetworkMode"]),
         "LocalVolumes": str(sum(point["Type"] == "volume" for point in points)),
     }
     if size:
         row["Size"] = human_size(describe.writable_size(container))
     return row
+
+
+def _shortened(text: str, full: bool, width: int = 15) -> str:
+    return text if full or len(text) <= width else text[: width - 1] + "…"
 
 
 def status_text(container: Container) -> str:

@@ -20,7 +20,7 @@ MANIFEST_TYPES = ("oci", "docker")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME[:TAG]", help="the image; :latest if no tag is given")
+    parser.add_argument("name", metavar="IMAGE[:TAG]", help="the image; :latest if no tag is given")
     parser.add_argument(
         "-a", "--all-tags", action="store_true", help="push every local tag of the repository"
     )

@@ -26,7 +26,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     what = "show the host, the store and the runtime"
     info = verbs.add_parser("info", help=what, description=what)
-    info.add_argument("-f", "--format", metavar="TEMPLATE")
+    info.add_argument("-f", "--format", metavar="TEMPLATE", help="json, or a template")
+    info.add_argument(
+        "--json", dest="format", action="store_const", const="json", help="a JSON list"
+    )
     what = "show what images, containers and volumes take"
     add_format_options(verbs.add_parser("df", help=what, description=what))
     what = "remove stopped containers, unused networks and unused images"

@@ -6,12 +6,15 @@ import argparse
 
 from unionimage.errors import Conflict, UserError
 
-EXAMPLE = "unionfuse top web aux"
+EXAMPLE = """unionfuse top web aux
+unionfuse top --json web"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("container", metavar="CONTAINER")
-    parser.add_argument("options", metavar="PS_OPTION", nargs=argparse.REMAINDER)
+    parser.add_argument("--json", action="store_true", help="a line of JSON a process")
+    options = parser.add_argument("options", metavar="PS_OPTION", nargs=argparse.REMAINDER)
+    options.required = False  # argparse names it among what is missing otherwise
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,9 +39,16 @@ def run(args: argparse.Namespace) -> int:
     if "PID" not in columns:
         raise UserError("the ps options must show the column PID")
     at = columns.index("PID")
-    print(heading)
-    for line in lines:
-        fields = line.split()
-        if len(fields) > at and fields[at] in pids:
-            print(line)
+    ours = [line for line in lines if _field(line, at) in pids]
+    if args.json:
+        import json
+
+        for line in ours:
+            print(json.dumps(dict(zip(columns, line.split(None, len(columns) - 1), strict=False))))
+    else:
+        print("\n".join([heading, *ours]))
     return 0
+
+
+def _field(line: str, at: int) -> str:
+    return "".join(line.split()[at : at + 1])

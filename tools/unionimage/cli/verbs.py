@@ -22,6 +22,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "du": ("du", "Show what takes the space in the store"),
         "which": ("which", "Show the layer and the step that a file comes from"),
         "explore": ("explore", "Show an image as a page of pictures"),
+        "image": ("image", "Manage images"),
     },
     "Building": {
         "build": ("build", "Build an image from a Dockerfile"),
@@ -80,6 +81,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "prune": ("prune", "Remove images that nothing names and data that nothing uses"),
         "check": ("check", "Verify every blob, layer and index in the store"),
         "system": ("system", "Show and clean up what there is in all"),
+        "version": ("version", "Show the version of this program"),
         "completion": ("completion", "Print the completion script for a shell"),
         "man": ("man", "Print the manual page of a verb"),
     },
@@ -89,10 +91,10 @@ VERBS = {verb: told for group in GROUPS.values() for verb, told in group.items()
 
 
 # Verbs that docker also takes behind a noun.
-_OF_AN_IMAGE = "history inspect tag save load import build pull push diff mount"
+_OF_AN_IMAGE = "history tag save load import build pull push diff mount"
 _OF_A_CONTAINER = (
     "run create start stop restart kill pause unpause wait rm rename logs attach cp exec top stats "
-    "port update inspect diff commit export"
+    "port update diff commit export"
 )
 
 # Docker's grouped forms, and its other spellings: the first words -> the verb and what it implies.
@@ -106,7 +108,9 @@ ALIASES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("image", "unmount"): ("umount",),
     ("image", "umount"): ("umount",),
     ("image", "tree"): ("images", "--tree"),
+    ("image", "inspect"): ("inspect", "--type", "image"),
     **{("container", verb): (verb,) for verb in _OF_A_CONTAINER.split()},
+    ("container", "inspect"): ("inspect", "--type", "container"),
     ("container", "ls"): ("ps",),
     ("container", "list"): ("ps",),
     ("container", "ps"): ("ps",),

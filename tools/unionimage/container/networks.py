@@ -79,7 +79,9 @@ class Networks:
             return dict(matches[0])
         if matches:
             raise UserError(f"network {text} is ambiguous: {len(matches)} networks start so")
-        raise NotFound(f"network {text} not found: 'unionfuse network create {text}' makes it")
+        raise NotFound(
+            f"network {text} not found: 'unionfuse network ls' shows those that are here"
+        )
 
     def create(
         self,

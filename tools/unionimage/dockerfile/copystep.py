@@ -176,6 +176,7 @@ def _fetch(work: Work, url: str) -> tuple[Path, Digest]:
     except (OSError, ValueError, urllib.error.URLError) as error:
         is_status = isinstance(error, urllib.error.HTTPError)
         reason = error if is_status else getattr(error, "reason", None) or error
+        reason = getattr(reason, "strerror", None) or reason
         raise DockerfileError(f"cannot fetch {url}: {reason}") from None
     parsed = email.utils.parsedate_tz(modified)
     seconds = 0 if parsed is None else email.utils.mktime_tz(parsed)

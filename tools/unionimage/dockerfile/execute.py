@@ -312,7 +312,8 @@ class StageBuild:
         history = History(
             created=made.created, created_by=step.created_by, comment=COMMENT, author=step.author
         )
-        config = replace(self.config, run=step.run, author=step.author)
+        # The comment of a base that was committed or imported is about that base.
+        config = replace(self.config, run=step.run, author=step.author, comment="")
         self.config = config.with_step(history, made.diff_id)
         self._trail = key_of(key, made.diff_id)
         self.done += 1

@@ -1,0 +1,44 @@
+"""`unionfuse version`: of this program and of what it runs on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+
+import unionfuse
+
+EXAMPLE = """unionfuse version
+unionfuse version --format '{{.Version}}'"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-f", "--format", metavar="TEMPLATE", help="json, or a template")
+    parser.add_argument(
+        "--json", dest="format", action="store_const", const="json", help="a JSON object"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    system = os.uname()
+    facts = {
+        "Version": unionfuse.__version__,
+        "Python": platform.python_version(),
+        "Os": system.sysname.lower(),
+        "Arch": system.machine,
+        "KernelVersion": system.release,
+    }
+    if args.format == "json":
+        import json
+
+        print(json.dumps(facts))
+    elif args.format:
+        from unionimage.cli.format import show_objects
+
+        # Docker's templates ask for the client's or the server's; here both are this program.
+        show_objects([facts | {"Client": facts, "Server": facts}], args.format)
+    else:
+        width = max(map(len, facts)) + 2
+        for name, value in facts.items():
+            print(f"{name + ':':<{width}}{value}")
+    return 0
