@@ -9,6 +9,7 @@ import errno
 import os
 import random
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,17 @@ TOP: dict[str, Spec] = {
     "d/b": Whiteout(),
     "d/c/a": "a file over a directory",
 }
+
+
+def in_arenas(layer: Layer, count: int) -> dict[str, Spec]:
+    """The layer in each of so many directories, `arena0` and so on."""
+    found: dict[str, Spec] = {}
+    for number in range(count):
+        for path, spec in layer.items():
+            if isinstance(spec, HardLink):
+                spec = HardLink(f"arena{number}/{spec.to}")
+            found[f"arena{number}/{path}"] = spec
+    return found
 
 
 class Actor:
@@ -322,3 +334,16 @@ def _random_layer(chance: random.Random, below: set[str]) -> Layer:
 
     fill("", 1, bool(below))
     return layer
+
+
+def main() -> None:
+    """`python -m harness.actions DIR SEED COUNT`: so many in DIR, whatever becomes of each."""
+    actor = Actor(Path(sys.argv[1]))
+    chooser = Chooser(random.Random(int(sys.argv[2])).choice)
+    for _ in range(int(sys.argv[3])):
+        actor.do(chooser.action())
+    actor.close_all()
+
+
+if __name__ == "__main__":
+    main()

@@ -310,6 +310,18 @@ class Mounted:
             self.daemon.kill()
             self.daemon = None
 
+    def status(self) -> dict[str, int]:
+        """The line that the daemon logs for SIGUSR1: nodes, open files, requests by opcode."""
+        assert self.daemon is not None
+        before = len(self.daemon.messages())
+        self.daemon.process.send_signal(signal.SIGUSR1)
+        while True:
+            lines = self.daemon.messages()[before:].splitlines(keepends=True)
+            if lines and lines[0].endswith("\n"):
+                words = [word.split("=") for word in lines[0].split() if "=" in word]
+                return {key: int(value) for key, value in words if value.isdigit()}
+            time.sleep(0.005)
+
     def snapshot(self, **how: object) -> Tree:
         return snapshot(self.root, **how)
 

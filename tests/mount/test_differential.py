@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from harness.actions import BASE, TOP, Action, Actor, Chooser, random_layers
-from harness.layers import HardLink, Layer, Spec
+from harness.actions import BASE, TOP, Action, Actor, Chooser, in_arenas, random_layers
 from harness.mounts import Mounted, Workshop
 from harness.snapshot import assert_equal
 from hypothesis import HealthCheck, given, settings
@@ -56,7 +55,7 @@ def compare_trees(ours: Mounted, oracle: Mounted) -> None:
 @pytest.mark.on("unionfuse")
 @pytest.mark.timeout(150)
 def test_random_actions_have_the_same_outcome(workshop: Workshop) -> None:
-    layers = [_in_arenas(TOP), _in_arenas(BASE)]
+    layers = [in_arenas(TOP, ARENAS), in_arenas(BASE, ARENAS)]
     ours, oracle = workshop(*layers), workshop(*layers, kind="overlay")
     arenas = iter(range(ARENAS))
 
@@ -74,16 +73,6 @@ def test_random_actions_have_the_same_outcome(workshop: Workshop) -> None:
 
     run()
     compare_trees(ours, oracle)
-
-
-def _in_arenas(layer: Layer) -> dict[str, Spec]:
-    found: dict[str, Spec] = {}
-    for number in range(ARENAS):
-        for path, spec in layer.items():
-            if isinstance(spec, HardLink):
-                spec = HardLink(f"arena{number}/{spec.to}")
-            found[f"arena{number}/{path}"] = spec
-    return found
 
 
 @pytest.mark.on("unionfuse")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness.disks import Disk
 from harness.mounts import Daemon, unionfuse_command
 
 from unionfuse.ordering import keeps_order
@@ -19,44 +20,18 @@ from unionfuse.ordering import keeps_order
 _SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN
 _WITHOUT_FLUSH = 2  # EXT4_GOING_FLAGS_NOLOGFLUSH
 SIZES = {"small": 10_000, "page": 4096, "big": 9_000_000}
+KINDS = ("ext4", "ext4 with fast commits", "ext4 without a journal", "xfs")
 
 
-MAKERS = {
-    "ext4": ("mkfs.ext4", "-q"),
-    "ext4 with fast commits": ("mkfs.ext4", "-q", "-O", "fast_commit"),
-    "ext4 without a journal": ("mkfs.ext4", "-q", "-O", "^has_journal"),
-    "xfs": ("mkfs.xfs", "-q"),
-}
+def cut_power(root: Path) -> None:
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.ioctl(descriptor, _SHUTDOWN, struct.pack("=I", _WITHOUT_FLUSH))
+    finally:
+        os.close(descriptor)
 
 
-class Disk:
-    """A file system of its own in a file."""
-
-    def __init__(self, directory: Path, kind: str) -> None:
-        self.image, self.root = directory / "image", directory / "disk"
-        self.root.mkdir()
-        with open(self.image, "wb") as image:
-            image.truncate(320 << 20)  # what XFS needs at least
-        subprocess.run([*MAKERS[kind], self.image], check=True)
-        self.mount()
-
-    def mount(self) -> None:
-        done = subprocess.run(["mount", "-o", "loop", self.image, self.root], capture_output=True)
-        if done.returncode:
-            pytest.skip(f"no loop devices here: {done.stderr.decode()}")
-
-    def cut_power(self) -> None:
-        descriptor = os.open(self.root, os.O_RDONLY)
-        try:
-            fcntl.ioctl(descriptor, _SHUTDOWN, struct.pack("=I", _WITHOUT_FLUSH))
-        finally:
-            os.close(descriptor)
-
-    def unmount(self) -> None:
-        subprocess.run(["umount", self.root], capture_output=True, check=False)
-
-
-@pytest.fixture(params=MAKERS)
+@pytest.fixture(params=KINDS)
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
     made = Disk(tmp_path, request.param)
     descriptor = os.open(made.root, os.O_RDONLY)
@@ -84,7 +59,7 @@ def test_a_copy_up_is_whole_after_a_power_cut(disk: Disk, tmp_path: Path) -> Non
         # Somebody else's fsync commits the journal: what was renamed until now is there for good.
         with open(disk.root / "other", "wb") as other:
             os.fsync(other.fileno())
-        disk.cut_power()
+        cut_power(disk.root)
     finally:
         subprocess.run(["umount", merged], check=True)
         daemon.wait()

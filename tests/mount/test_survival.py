@@ -45,18 +45,6 @@ def daemon_of(tree: Mounted) -> int | None:
     return int(children[0]) if children else None
 
 
-def requests(tree: Mounted) -> dict[str, int]:
-    """Requests by opcode that the present daemon got, from the line that SIGUSR1 has logged."""
-    assert tree.daemon is not None
-    before = len(tree.daemon.messages())
-    tree.daemon.process.send_signal(signal.SIGUSR1)
-    while True:
-        lines = tree.daemon.messages()[before:].splitlines(keepends=True)
-        if lines and lines[0].endswith("\n"):
-            words = [word.split("=") for word in lines[0].split() if "=" in word]
-            return {key: int(value) for key, value in words if value.isdigit()}
-
-
 class Killer(threading.Thread):
     """Kills the daemon of a mount every now and then, until it is told to stop."""
 
@@ -411,11 +399,11 @@ def test_files_that_are_passed_through_go_on(workshop: Workshop) -> None:
             assert os.pread(first.fileno(), 9, 0) == b"1012"[: number + 2]
     kill_daemon(tree)
     assert (tree / "new").read_bytes() == b"1012"
-    assert requests(tree).get("WRITE", 0) == 0
+    assert tree.status().get("WRITE", 0) == 0
     fresh = tree / "fresh"
     fresh.write_bytes(b"x")
     assert fresh.read_bytes() == b"x"
-    assert requests(tree).get("READ", 0) == 0
+    assert tree.status().get("READ", 0) == 0
 
 
 def test_opens_that_the_compiled_loop_answered_go_on(workshop: Workshop) -> None:

@@ -1,0 +1,103 @@
+"""A million operations: a mount that has served them holds no more than before."""
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from harness.actions import BASE, TOP, in_arenas
+from harness.mounts import Mounted, Workshop
+
+from unionfuse.express import protocol
+
+TESTS = Path(__file__).parents[1]
+PROGRAMS = 4
+COUNT = 1_000_000
+# kB: what the allocator may keep, and what the journal may hold of nodes that are gone
+SLACK = {"RssAnon": 2048, "RssShmem": 5120}
+_PIDFD_GETFD = 438  # the same number on every architecture
+
+
+def _work(tree: Mounted, seed: int, count: int) -> None:
+    """Do `count` random actions, by several programs at once."""
+    running = []
+    for number in range(PROGRAMS):
+        words = [tree / f"arena{number}", seed + number, count // PROGRAMS]
+        command = [sys.executable, "-m", "harness.actions", *map(str, words)]
+        running.append(subprocess.Popen(command, cwd=TESTS))
+    assert [process.wait() for process in running] == [0] * PROGRAMS
+
+
+def _held(tree: Mounted) -> dict[str, int]:
+    """What the mount's processes hold while nothing is open and the kernel remembers no name."""
+    assert tree.daemon is not None
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    limit = time.monotonic() + 20  # for RELEASE and FORGET, which nobody waits for
+    while (known := _known(tree)) != {"nodes": 1, "open": 0} and time.monotonic() < limit:
+        time.sleep(0.2)
+    keeper, daemon = tree.daemon.process.pid, tree.daemon.pid
+    found = {}
+    for name, pid in {"keeper": keeper, "daemon": daemon}.items():
+        status = Path(f"/proc/{pid}/status").read_text()
+        words = dict(line.split(":", 1) for line in status.splitlines())
+        for key in ("RssAnon", "RssShmem"):
+            found[f"{name} {key}"] = int(words[key].split()[0])
+        found[f"{name} descriptors"] = len(os.listdir(f"/proc/{pid}/fd"))
+    return found | known | {"backing ids": _backing_ids(daemon, tree.upper)}
+
+
+def _known(tree: Mounted) -> dict[str, int]:
+    status = tree.status()
+    return {key: status[key] for key in ("nodes", "open")}
+
+
+def _backing_ids(daemon: int, beside: Path) -> int:
+    """How many ids of backing files the kernel has of a mount; it closes them to count them."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    channel = next(
+        int(entry.name)
+        for entry in os.scandir(f"/proc/{daemon}/fd")
+        if os.readlink(entry.path) == "/dev/fuse"
+    )
+    pidfd = os.pidfd_open(daemon)
+    fuse = libc.syscall(_PIDFD_GETFD, pidfd, channel, 0)
+    os.close(pidfd)
+    assert fuse >= 0, os.strerror(ctypes.get_errno())
+    found = 0
+    with tempfile.TemporaryFile(dir=beside) as file:
+        request = bytearray(protocol.BACKING_MAP.pack(file.fileno(), 0, 0))
+        newest = fcntl.ioctl(fuse, protocol.FUSE_DEV_IOC_BACKING_OPEN, request)  # they count up
+    fcntl.ioctl(fuse, protocol.FUSE_DEV_IOC_BACKING_CLOSE, struct.pack("=I", newest))
+    for number in range(1, newest):
+        try:
+            fcntl.ioctl(fuse, protocol.FUSE_DEV_IOC_BACKING_CLOSE, struct.pack("=I", number))
+            found += 1
+        except OSError as error:
+            assert error.errno == errno.ENOENT
+    os.close(fuse)
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.on("unionfuse")
+def test_a_million_operations_leave_nothing_behind(workshop: Workshop) -> None:
+    if workshop.kind != "unionfuse":
+        pytest.skip("a million for the usual mount")
+    tree = workshop(in_arenas(TOP, PROGRAMS), in_arenas(BASE, PROGRAMS))
+    _work(tree, seed=0, count=COUNT // 10)  # until all that is made once has been made
+    before = _held(tree)
+    _work(tree, seed=PROGRAMS, count=COUNT)
+    after = _held(tree)
+    for key, value in before.items():
+        print(f"{key}: {value} before, {after[key]} after")
+    slack = {key: SLACK.get(key.rpartition(" ")[2], 0) for key in before}
+    grown = {k: (before[k], after[k]) for k in before if after[k] > before[k] + slack[k]}
+    assert not grown
