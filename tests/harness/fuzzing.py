@@ -147,7 +147,13 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
 
 
 def main() -> None:
-    target, seeds = TARGETS[sys.argv[1]]
+    name = sys.argv[1]
+    if name in TARGETS:
+        target, seeds = TARGETS[name]
+    else:
+        from harness import fuzzing_mount
+
+        target, seeds = fuzzing_mount.TARGETS[name]
     corpus = Path(sys.argv[2])
     for number, seed in enumerate(seeds):
         (corpus / f"seed-{number}").write_bytes(seed)

@@ -10,7 +10,9 @@ SCRIPT = Path(__file__).parents[2] / "scripts/fuzz"
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("target", ["tar", "manifest", "config", "reference", "archive"])
+@pytest.mark.parametrize(
+    "target", ["tar", "manifest", "config", "reference", "archive", "lane", "pyfuse3"]
+)
 def test_what_coverage_leads_to_is_read_or_refused(target: str) -> None:
     done = subprocess.run([SCRIPT, "60", target], capture_output=True, text=True)
     if done.returncode == NO_WHEEL:

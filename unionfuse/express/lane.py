@@ -43,6 +43,7 @@ _WAITERS = 4  # threads for what may take long
 _SOCKET_BUFFER = 4 << 20
 _LARGE = 1 << 20  # bytes
 _MAX_WRITE = 1 << 18  # bytes of one request; each reader has a buffer of that size in memory
+_UNANSWERED = (Opcode.FORGET, Opcode.BATCH_FORGET)
 _OPCODE_NAMES = {int(opcode): opcode.name for opcode in Opcode}
 
 _ENDS = (0, errno.ENODEV, errno.ENOTCONN, errno.ECANCELED)  # of a mount, not failures
@@ -265,7 +266,7 @@ class Lane:
         result = _answer(lambda: method(call))
         if self._options.debug:
             self._trace(opcode, node, body, result if isinstance(result, int) else 0)
-        return result
+        return None if opcode in _UNANSWERED else result
 
     def _trace(self, opcode: int, node: int, body: bytes, error: int) -> None:
         """Log one request, for `-d`."""
