@@ -30,8 +30,11 @@ HOLDERS = {
 class Peer:
     """One engine with a store of its own and the image `busybox`."""
 
-    def __init__(self, name: str, command: list[str], environment: dict[str, str]) -> None:
-        self.name, self.command, self.environment = name, command, os.environ | environment
+    def __init__(
+        self, name: str, directory: Path, command: list[str], environment: dict[str, str]
+    ) -> None:
+        self.name, self.directory, self.command = name, directory, command
+        self.environment = os.environ | environment
 
     def __call__(self, *words: str) -> str:
         done = subprocess.run(
@@ -59,7 +62,7 @@ def unionfuse(scratch: Path, driver: str) -> Iterator[Peer]:
         "UNIONFUSE_CONFIG": str(config),
     }
     name = "unionfuse" if driver == "fuse" else f"unionfuse ({driver})"
-    peer = Peer(name, [str(Path(sys.executable).parent / "unionfuse")], variables)
+    peer = Peer(name, directory, [str(Path(sys.executable).parent / "unionfuse")], variables)
     yield peer
 
 
@@ -81,6 +84,7 @@ def podman(scratch: Path) -> Iterator[Peer]:
                "file", "--tmpdir", str(directory / "tmp")]  # fmt: skip
     yield Peer(
         "podman",
+        directory,
         command,
         {"CONTAINERS_STORAGE_CONF": str(storage), "CONTAINERS_CONF": str(settings)},
     )
@@ -96,7 +100,7 @@ def docker(scratch: Path) -> Iterator[Peer]:
             ["dockerd", "--data-root", str(directory / "root"), "--exec-root",
              str(directory / "exec"), "--pidfile", str(directory / "pid"), "-H", address],
             stdout=log, stderr=log)  # fmt: skip
-    peer = Peer("docker", ["/usr/bin/docker", "-H", address], {})
+    peer = Peer("docker", directory, ["/usr/bin/docker", "-H", address], {})
     try:
         for _ in range(100):
             done = subprocess.run([*peer.command, "info"], capture_output=True)
@@ -140,11 +144,14 @@ def memory(peer: Peer, count: int) -> float:
 
 
 def _anonymous(peer: Peer) -> int:
-    """Kilobytes in the processes that hold a peer's containers."""
+    """Kilobytes in the processes that hold a peer's containers, and no one else's."""
     total = 0
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if (process / "comm").read_text().strip() in HOLDERS[peer.name.split()[0]]:
+            if (process / "comm").read_text().strip() not in HOLDERS[peer.name.split()[0]]:
+                continue
+            told = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+            if os.fsencode(peer.directory) in told:
                 for line in (process / "smaps_rollup").read_text().splitlines():
                     if line.startswith("Pss_Anon:"):
                         total += int(line.split()[1])
