@@ -107,6 +107,18 @@ def watchdog(scratch: Path) -> Iterator[Watchdog]:
 
 
 @pytest.fixture
+def uring() -> Iterator[None]:
+    """FUSE over io_uring allowed, and put back as it was."""
+    switch = Path("/sys/module/fuse/parameters/enable_uring")
+    if not switch.exists():
+        pytest.skip("the kernel has no FUSE over io_uring (Linux 6.14 and later)")
+    before = switch.read_text()
+    switch.write_text("Y")
+    yield
+    switch.write_text(before)
+
+
+@pytest.fixture
 def workshop(
     request: pytest.FixtureRequest, scratch: Path, watchdog: Watchdog
 ) -> Iterator[Workshop]:

@@ -8,9 +8,10 @@ starts the daemon anew when it dies, passes signals on, and ends the mount when 
 It is a program of its own and imports only what is compiled into Python, so as to stay small.
 
 Messages come over a SOCK_SEQPACKET socket, in the words of sd_notify(3): FDSTORE=1 and FDNAME=NAME
-with one descriptor, FDSTOREREMOVE=1, READY=1; X_MOUNTPOINT=PATH, and X_ENDS=REASON where a crash is
-to end the mount. A new daemon finds its socket's number in UNIONFUSE_KEEPER, and gets the names and
-descriptors through it, an empty message last.
+with one descriptor, FDSTOREREMOVE=1, READY=1; X_MOUNTPOINT=PATH with X_DEVICE=MAJOR:MINOR of what
+is mounted there, and X_ENDS=REASON where a crash is to end the mount. A new daemon finds its
+socket's number in UNIONFUSE_KEEPER, and gets the names and descriptors through it, an empty message
+last.
 
 Where there is a service manager ($NOTIFY_SOCKET) it is told READY, MAINPID and STOPPING, and holds
 the descriptors as well. What it has for a new keeper comes as KEPT: NAME=NUMBER, commas between.
@@ -53,6 +54,7 @@ class Keeper:
         self.ready = ready  # who started the mount waits for a byte in it
         self.cwd, self.log, self.command = cwd, log, command
         self.mountpoint = mountpoint
+        self.device = mounted_on(mountpoint)
         self.kept: dict[bytes, int] = {}  # name -> descriptor
         for name, _, text in [word.partition(b"=") for word in kept.split(b",") if word]:
             self.kept[name] = int(text)
@@ -156,6 +158,7 @@ class Keeper:
             self.drop(name)
         if b"X_MOUNTPOINT" in words:
             self.mountpoint = words[b"X_MOUNTPOINT"]
+            self.device = words.get(b"X_DEVICE", b"")
         if b"X_ENDS" in words:
             self.reason = words[b"X_ENDS"]
         if b"READY" in words:
@@ -260,6 +263,8 @@ class Keeper:
     def end(self, reason: str) -> int:
         """Take the mount away: nobody will serve it."""
         self.say(f"the daemon {reason}; the mount ends")
+        if mounted_on(self.mountpoint) != self.device:
+            return 1  # what is there now is somebody else's
         import ctypes  # only now: it is big
 
         if ctypes.CDLL(None).umount2(self.mountpoint, 2 | 8):  # MNT_DETACH, UMOUNT_NOFOLLOW
@@ -284,6 +289,22 @@ class Keeper:
 
             syslog.openlog("unionfuse", syslog.LOG_PID, syslog.LOG_DAEMON)
             syslog.syslog(syslog.LOG_WARNING, message.decode("utf-8", "replace"))
+
+
+def mounted_on(path: bytes) -> bytes:
+    """The device of the topmost mount on a path, as /proc has it; empty for none."""
+    for character in b"\\ \t\n":
+        path = path.replace(b"%c" % character, b"\\%03o" % character)
+    found = text = b""
+    mounts = posix.open("/proc/self/mountinfo", posix.O_RDONLY | posix.O_CLOEXEC)
+    while piece := posix.read(mounts, 1 << 16):
+        text += piece
+    posix.close(mounts)
+    for line in text.splitlines():
+        words = line.split(b" ")
+        if words[4] == path:
+            found = words[2]
+    return found
 
 
 def main() -> None:

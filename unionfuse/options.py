@@ -222,8 +222,6 @@ def _check(options: MountOptions) -> None:
         )
     if options.keeper and not options.express:
         raise UsageError("keeper=on needs the express lane; leave express=off out")
-    if options.keeper and options.uring == "on":
-        raise UsageError("keeper=on and uring=on: requests over io_uring would be lost; choose one")
     if options.upperdir is None and options.workdir is not None:
         raise UsageError("workdir= without upperdir=; give both, or none for a read-only mount")
     if not options.express and (options.uring == "on" or options.passthrough == "upper"):

@@ -4,7 +4,6 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -256,17 +255,6 @@ def test_both_doors_go_on_under_load_from_both_sides(workshop: Workshop) -> None
         thread.join(20)
     os.close(file)
     assert min(done.values()) >= 5, done
-
-
-@pytest.fixture
-def uring() -> Iterator[None]:
-    """FUSE over io_uring allowed, and put back as it was."""
-    if not URING.exists():
-        pytest.skip("the kernel has no FUSE over io_uring (Linux 6.14 and later)")
-    before = URING.read_text()
-    URING.write_text("Y")
-    yield
-    URING.write_text(before)
 
 
 def test_io_uring_gives_the_same_tree_and_takes_all_changes(

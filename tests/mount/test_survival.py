@@ -5,6 +5,7 @@ docs/survival.md promises it; here is how it is kept.
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import random
@@ -15,13 +16,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from harness import torture
 from harness.layers import File, HardLink, Layer
-from harness.linux import RENAME_EXCHANGE
+from harness.linux import MNT_DETACH, RENAME_EXCHANGE, mount, umount
 from harness.mounts import Daemon, Mounted, Workshop, is_mounted, unionfuse_command
 from harness.snapshot import assert_equal
 
@@ -172,13 +176,15 @@ def do_everything(root: Path) -> None:
     os.rename(root / "made", root / "empty")
 
 
-def killed_in_the_middle(workshop: Workshop, oracle: Mounted, number: int) -> bool:
+def killed_in_the_middle(
+    workshop: Workshop, oracle: Mounted, number: int, uring: str = "off"
+) -> bool:
     """Do everything, the daemon being killed before its changing call `number`; False if it ended
     before that."""
     armed = workshop.directory / f"armed{number}"
     tree = workshop(
         *LAYERS,
-        options={"keeper": "on"},
+        options={"keeper": "on", "uring": uring},
         environment={
             "UNIONFUSE_TEST_KILL_AT": str(number),
             "UNIONFUSE_TEST_ARMED_BY": str(armed),
@@ -207,6 +213,65 @@ def test_a_call_survives_wherever_its_daemon_dies(
         kills += 1
         number += step
     assert kills >= 2
+
+
+# --- over io_uring -----------------------------------------------------------------------------
+
+
+Answer = TypeVar("Answer")
+
+
+def has_rings(tree: Mounted) -> bool:
+    assert tree.daemon is not None
+    descriptors = Path(f"/proc/{tree.daemon.pid}/fd").iterdir()
+    return any("io_uring" in os.readlink(path) for path in descriptors)
+
+
+def test_a_call_over_io_uring_survives_its_daemon(
+    workshop: Workshop, uring: None, request: pytest.FixtureRequest
+) -> None:
+    oracle = workshop(*LAYERS, kind="overlay")
+    do_everything(oracle.root)
+    number, kills = 2, 0
+    while killed_in_the_middle(workshop, oracle, number, uring="on"):
+        kills += 1
+        number += 3 if request.config.getoption("--long") else 29
+    assert kills >= 2
+
+
+def until_it_is_heard(action: Callable[[], Answer]) -> Answer:
+    """Do something that may be cancelled by the kernel before any daemon has seen it."""
+    while True:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno != errno.ECANCELED:
+                raise
+
+
+def test_rings_are_taken_over(workshop: Workshop, uring: None) -> None:
+    """What is asked while nobody serves is answered, on whatever processor it was asked."""
+    tree = workshop({"low": "low", "d/x": "x"}, options={"keeper": "on", "uring": "on"})
+    assert has_rings(tree)
+    processors = sorted(os.sched_getaffinity(0))
+    with open(tree / "new", "w+") as held:
+        for number in range(6):
+            os.sched_setaffinity(0, {processors[number % len(processors)]})
+            try:
+                pid = daemon_of(tree)
+                assert pid is not None
+                watched = os.pidfd_open(pid)
+                os.kill(pid, signal.SIGKILL)
+                assert select.select([watched], [], [], 10)[0]
+                os.close(watched)
+                until_it_is_heard((tree / f"made{number}").mkdir)
+                until_it_is_heard(partial(os.write, held.fileno(), b"%d" % number))
+                assert until_it_is_heard((tree / "low").read_text) == "low"
+                assert len(until_it_is_heard(partial(os.listdir, tree.root))) == number + 4
+            finally:
+                os.sched_setaffinity(0, processors)
+        assert os.pread(held.fileno(), 9, 0) == b"012345"
+    assert has_rings(tree)
 
 
 # --- what is open -----------------------------------------------------------------------------
@@ -288,8 +353,7 @@ def test_upgrade_needs_a_keeper(workshop: Workshop) -> None:
         assert said.returncode == 1 and words in said.stderr and said.stderr.count("\n") == 1
 
 
-def test_a_daemon_that_always_dies_ends_the_mount(workshop: Workshop) -> None:
-    tree = workshop({"f": "1"}, options={"keeper": "on"})
+def kill_until_the_keeper_ends(tree: Mounted) -> None:
     assert tree.daemon is not None
     limit = time.monotonic() + 60
     while tree.daemon.process.poll() is None:
@@ -299,10 +363,29 @@ def test_a_daemon_that_always_dies_ends_the_mount(workshop: Workshop) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
+
+
+def test_a_daemon_that_always_dies_ends_the_mount(workshop: Workshop) -> None:
+    tree = workshop({"f": "1"}, options={"keeper": "on"})
+    assert tree.daemon is not None
+    kill_until_the_keeper_ends(tree)
     assert tree.daemon.process.returncode == 1
     assert "died 8 times in a row; the mount ends" in tree.daemon.messages()
     assert not is_mounted(tree.root)
     tree.daemon = None
+
+
+def test_a_keeper_takes_no_mount_away_but_its_own(workshop: Workshop) -> None:
+    tree = workshop({"f": "1"}, options={"keeper": "on"})
+    mount("tmpfs", tree.root, "tmpfs")
+    try:
+        (tree / "mine").touch()
+        kill_until_the_keeper_ends(tree)
+        assert (tree / "mine").exists()
+    finally:
+        tree.daemon = None
+        for _ in range(2):
+            umount(tree.root, MNT_DETACH)
 
 
 def test_the_index_knows_after_a_kill_what_has_changed(workshop: Workshop) -> None:

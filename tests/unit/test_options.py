@@ -155,7 +155,6 @@ def test_unknown_options_are_refused_by_name(name: str) -> None:
         "workdir=/w",
         "xattr_permissions=3",
         "keeper=on,express=off",
-        "keeper=on,uring=on",
         "express=off,uring=on",
         "lowerdir=",
     ],

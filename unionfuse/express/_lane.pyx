@@ -9,7 +9,7 @@ It does not know the union, copies no file and changes nothing on disk.
 """
 
 from libc.errno cimport EIO, EINTR, EAGAIN, EINVAL, ENAMETOOLONG, ENODATA, ENODEV, ENOENT, ENOSYS, \
-    ERANGE, errno
+    ENOTCONN, ERANGE, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memchr, memcmp, memcpy, memset
@@ -58,6 +58,13 @@ cdef extern from *:
         uint64_t flags, commit_id;
         uint32_t payload_size, padding;
         uint64_t reserved;
+    };
+    /* What daemons tell those after them of one entry; behind its header. */
+    struct lane_note {
+        uint64_t saved;     /* commit_id of the request that `size` bytes were saved of */
+        uint64_t answered;  /* of that whose whole reply is in the buffers */
+        uint64_t committed; /* of that whose reply the kernel has */
+        uint32_t size, arguments;
     };
     struct lane_command { uint64_t flags, commit_id; uint16_t queue; uint8_t padding[6]; };
     struct lane_ring {
@@ -140,9 +147,9 @@ cdef extern from *:
         sqe->user_data = user_data;
     }
 
-    /* Submit what was pushed and wait for something to happen; 0 or an errno. */
-    static int lane_ring_enter(struct lane_ring *ring) {
-        int done = syscall(SYS_io_uring_enter, ring->fd, ring->waiting, 1,
+    /* Submit what was pushed, and wait until so much has happened; 0 or an errno. */
+    static int lane_ring_enter(struct lane_ring *ring, unsigned least) {
+        int done = syscall(SYS_io_uring_enter, ring->fd, ring->waiting, least,
                            IORING_ENTER_GETEVENTS, 0, 0);
         if (done < 0) return errno;
         ring->waiting -= done;
@@ -157,6 +164,17 @@ cdef extern from *:
         *result = cqe->res;
         __atomic_store_n(ring->cq_head, head + 1, __ATOMIC_RELEASE);
         return 1;
+    }
+
+    /* Memory that every daemon of a mount must have at the same address, since the kernel goes on
+     * with the one that the first of them told. Far from where programs and libraries are put. */
+    static char *lane_map_rings(int fd, size_t size) {
+        void *found = mmap((void *)0x100000000000, size, PROT_READ | PROT_WRITE,
+                           MAP_SHARED | MAP_FIXED_NOREPLACE, fd, 0);
+        return found == MAP_FAILED ? 0 : found;
+    }
+    static void lane_note_id(uint64_t *place, uint64_t id) {
+        __atomic_store_n(place, id, __ATOMIC_RELEASE);
     }
 
     static int lane_take(int *flag) { return __atomic_exchange_n(flag, 0, __ATOMIC_ACQ_REL); }
@@ -296,6 +314,12 @@ cdef extern from *:
         uint64_t flags
         uint64_t commit_id
         uint32_t payload_size
+    struct lane_note:
+        uint64_t saved
+        uint64_t answered
+        uint64_t committed
+        uint32_t size
+        uint32_t arguments
     struct lane_ring:
         int fd
     int LANE_REGISTER, LANE_COMMIT
@@ -305,7 +329,10 @@ cdef extern from *:
         lane_ring *ring, int fuse, int operation, iovec *buffers, uint64_t commit_id, int queue,
         uint64_t user_data) nogil
     void lane_ring_read(lane_ring *ring, int fd, void *buffer, uint64_t user_data) nogil
-    int lane_ring_enter(lane_ring *ring) nogil
+    int lane_ring_enter(lane_ring *ring, unsigned least) nogil
+    char *lane_map_rings(int fd, size_t size) nogil
+    int munmap(void *address, size_t size) nogil
+    void lane_note_id(uint64_t *place, uint64_t id) nogil
     int lane_ring_pop(lane_ring *ring, uint64_t *user_data, int *result) nogil
     int lane_take(int *flag) nogil
     void lane_give(int *flag) nogil
@@ -400,8 +427,16 @@ cdef size_t PAYLOAD = (1 << 20) + 4096  # what the kernel wants: max_write and a
 cdef enum:
     DEPTH = 8  # requests of one queue that are under way
     WAKE = 1 << 20  # user_data of the eventfd
+    PAGE = 4096
 cdef size_t MEMORY = 16  # directories whose place a thread remembers
 cdef double STATFS_VALID = 0.05  # seconds
+
+# An entry in memory that outlives us: a page for header and note, a page of headroom, the payload,
+# and a copy of the request, since the reply is put together where the request was.
+cdef size_t SAVED = (1 << 18) + 4096
+cdef size_t ENTRY = 2 * 4096 + PAYLOAD + SAVED
+cdef size_t IN_PLACE = 2 * 4096 + (1 << 16)  # of it, from the beginning
+cdef uint64_t RESEND = <uint64_t>1 << 63
 
 cdef struct Reply:
     int error
@@ -418,6 +453,10 @@ cdef struct Entry:
     iovec buffers[2]
     uint64_t pending  # `unique` of a request whose reply comes later; 0 for none
     int replied  # the reply is in the buffers
+    lane_note *note  # for daemons to come; NULL for none
+    char *saved  # a copy of the request
+    bint left  # it is what an earlier daemon left
+    uint64_t committing
     int wake  # eventfd of the ring's thread
 
 # What belongs to one thread.
@@ -436,8 +475,9 @@ cdef struct Thread:
 cdef void free_thread(Thread *thread) noexcept:
     if thread.entry_count:  # its other buffers are those of the entries
         for i in range(thread.entry_count):
-            free(thread.entries[i].header)
-            free(thread.entries[i].room)
+            if thread.entries[i].note == NULL:
+                free(thread.entries[i].header)
+                free(thread.entries[i].room)
     else:
         free(thread.request)
         free(thread.out)
@@ -503,6 +543,10 @@ cdef class Loop:
     cdef uint64_t directories[32]
     cdef int entering[32]  # how many threads are using one
     cdef int busy[256]
+    cdef char *rings  # NULL where they end with us
+    cdef size_t rings_size
+    cdef bint takes_over
+    cdef int ready_rings
     cdef int *descriptors  # by handle: where READ reads, plus one; 0 is for Python to say
     cdef uint64_t handles
 
@@ -522,6 +566,8 @@ cdef class Loop:
         for i in range(DIRECTORIES):
             if self.directories[i]:
                 close(self.directories[i] & ((1 << DESCRIPTOR_BITS) - 1))
+        if self.rings:
+            munmap(self.rings, self.rings_size)
         free(self.own_marks)
         free(self.files)
         free(self.descriptors)
@@ -813,6 +859,29 @@ cdef class Loop:
 
     # --- FUSE over io_uring -------------------------------------------------------------------
 
+    @staticmethod
+    def size_of_rings(int queues):
+        """Bytes of memory for the buffers of so many rings."""
+        return queues * DEPTH * ENTRY
+
+    def share_rings(self, int descriptor, int queues, bint takes_over):
+        """Have the buffers of the rings in a memory that outlives this process.
+
+        Arguments:
+            descriptor: of `size_of_rings` bytes.
+            takes_over: the kernel knows them from a daemon before this one.
+
+        Raises OSError where they cannot be where the kernel expects them.
+        """
+        self.rings_size, self.takes_over = self.size_of_rings(queues), takes_over
+        self.rings = lane_map_rings(descriptor, self.rings_size)
+        if not self.rings:
+            raise OSError(errno, "the buffers of io_uring cannot be mapped at their address")
+
+    def registered(self):
+        """How many rings have told the kernel of all their entries."""
+        return lane_add(&self.ready_rings, 0)
+
     def run_ring(self, int queue):
         """Serve the requests of one CPU; run it in a thread for each, once INIT is answered.
 
@@ -828,40 +897,101 @@ cdef class Loop:
         wake = eventfd(0, 0o2000000)  # EFD_CLOEXEC
         if failure or wake < 0:
             return failure or errno
-        self.make_entries(thread, wake)
+        self.make_entries(thread, wake, queue)
         with nogil:
             for at in range(DEPTH):
-                lane_ring_command(
-                    &ring, self.fd, LANE_REGISTER, thread.entries[at].buffers, 0, queue, at
-                )
+                if not self.resume(thread, &thread.entries[at]):
+                    lane_ring_command(
+                        &ring, self.fd, LANE_REGISTER, thread.entries[at].buffers, 0, queue, at
+                    )
             lane_ring_read(&ring, wake, &woken, WAKE)
+            self.commit(thread, &ring, queue)
+            failure = self.enter(thread, &ring, 0)
+            lane_add(&self.ready_rings, 1)
             while failure == 0 and not self.stopping:
-                failure = lane_ring_enter(&ring)
-                if failure == EINTR:
-                    failure = 0
                 while failure == 0 and lane_ring_pop(&ring, &which, &result):
                     if which == WAKE:
                         lane_ring_read(&ring, wake, &woken, WAKE)
-                    elif result < 0:
-                        failure = -result
-                    else:
+                    elif result >= 0:
+                        thread.entries[which].left = False
                         self.serve_entry(thread, &thread.entries[which])
-                for at in range(DEPTH):
-                    if lane_take(&thread.entries[at].replied):
+                    elif thread.entries[which].left and result != -ENOTCONN:
+                        # It had been answered: nothing was left to commit.
+                        thread.entries[which].left = False
                         lane_ring_command(
-                            &ring, self.fd, LANE_COMMIT, thread.entries[at].buffers,
-                            thread.entries[at].header.commit_id, queue, at
+                            &ring, self.fd, LANE_REGISTER, thread.entries[which].buffers, 0,
+                            queue, which
                         )
+                    else:
+                        failure = -result
+                self.commit(thread, &ring, queue)
+                if failure == 0:
+                    failure = self.enter(thread, &ring, 1)
             lane_ring_close(&ring)
         close(wake)
         return failure
 
-    cdef int make_entries(self, Thread *thread, int wake) except -1:
+    cdef void commit(self, Thread *thread, lane_ring *ring, int queue) noexcept nogil:
+        """Give the kernel the replies that there are."""
         cdef Entry *entry
+        cdef int at
         for at in range(DEPTH):
             entry = &thread.entries[at]
-            entry.header = <lane_header *>calloc(1, sizeof(lane_header))
-            entry.room = <char *>malloc(HEADROOM + PAYLOAD)
+            if lane_take(&entry.replied):
+                entry.committing = entry.header.commit_id
+                lane_ring_command(
+                    ring, self.fd, LANE_COMMIT, entry.buffers, entry.committing, queue, at
+                )
+
+    cdef int enter(self, Thread *thread, lane_ring *ring, unsigned least) noexcept nogil:
+        cdef Entry *entry
+        cdef int at, failure = lane_ring_enter(ring, least)
+        if failure:
+            return 0 if failure == EINTR else failure
+        for at in range(DEPTH):
+            entry = &thread.entries[at]
+            if entry.note != NULL and entry.committing:
+                lane_note_id(&entry.note.committed, entry.committing)
+            entry.committing = 0
+        return 0
+
+    cdef bint resume(self, Thread *thread, Entry *entry) noexcept nogil:
+        """Go on with the request that an earlier daemon had in an entry; False for none.
+
+        The note tells how far it came. What was answered is committed as it is: the kernel may
+        have it already, and says so. What was not is served again, from the copy.
+        """
+        cdef uint64_t current = entry.header.commit_id
+        if not self.takes_over or not current or entry.note.committed == current:
+            return False
+        if entry.note.answered == current:
+            entry.left = True
+            lane_give(&entry.replied)
+            return True
+        if (
+            entry.note.saved != current
+            and (<const fuse_in_header *>entry.header.in_out).unique != current
+        ):
+            return False  # it never came here as a whole
+        entry.left = True
+        self.serve_entry(thread, entry)
+        return True
+
+    cdef int make_entries(self, Thread *thread, int wake, int queue) except -1:
+        cdef Entry *entry
+        cdef char *place
+        for at in range(DEPTH):
+            entry = &thread.entries[at]
+            if self.rings:
+                place = self.rings + ENTRY * <size_t>(queue * DEPTH + at)
+                entry.header = <lane_header *>place
+                entry.note = <lane_note *>(place + sizeof(lane_header))
+                entry.room = place + 2 * PAGE - HEADROOM
+                entry.saved = place + 2 * PAGE + PAYLOAD
+                self.touch_entry(place)
+            else:
+                entry.header = <lane_header *>calloc(1, sizeof(lane_header))
+                entry.room = <char *>malloc(HEADROOM + PAYLOAD)
             if not entry.header or not entry.room:
                 raise MemoryError
             entry.wake = wake
@@ -871,18 +1001,39 @@ cdef class Loop:
             thread.entry_count += 1
         return 0
 
+    cdef void touch_entry(self, char *place) noexcept nogil:
+        """Have in place what the kernel writes most: see stay_resident."""
+        cdef volatile char *page = place
+        cdef size_t at = 0
+        while at < IN_PLACE:
+            page[at] = page[at]
+            at += PAGE
+
     cdef void serve_entry(self, Thread *thread, Entry *entry) noexcept nogil:
         """Put header, arguments and payload in one piece, as /dev/fuse has them, and serve it."""
         cdef const fuse_in_header *header = <const fuse_in_header *>entry.header.in_out
         cdef size_t arguments = header.len - HEADER - entry.header.payload_size
         if header.len < HEADER + entry.header.payload_size or arguments > 128:
             arguments = 0
+        cdef size_t size = HEADER + arguments + entry.header.payload_size
+        cdef lane_note *note = entry.note
         thread.entry = entry
         thread.out = entry.room + HEADROOM  # where the kernel takes the reply from
-        thread.request = thread.out - arguments - HEADER
-        memcpy(thread.request + HEADER, entry.header.op_in, arguments)
-        memcpy(thread.request, header, HEADER)
-        self.serve(thread, HEADER + arguments + entry.header.payload_size)
+        if note != NULL and note.saved == entry.header.commit_id:  # by an earlier daemon
+            arguments, size = note.arguments, note.size
+            thread.request = thread.out - arguments - HEADER
+            memcpy(thread.request, entry.saved, size)
+        else:
+            thread.request = thread.out - arguments - HEADER
+            memcpy(thread.request + HEADER, entry.header.op_in, arguments)
+            memcpy(thread.request, header, HEADER)
+            if note != NULL and size <= SAVED:
+                memcpy(entry.saved, thread.request, size)
+                note.arguments, note.size = <uint32_t>arguments, <uint32_t>size
+                lane_note_id(&note.saved, entry.header.commit_id)
+        if entry.left:
+            (<fuse_in_header *>thread.request).unique |= RESEND
+        self.serve(thread, size)
 
     cdef void put_in_entry(
         self, Entry *entry, const fuse_out_header *out, const Reply *reply
@@ -890,7 +1041,10 @@ cdef class Loop:
         if reply.length and reply.data != entry.room + HEADROOM:
             memcpy(entry.room + HEADROOM, reply.data, min(reply.length, PAYLOAD))
         memcpy(entry.header.in_out, out, OUT_HEADER)
+        (<fuse_out_header *>entry.header.in_out).unique &= ~RESEND
         entry.header.payload_size = <uint32_t>min(reply.length, PAYLOAD)
+        if entry.note != NULL:
+            lane_note_id(&entry.note.answered, entry.header.commit_id)
         lane_give(&entry.replied)
 
     # --- answers ------------------------------------------------------------------------------
@@ -1248,10 +1402,10 @@ cdef class Loop:
         node = wanted.fh & ~NODE_BIT
         if not 0 < node <= self.count:
             return FOR_PYTHON
-        if self.resident and thread.entry == NULL:
+        if self.resident:
             # Answered before it is counted: if we die in between it does not come again, and one
             # open too many is counted. One too few would close a file that is open.
-            self.send(NULL, (<const fuse_in_header *>thread.request).unique, reply)
+            self.send(thread.entry, (<const fuse_in_header *>thread.request).unique, reply)
             done = SILENT
         if lane_add(&self.opens[node], -1) > 0:
             return done

@@ -43,6 +43,7 @@ _WAITERS = 4  # threads for what may take long
 _SOCKET_BUFFER = 4 << 20
 _LARGE = 1 << 20  # bytes
 _MAX_WRITE = 1 << 18  # bytes of one request; each reader has a buffer of that size in memory
+_MOST_SHARED_RINGS = 8  # each has a thread, and each thread of a daemon a slot of the intent log
 _UNANSWERED = (Opcode.FORGET, Opcode.BATCH_FORGET)
 _OPCODE_NAMES = {int(opcode): opcode.name for opcode in Opcode}
 
@@ -106,6 +107,8 @@ class Lane:
             survivor.ask_again(fuse)
         for cpu in range(_queues() if self._has_rings else 0):
             self._start(partial(self._serve_until_end, cpu), f"lane-ring-{cpu}")
+        if self._has_rings and survivor is not None and survivor.taken_over:
+            self._start(partial(self._stir, survivor.mountpoint), "lane-stir")
         for number in range(1 if self._has_rings else _READERS):
             self._start(partial(self._serve_until_end, None), f"lane-{number}")
 
@@ -116,7 +119,9 @@ class Lane:
                 self._use_passthrough(bool(granted & InitFlag.PASSTHROUGH))
                 self._passthrough.take_over()
                 self._borrow_again()
-                self._has_rings = False
+                self._has_rings = bool(granted & InitFlag.OVER_IO_URING)
+                if self._has_rings:
+                    self._share_rings(self._survivor)
                 self._init = request
                 return
             self._survivor.ask_again(self._fuse)
@@ -151,9 +156,42 @@ class Lane:
         self._passthrough = Passthrough(self._fuse, enabled, self._union.tree.journal)
 
     def _wants_rings(self) -> bool:
-        if self._survivor is not None:
-            return False  # what is in a ring is not sent again
-        return self._options.uring != "off" and can_use_rings()
+        if self._options.uring == "off" or not can_use_rings():
+            return False
+        if self._survivor is None:
+            return True
+        # The kernel does not send again what is in a ring; taking it over has a hole.
+        if self._options.uring != "on":
+            return False
+        if _queues() > _MOST_SHARED_RINGS:
+            log.warning("uring=on: with a keeper only up to %d processors", _MOST_SHARED_RINGS)
+            return False
+        self._share_rings(self._survivor)
+        return True
+
+    def _share_rings(self, survivor: Survivor) -> None:
+        """Have the rings' buffers outlive this process, or go on with those that did."""
+        queues = _queues()
+        memory = survivor.rings(self._loop.size_of_rings(queues))
+        try:
+            self._loop.share_rings(memory, queues, survivor.taken_over)
+        finally:
+            os.close(memory)
+
+    def _stir(self, mountpoint: bytes) -> None:
+        """Ask for something on each processor, once its ring is there.
+
+        What was asked while nobody served is not handed to a ring that is registered anew, but to
+        one that answers something.
+        """
+        queues = _queues()
+        while self._loop.registered() < queues:
+            if self._ended.wait(0.001):
+                return
+        for cpu in range(queues):
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, {cpu})
+                os.statvfs(mountpoint)
 
     def _passes_files_through(self) -> bool:
         if self._options.upperdir is None:

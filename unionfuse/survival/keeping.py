@@ -115,9 +115,9 @@ class Keeping:
         """Have it closed there."""
         self._say(b"FDSTOREREMOVE=1\nFDNAME=" + name.encode())
 
-    def serves(self, mountpoint: bytes) -> None:
-        """Tell where the mount is."""
-        self._say(b"X_MOUNTPOINT=" + mountpoint)
+    def serves(self, mountpoint: bytes, device: bytes) -> None:
+        """Tell where the mount is, and its device as /proc/self/mountinfo has it."""
+        self._say(b"X_MOUNTPOINT=%s\nX_DEVICE=%s" % (mountpoint, device))
 
     def ready(self) -> None:
         """Tell that the mount answers."""

@@ -7,6 +7,7 @@ import mmap
 import os
 from collections.abc import Callable
 
+from unionfuse import mounting
 from unionfuse.express import protocol
 from unionfuse.express.protocol import InitFlag
 from unionfuse.express.requests import Call
@@ -68,7 +69,8 @@ class Survivor:
     def mounted(self, fuse: int, mountpoint: bytes) -> None:
         """Tell the keeper of the mount: from now on a dead daemon is replaced."""
         self._memory.mountpoint = mountpoint
-        self._keeping.serves(mountpoint)
+        found = mounting.mount_at(mountpoint)
+        self._keeping.serves(mountpoint, found.device if found else b"")
         self._keeping.keep("fuse", fuse)
         try:
             with open(_TIMEOUT) as setting:
@@ -118,6 +120,17 @@ class Survivor:
         self._dirty = mmap.mmap(descriptor, size)
         os.close(descriptor)
         return self._dirty
+
+    def rings(self, size: int) -> int:
+        """A descriptor of the memory that the buffers of io_uring are in, for the caller."""
+        descriptor = self.kept("rings")
+        if descriptor is None:
+            descriptor = os.memfd_create("unionfuse-rings", os.MFD_CLOEXEC)
+            os.ftruncate(descriptor, size)
+            self._keeping.keep("rings", descriptor)
+        if os.fstat(descriptor).st_size != size:
+            raise TakeOverError("the number of processors is another one")
+        return descriptor
 
     def guard(self, methods: dict[int, Callable[[Call], bytes | None]]) -> None:
         """Have each request that must not be done twice done once."""
