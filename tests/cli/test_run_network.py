@@ -171,6 +171,11 @@ def test_connect_and_disconnect_while_it_runs(box: Box) -> None:
     assert "not on network" in box("network", "disconnect", "side", "mover", code=1).stderr
 
 
+def test_a_container_that_is_gone_is_disconnected(box: Box) -> None:
+    assert "no such container" in box("network", "disconnect", "bridge", "gone", code=1).stderr
+    box("network", "disconnect", "-f", "bridge", "gone")
+
+
 def test_internal_network_has_no_way_out(box: Box) -> None:
     box("network", "create", "--internal", "vault")
     out = box.out("run", "--rm", "--network", "vault", "busybox", "ip", "route")

@@ -29,6 +29,37 @@ def test_df(box: Box) -> None:
     assert rows["Images"]["Reclaimable"].startswith("0B")
 
 
+def test_df_one_by_one(box: Box) -> None:
+    box("create", "--name", "one", "-v", "vol:/v", "busybox", "true")
+    detail = json.loads(box.out("system", "df", "-v", "--json"))
+    assert [(row["Name"], row["Links"]) for row in detail["Volumes"]] == [("vol", "1")]
+    assert [(row["Names"], row["LocalVolumes"]) for row in detail["Containers"]] == [("one", "1")]
+    (image,) = detail["Images"]
+    assert (image["Repository"], image["Containers"]) == ("busybox", "1")
+    assert (image["SharedSize"], image["UniqueSize"]) == ("0B", image["Size"])
+    lines = box.out("system", "df", "-v").splitlines()
+    for title in ("Images", "Containers", "Local Volumes"):
+        assert f"{title} space usage:" in lines
+    assert "no template" in box("system", "df", "-v", "--format", "{{.ID}}", code=1).stderr
+
+
+def test_prune_by_label(box: Box) -> None:
+    for value in ("keep", "go"):
+        box("create", "--name", value, "-l", f"what={value}", "busybox")
+        box("volume", "create", "--label", f"what={value}", value)
+        box("network", "create", "--label", f"what={value}", value)
+    box("volume", "prune", "-a", "-f", "--filter", "label=what=go")
+    assert box.out("volume", "ls", "-q").split() == ["keep"]
+    box("network", "prune", "-f", "--filter", "label=what=other")
+    box("system", "prune", "-f", "--filter", "label=what=go")
+    assert box.names("-a") == ["keep"]
+    networks = set(box.out("network", "ls", "--format", "{{.Name}}").split())
+    assert networks & {"keep", "go"} == {"keep"}
+    assert "there are: label" in box("network", "prune", "-f", "--filter", "a=b", code=1).stderr
+    box("volume", "rm", "keep")
+    box("network", "rm", "keep")
+
+
 def test_prune(box: Box) -> None:
     box.start("lives", "-v", "/anonymous")
     box("create", "--name", "idle", "-v", "/other", "busybox")

@@ -61,6 +61,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="default",
         help="the network of RUN steps that do not say their own",
     )
+    for name in ("--rm", "--force-rm"):
+        add(name, action="store_true", help="of docker; nothing of a step is left in any case")
     add("--driver", choices=("fuse", "overlay"), help="what RUN runs on (default: fuse)")
     add("--runtime", metavar="PROGRAM", help="the OCI runtime for RUN (default: crun or runc)")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from unionimage.cli.format import add_filter_option
 from unionimage.cli.parser import add_grouped
 from unionimage.errors import UserError
 
@@ -17,7 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what = "remove all containers that do not run"
     prune = verbs.add_parser("prune", help=what, description=what)
     prune.add_argument("-f", "--force", action="store_true", help="do not ask")
-    prune.add_argument("--filter", action="append", default=[], metavar="label=NAME")
+    add_filter_option(prune, ("label",))
     what = "start those with --restart always or unless-stopped (after a boot)"
     verbs.add_parser("autostart", help=what, description=what)
     what = "stop all that run (before a shutdown); autostart starts them again"

@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import Any
 
+from unionimage.cli.format import add_filter_option
+
 EXAMPLE = """unionfuse events
 unionfuse events --since 10m --until 0s --filter event=die"""
 
@@ -15,14 +17,7 @@ FILTERS = ("container", "event", "image", "label", "type")
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--since", metavar="TIME", help="show earlier ones too")
     parser.add_argument("--until", metavar="TIME", help="end then")
-    parser.add_argument(
-        "-f",
-        "--filter",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="show only what matches",
-    )
+    add_filter_option(parser, FILTERS, "-f")
     parser.add_argument("--format", metavar="TEMPLATE", help="json, or a template")
     parser.add_argument(
         "--json",

@@ -32,6 +32,25 @@ def add_format_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_filter_option(
+    parser: argparse.ArgumentParser, known: Sequence[str], short: str = ""
+) -> None:
+    """Add `--filter`; `filters` reads what it collects.
+
+    Args:
+        known: the keys, for the help.
+        short: another spelling: `-f`.
+    """
+    names = [short, "--filter"] if short else ["--filter"]
+    parser.add_argument(
+        *names,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="only what matches: " + ", ".join(known),
+    )
+
+
 def show(rows: Sequence[Row], columns: Mapping[str, str], form: str | None) -> None:
     """Print a listing.
 

@@ -7,7 +7,7 @@ import fnmatch
 from typing import Any
 
 from unionimage.cli.common import human_ago, human_size, local_time, open_store, parse_time
-from unionimage.cli.format import add_format_options, filters, show
+from unionimage.cli.format import add_filter_option, add_format_options, filters, show
 from unionimage.reference import Reference
 from unionimage.store import Image, Store
 
@@ -27,9 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="ids only")
     parser.add_argument("--digests", action="store_true", help="show the digests of manifests")
     parser.add_argument("--no-trunc", action="store_true", help="whole ids")
-    parser.add_argument(
-        "-f", "--filter", action="append", metavar="KEY=VALUE", help=", ".join(_FILTERS)
-    )
+    add_filter_option(parser, _FILTERS, "-f")
     parser.add_argument("--tree", action="store_true", help="layers from base to top, each once")
     add_format_options(parser)
     parser.add_argument(

@@ -20,7 +20,7 @@ FILTERS = ("driver", "id", "label", "name")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    from unionimage.cli.format import add_format_options
+    from unionimage.cli.format import add_filter_option, add_format_options
 
     verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
@@ -41,14 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for name in ("ls", "list"):
         listing = add(name, "list networks")
         listing.add_argument("-q", "--quiet", action="store_true", help="ids only")
-        listing.add_argument(
-            "-f",
-            "--filter",
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            help="show only what matches",
-        )
+        add_filter_option(listing, FILTERS, "-f")
         listing.add_argument("--no-trunc", action="store_true", help="ids in full")
         add_format_options(listing)
     inspect = add("inspect", "show everything known about networks")
@@ -60,19 +53,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
         remove.add_argument("name", metavar="NETWORK", nargs="+")
     prune = add("prune", "remove networks that no container has")
     prune.add_argument("-f", "--force", action="store_true", help="do not ask")
+    add_filter_option(prune, ("label",))
     connect = add("connect", "put a container on one more network")
     connect.add_argument("--ip", metavar="ADDRESS", help="this address there")
     connect.add_argument(
         "--alias", action="append", default=[], metavar="NAME", help="one more name there"
     )
     disconnect = add("disconnect", "take a container off a network")
+    disconnect.add_argument(
+        "-f", "--force", action="store_true", help="a container that is gone is fine"
+    )
     for one in (connect, disconnect):
         one.add_argument("name", metavar="NETWORK")
         one.add_argument("container", metavar="CONTAINER")
 
 
 def run(args: argparse.Namespace) -> int:
-    from unionimage.cli.engine import confirm, open_engine
+    from unionimage.cli.engine import open_engine
 
     engine = open_engine(args)
     match args.action:
@@ -96,16 +93,36 @@ def run(args: argparse.Namespace) -> int:
         case "rm" | "remove":
             return _remove(engine, args)
         case "prune":
-            if not args.force and not confirm("This removes networks that no container has."):
-                return 1
-            removed = engine.prune_networks()
-            if removed:
-                print("Deleted Networks:\n" + "\n".join(removed))
+            return _prune(engine, args)
         case "connect":
             engine.connect(engine.find(args.container), args.name, args.ip, args.alias)
         case "disconnect":
-            engine.disconnect(engine.find(args.container), args.name)
+            _disconnect(engine, args)
     return 0
+
+
+def _prune(engine: Engine, args: argparse.Namespace) -> int:
+    from unionimage.cli.engine import confirm
+    from unionimage.cli.format import filters
+
+    wanted = filters(args.filter, ("label",))
+    if not args.force and not confirm("This removes networks that no container has."):
+        return 1
+    if removed := engine.prune_networks(wanted.get("label", ())):
+        print("Deleted Networks:\n" + "\n".join(removed))
+    return 0
+
+
+def _disconnect(engine: Engine, args: argparse.Namespace) -> None:
+    from unionimage.errors import NotFound
+
+    try:
+        container = engine.find(args.container)
+    except NotFound:
+        if args.force:
+            return
+        raise
+    engine.disconnect(container, args.name)
 
 
 def _list(engine: Engine, args: argparse.Namespace) -> None:

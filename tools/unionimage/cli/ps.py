@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from unionimage.cli.format import add_format_options
+from unionimage.cli.format import add_filter_option, add_format_options
 
 if TYPE_CHECKING:
     from unionimage.container.state import Container
@@ -27,17 +27,12 @@ STATUSES = ("created", "restarting", "running", "removing", "paused", "exited", 
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    from unionimage.container import describe
+
     add = parser.add_argument
     add("-a", "--all", action="store_true", help="those that do not run too")
     add("-q", "--quiet", action="store_true", help="ids only")
-    add(
-        "-f",
-        "--filter",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="show only what matches",
-    )
+    add_filter_option(parser, describe.FILTERS, "-f")
     add("-n", "--last", type=int, metavar="N", help="the N youngest, running or not")
     add("-l", "--latest", action="store_true", help="the youngest, running or not")
     add("-s", "--size", action="store_true", help="the size of their own layer")

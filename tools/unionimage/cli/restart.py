@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from unionimage.cli.stop import add_stop_options
+
 if TYPE_CHECKING:
     from unionimage.container.state import Container
 
@@ -12,17 +14,7 @@ EXAMPLE = "unionfuse restart web"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-t",
-        "--time",
-        "--timeout",
-        type=int,
-        metavar="SECONDS",
-        help="wait so long before killing (default: 10)",
-    )
-    parser.add_argument(
-        "-s", "--signal", metavar="SIGNAL", help="this signal instead of its stop signal"
-    )
+    add_stop_options(parser)
     parser.add_argument("container", metavar="CONTAINER", nargs="+")
 
 

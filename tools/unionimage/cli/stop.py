@@ -8,6 +8,12 @@ EXAMPLE = "unionfuse stop -t 30 web"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    add_stop_options(parser)
+    parser.add_argument("container", metavar="CONTAINER", nargs="+")
+
+
+def add_stop_options(parser: argparse.ArgumentParser) -> None:
+    """How `stop` and `restart` stop."""
     parser.add_argument(
         "-t",
         "--time",
@@ -19,7 +25,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-s", "--signal", metavar="SIGNAL", help="this signal instead of its stop signal"
     )
-    parser.add_argument("container", metavar="CONTAINER", nargs="+")
 
 
 def run(args: argparse.Namespace) -> int:

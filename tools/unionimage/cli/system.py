@@ -5,23 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from unionimage.errors import UserError
+
 if TYPE_CHECKING:
     from unionimage.container.lifecycle import Engine
 
 EXAMPLE = """unionfuse system df
 unionfuse system prune -f"""
 
-COLUMNS = {
-    "Type": "TYPE",
-    "TotalCount": "TOTAL",
-    "Active": "ACTIVE",
-    "Size": "SIZE",
-    "Reclaimable": "RECLAIMABLE",
-}
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    from unionimage.cli.format import add_format_options
+    from unionimage.cli.format import add_filter_option, add_format_options
 
     verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     what = "show the host, the store and the runtime"
@@ -31,12 +25,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--json", dest="format", action="store_const", const="json", help="a JSON list"
     )
     what = "show what images, containers and volumes take"
-    add_format_options(verbs.add_parser("df", help=what, description=what))
+    df = verbs.add_parser("df", help=what, description=what)
+    df.add_argument("-v", "--verbose", action="store_true", help="one by one")
+    add_format_options(df)
     what = "remove stopped containers, unused networks and unused images"
     prune = verbs.add_parser("prune", help=what, description=what)
     prune.add_argument("-a", "--all", action="store_true", help="images with a name too")
     prune.add_argument("-f", "--force", action="store_true", help="do not ask")
     prune.add_argument("--volumes", action="store_true", help="anonymous volumes too")
+    add_filter_option(prune, ("label",))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,9 +44,7 @@ def run(args: argparse.Namespace) -> int:
         case "info":
             _info(engine, args)
         case "df":
-            from unionimage.cli.format import show
-
-            show(_usage(engine), COLUMNS, args.format)
+            _usage(engine, args)
         case "prune":
             return _prune(engine, args)
     return 0
@@ -61,7 +56,6 @@ def _info(engine: Engine, args: argparse.Namespace) -> None:
 
     import unionfuse
     from unionimage.container import limits, networks, runtime
-    from unionimage.errors import UserError
 
     states = [container.state()["Status"] for container in engine.all()]
     with engine.open_store() as store:
@@ -111,71 +105,52 @@ def _info(engine: Engine, args: argparse.Namespace) -> None:
         print(f"{name}: {shown}")
 
 
-def _usage(engine: Engine) -> list[dict[str, Any]]:
-    from unionimage.container import describe, volumes
+def _usage(engine: Engine, args: argparse.Namespace) -> None:
+    from unionimage.cli import usage
+    from unionimage.cli.format import show
 
-    containers = engine.all()
-    running = [one for one in containers if one.state()["Status"] in ("running", "paused")]
-    sizes = {one.id: describe.writable_size(one) for one in containers}
-    idle = sum(size for key, size in sizes.items() if key not in {one.id for one in running})
-    used_images = {one.record["Image"] for one in containers}
-    with engine.open_store() as store:
-        layers: dict[str, int] = {}
-        images = store.images(all=True)
-        for image in images:
-            layers |= {diff_id: store.layer(diff_id).size for diff_id in image.diff_ids}
-        kept = {
-            diff_id
-            for image in images
-            if str(image.id) in used_images
-            for diff_id in image.diff_ids
-        }
-    free = sum(size for diff_id, size in layers.items() if diff_id not in kept)
-    known = engine.volumes.all()
-    volume_sizes = {one["Name"]: volumes.size(one) for one in known}
-    busy = [one for one in known if volumes.users_of(one["Name"], containers)]
-    unused = sum(volume_sizes.values()) - sum(volume_sizes[one["Name"]] for one in busy)
-    return [
-        _line("Images", len(images), len(used_images), sum(layers.values()), free),
-        _line("Containers", len(containers), len(running), sum(sizes.values()), idle),
-        _line("Local Volumes", len(known), len(busy), sum(volume_sizes.values()), unused),
-    ]
+    if not args.verbose:
+        show(usage.summary(engine), usage.COLUMNS, args.format)
+        return
+    detail = usage.in_detail(engine)
+    if args.format == "json":
+        import json
 
-
-def _line(kind: str, total: int, active: int, size: int, free: int) -> dict[str, Any]:
-    from unionimage.cli.common import human_size
-
-    share = f" ({100 * free // size}%)" if size else ""
-    return {
-        "Type": kind,
-        "TotalCount": str(total),
-        "Active": str(active),
-        "Size": human_size(size),
-        "Reclaimable": human_size(free) + share,
-    }
+        print(json.dumps({kind: rows for kind, (rows, _) in detail.items()}))
+        return
+    if args.format not in (None, "table"):
+        raise UserError("with --verbose there is json, and no template")
+    for kind, (rows, columns) in detail.items():
+        kind = "Local Volumes" if kind == "Volumes" else kind
+        print(f"{kind} space usage:\n")
+        show(rows, columns, None)
+        print()
 
 
 def _prune(engine: Engine, args: argparse.Namespace) -> int:
     from unionimage.cli import load_verb, parser_of
     from unionimage.cli.common import human_size
     from unionimage.cli.engine import confirm
+    from unionimage.cli.format import filters
 
     if not args.force and not confirm(
         "This removes stopped containers, unused networks and unused images."
     ):
         return 1
-    removed, freed = engine.prune_containers()
+    labels = filters(args.filter, ("label",)).get("label", [])
+    removed, freed = engine.prune_containers(labels)
     if removed:
         print("Deleted Containers:\n" + "\n".join(removed) + "\n")
-    if gone := engine.prune_networks():
+    if gone := engine.prune_networks(labels):
         print("Deleted Networks:\n" + "\n".join(gone) + "\n")
     if args.volumes:
-        names, size = engine.prune_volumes()
+        names, size = engine.prune_volumes(labels)
         freed += size
         if names:
             print("Deleted Volumes:\n" + "\n".join(names) + "\n")
     print(f"Containers and volumes reclaimed: {human_size(freed)}")
     module = load_verb("prune")
-    parsed = parser_of("prune", module).parse_args(["-f", *(["-a"] if args.all else [])])
+    words = ["-f", *(["-a"] if args.all else []), *(f"--filter=label={one}" for one in labels)]
+    parsed = parser_of("prune", module).parse_args(words)
     parsed.root = args.root
     return int(module.run(parsed))

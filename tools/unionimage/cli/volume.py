@@ -20,7 +20,7 @@ FILTERS = ("dangling", "driver", "label", "name")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    from unionimage.cli.format import add_format_options
+    from unionimage.cli.format import add_filter_option, add_format_options
 
     verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
@@ -36,14 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for name in ("ls", "list"):
         listing = add(name, "list volumes")
         listing.add_argument("-q", "--quiet", action="store_true", help="names only")
-        listing.add_argument(
-            "-f",
-            "--filter",
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            help="show only what matches",
-        )
+        add_filter_option(listing, FILTERS, "-f")
         add_format_options(listing)
     inspect = add("inspect", "show everything known about volumes")
     inspect.add_argument("-f", "--format", metavar="TEMPLATE")
@@ -55,6 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     prune = add("prune", "remove anonymous volumes that no container has")
     prune.add_argument("-a", "--all", action="store_true", help="named ones too")
     prune.add_argument("-f", "--force", action="store_true", help="do not ask")
+    add_filter_option(prune, ("label",))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -128,11 +122,13 @@ def _remove(engine: Engine, args: argparse.Namespace) -> int:
 def _prune(engine: Engine, args: argparse.Namespace) -> int:
     from unionimage.cli.common import human_size
     from unionimage.cli.engine import confirm
+    from unionimage.cli.format import filters
 
+    wanted = filters(args.filter, ("label",))
     kind = "all" if args.all else "anonymous"
     if not args.force and not confirm(f"This removes {kind} volumes that no container has."):
         return 1
-    removed, freed = engine.prune_volumes(named=args.all)
+    removed, freed = engine.prune_volumes(wanted.get("label", ()), named=args.all)
     if removed:
         print("Deleted Volumes:")
         print("\n".join(removed) + "\n")

@@ -197,12 +197,18 @@ class Engine(Inventory):
                     freed += size
         return removed, freed
 
-    def prune_volumes(self, *, named: bool = False) -> tuple[list[str], int]:
+    def prune_volumes(
+        self, labels: Sequence[str] = (), *, named: bool = False
+    ) -> tuple[list[str], int]:
         """Remove volumes that no container has; names and freed bytes are returned."""
+        from unionimage.container import describe
+
         removed, freed = [], 0
         containers = self.containers.all()
         for volume in self.volumes.all():
             name = str(volume["Name"])
+            if not all(describe.has_label(volume["Labels"], text) for text in labels):
+                continue
             if (named or volumes.is_anonymous(volume)) and not volumes.users_of(name, containers):
                 size = volumes.size(volume)
                 self.volumes.remove(name, self.containers.all())
@@ -210,14 +216,17 @@ class Engine(Inventory):
                 freed += size
         return removed, freed
 
-    def prune_networks(self) -> list[str]:
+    def prune_networks(self, labels: Sequence[str] = ()) -> list[str]:
         """Remove networks that no container has; their names are returned."""
+        from unionimage.container import describe
+
         containers = self.containers.all()
         unused = [
             str(network["Name"])
             for network in self.networks.all()
             if network["Name"] not in networks.SPECIAL
             and not networks.users_of(network["Name"], containers)
+            and all(describe.has_label(network["Labels"], text) for text in labels)
         ]
         return [self.networks.remove(name, containers) for name in unused]
 
