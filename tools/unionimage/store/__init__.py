@@ -16,7 +16,7 @@ The map of the package, arrows downwards:
     store      reading, names                 lease      adding
     cleanup    garbage                        check      damage and repair
     platforms  names for several platforms
-    layer_tar, blobs, model, ahead, holds
+    layer_tar, blobs, model, ahead, streams, holds
     database → schema;  files, locks
 """
 

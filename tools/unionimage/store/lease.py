@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Container, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from unionimage.chain import Chain
 from unionimage.changeset import compression as compressions
@@ -24,7 +24,7 @@ from unionimage.changeset.pack import pack_upper
 from unionimage.changeset.paths import PieceStream
 from unionimage.changeset.unpack import Unpacked, unpack
 from unionimage.digest import CHUNK, Digest, Readable, VerifyingReader
-from unionimage.errors import BadContent, UserError
+from unionimage.errors import BadContent
 from unionimage.image_config import ImageConfig
 from unionimage.reference import Reference
 from unionimage.spec import Manifest, compression_of
@@ -33,14 +33,12 @@ from unionimage.store.ahead import Ahead
 from unionimage.store.files import publish, sync_file_system
 from unionimage.store.locks import FileLock
 from unionimage.store.model import Image, Layer
+from unionimage.store.streams import Both, CountingWriter, Progress, Tee, chained
 
 if TYPE_CHECKING:
     import sqlite3
 
     from unionimage.store.store import Store
-
-Progress = Callable[[int], None]
-"""Is told how many bytes more of a layer's stream were read."""
 
 
 class Lease:
@@ -175,7 +173,7 @@ class Lease:
                 blob = self.store.partial_path(digest)
             else:
                 blob = work / "blob"
-            raw = stack.enter_context(_Tee(stream, blob, offset, progress))
+            raw = stack.enter_context(Tee(stream, blob, offset, progress))
             checked = VerifyingReader(raw, digest, size, what)
             peekable = compressions.Peekable(checked)
             compression = compressions.sniff(peekable.peek(6))
@@ -187,7 +185,7 @@ class Lease:
                 f"{what} unpacked",
             )
             try:
-                with _ahead(stream, _Both(plain, peekable)) as ahead:
+                with _ahead(stream, Both(plain, peekable)) as ahead:
                     unpacked = self._unpack(ahead, work, compression == "none", limits, what)
                     while ahead.read(CHUNK):
                         pass
@@ -328,7 +326,7 @@ class Lease:
         """
         staged = self.scratch() / "blob"
         what = f"layer {digest.short}"
-        with _Tee(stream, staged, 0, None) as raw:
+        with Tee(stream, staged, 0, None) as raw:
             checked = VerifyingReader(raw, digest, size, what)
             peekable = compressions.Peekable(checked)
             compression = compressions.sniff(peekable.peek(6))
@@ -358,7 +356,7 @@ class Lease:
             return known
         work = self.scratch() / "blob"
         machine = compressions.compressor(compression)
-        counter = _CountingWriter()
+        counter = CountingWriter()
         with open(work, "wb") as output, self.store.layer_tar(diff_id) as archive:
             with Ahead(archive) as ahead:
                 while data := ahead.read(CHUNK):
@@ -398,7 +396,7 @@ class Lease:
             first = next(pieces)
             if first == tar.END:
                 return None
-            return self.add_layer(PieceStream(_chained(first, pieces)), progress=progress)
+            return self.add_layer(PieceStream(chained(first, pieces)), progress=progress)
 
     # --- images
 
@@ -503,105 +501,6 @@ class Lease:
             sync_file_system(self.store.root)
 
 
-def _chained(first: bytes, rest: Iterable[bytes]) -> Iterator[bytes]:
-    yield first
-    yield from rest
-
-
 def _ahead(source: Readable, stream: Readable) -> AbstractContextManager[Readable]:
     """Read ahead, but for what is made here as it is read: that needs the same processor."""
     return nullcontext(stream) if isinstance(source, PieceStream) else Ahead(stream)
-
-
-class _Both:
-    """The uncompressed stream, and at its end whatever the compressed one still has."""
-
-    def __init__(self, plain: Readable, packed: Readable) -> None:
-        self._plain = plain
-        self._packed = packed
-
-    def read(self, size: int = -1, /) -> bytes:
-        data = self._plain.read(size)
-        if not data:
-            while self._packed.read(CHUNK):
-                pass
-        return data
-
-
-class _CountingWriter:
-    """Writes to a file and knows digest and size of what it wrote."""
-
-    def __init__(self) -> None:
-        import hashlib
-
-        self._hash = hashlib.sha256()
-        self.size = 0
-
-    def write(self, output: BinaryIO, data: bytes) -> None:
-        output.write(data)
-        self._hash.update(data)
-        self.size += len(data)
-
-    @property
-    def digest(self) -> Digest:
-        return Digest.from_hex(self._hash.hexdigest())
-
-
-class _Tee:
-    """Reads a stream and keeps what it reads in a file, which another run can go on from.
-
-    With `keep = False` it keeps nothing more, and what it kept is removed by `finish`.
-    """
-
-    def __init__(
-        self, stream: Readable, path: Path, offset: int, progress: Progress | None
-    ) -> None:
-        self._stream = stream
-        self._path = path
-        self._progress = progress
-        self._old: BinaryIO | None = None
-        self._new: BinaryIO | None = None
-        self.keep = True
-        if offset:
-            self._old = open(path, "rb")  # noqa: SIM115 (closed below)
-            if os.fstat(self._old.fileno()).st_size < offset:
-                self._old.close()
-                raise UserError("a partial download vanished; try again")
-            os.truncate(path, offset)
-
-    def __enter__(self) -> _Tee:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in (self._old, self._new):
-            if file is not None:
-                file.close()
-
-    def read(self, size: int = -1, /) -> bytes:
-        if self._old is not None:
-            if data := self._old.read(CHUNK if size < 0 else size):
-                return data
-            self._old.close()
-            self._old = None
-            self._new = open(self._path, "ab")  # noqa: SIM115
-        data = self._stream.read(CHUNK if size < 0 else size)
-        if self._progress and data:
-            self._progress(len(data))
-        if not self.keep:
-            return data
-        if self._new is None:
-            self._new = open(self._path, "wb")  # noqa: SIM115
-        self._new.write(data)
-        return data
-
-    def finish(self) -> None:
-        """Everything was read and is right."""
-        if self._new is not None:
-            self._new.flush()
-        if not self.keep:
-            self._path.unlink(missing_ok=True)
-
-    def discard(self) -> None:
-        """What was kept is wrong and must not be gone on from."""
-        with suppress(FileNotFoundError):
-            self._path.unlink()
