@@ -321,19 +321,22 @@ class Union:
         """Create a file, FIFO, socket or device."""
         with self.lock:
             directory = self.tree.directory(parent)
-            return self._entry(self._changes().mknod(directory, name, mode, rdev, caller))
+            made = self._changes().mknod(directory, name, mode, rdev, caller)
+            return self._entry(made.node, made.status)
 
     def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Entry:
         """Create a directory."""
         with self.lock:
             directory = self.tree.directory(parent)
-            return self._entry(self._changes().mkdir(directory, name, mode, caller))
+            made = self._changes().mkdir(directory, name, mode, caller)
+            return self._entry(made.node, made.status)
 
     def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Entry:
         """Create a symbolic link."""
         with self.lock:
             directory = self.tree.directory(parent)
-            return self._entry(self._changes().symlink(directory, name, target, caller))
+            made = self._changes().symlink(directory, name, target, caller)
+            return self._entry(made.node, made.status)
 
     def link(self, number: int, new_parent: int, new_name: bytes) -> Entry:
         """Give a file one more name."""
@@ -349,11 +352,12 @@ class Union:
         with self.lock:
             directory = self.tree.directory(parent)
             flags &= _OPEN_FLAGS & ~os.O_TRUNC
-            node, descriptor = self._changes().create(directory, name, mode, flags, caller)
-            handle = self.files.add(node, descriptor, flags)
+            made = self._changes().create(directory, name, mode, flags, caller)
+            handle = self.files.add(made.node, made.descriptor, flags)
             # An empty file has no page that a map could change: what makes it grow tells us, or
             # has the kernel ask. One that was just opened would be asked for at once otherwise.
-            return self._entry(node)._replace(attr_valid=self.options.timeout), handle
+            entry = self._entry(made.node, made.status)
+            return entry._replace(attr_valid=self.options.timeout), handle
 
     def tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> tuple[Entry, int]:
         """Create a regular file without a name in a directory (O_TMPFILE)."""
@@ -393,7 +397,10 @@ class Union:
         """(id, inode number, type) of what a name leads to; None for nothing."""
         with self.lock:
             try:
-                node = self.tree.find(self.tree.directory(parent), name)
+                directory = self.tree.directory(parent)
+                if not self.tree.exists(directory, name):
+                    return None
+                node = self.tree.find(directory, name)
             except OSError:
                 return None
             self.tree.release_if_unused(node)
@@ -480,6 +487,21 @@ class Union:
         """Where a node's file lies in a layer; None where it is in upper, or no longer there."""
         node = self.tree.node(number)
         return None if node.in_upper or node.deleted else node.lower
+
+    def directory_in_upper(self, number: int) -> tuple[int, int, bool] | None:
+        """(descriptor, inode number, whether nothing lies below) of a directory that upper has.
+
+        None for anything else, and for what is deleted. The tree's cache owns the descriptor.
+        """
+        node = self.tree.nodes.get(number)
+        if not isinstance(node, Directory) or not node.in_upper or self.is_deleted(number):
+            return None
+        return self.tree.upper_directory(node), node.ino, not node.lowers
+
+    def is_deleted(self, number: int) -> bool:
+        """Whether no name leads to a node any more, or nobody knows it."""
+        node = self.tree.nodes.get(number)
+        return node is None or (node.deleted and node is not self.tree.root)
 
     def is_settled(self, number: int) -> bool:
         """Whether no copy-up will ever give a node's open files another descriptor."""

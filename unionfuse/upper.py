@@ -13,6 +13,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 from unionfuse import syscalls, view, whiteout
 from unionfuse.copyup import CopyUp
@@ -23,6 +24,14 @@ from unionfuse.upperdir import UpperDirectory
 
 Make = Callable[[int, bytes], int]
 """Creates something under a free name in a directory; returns a descriptor, -1 for none."""
+
+
+class Made(NamedTuple):
+    """What was created: its node, its status on disk, and a descriptor, -1 for none."""
+
+    node: Node
+    status: os.stat_result
+    descriptor: int = -1
 
 
 class Upper:
@@ -43,25 +52,23 @@ class Upper:
 
     # --- create --------------------------------------------------------------------------
 
-    def mknod(self, parent: Directory, name: bytes, mode: int, device: int, caller: Caller) -> Node:
+    def mknod(self, parent: Directory, name: bytes, mode: int, device: int, caller: Caller) -> Made:
         """Create a regular file, FIFO, socket or device."""
         if stat.S_ISCHR(mode) and device == 0:
             raise failure(errno.EPERM)  # it would be a whiteout; overlayfs refuses it, too
         if stat.S_ISREG(mode):
-            node, descriptor = self.create(parent, name, mode, os.O_WRONLY, caller)
-            os.close(descriptor)
-            return node
+            made = self.create(parent, name, mode, os.O_WRONLY, caller)
+            os.close(made.descriptor)
+            return made
 
         def make(directory: int, free: bytes) -> int:
             syscalls.mknod(directory, free, self._mode(parent, mode, caller), device)
             return -1
 
-        return self._create(parent, name, make, caller)[0]
+        return self._create(parent, name, make, caller)
 
-    def create(
-        self, parent: Directory, name: bytes, mode: int, flags: int, caller: Caller
-    ) -> tuple[Node, int]:
-        """Create and open a regular file; returns its node and descriptor."""
+    def create(self, parent: Directory, name: bytes, mode: int, flags: int, caller: Caller) -> Made:
+        """Create and open a regular file."""
 
         def make(directory: int, free: bytes) -> int:
             bits = self._mode(parent, mode, caller) & 0o7777
@@ -91,23 +98,23 @@ class Upper:
         self._tree.nameless(node)
         return node, descriptor
 
-    def mkdir(self, parent: Directory, name: bytes, mode: int, caller: Caller) -> Node:
+    def mkdir(self, parent: Directory, name: bytes, mode: int, caller: Caller) -> Made:
         """Create a directory."""
 
         def make(directory: int, free: bytes) -> int:
             syscalls.mkdir(directory, free, self._mode(parent, mode, caller) & 0o7777)
             return -1
 
-        return self._create(parent, name, make, caller, is_directory=True)[0]
+        return self._create(parent, name, make, caller, is_directory=True)
 
-    def symlink(self, parent: Directory, name: bytes, target: bytes, caller: Caller) -> Node:
+    def symlink(self, parent: Directory, name: bytes, target: bytes, caller: Caller) -> Made:
         """Create a symbolic link."""
 
         def make(directory: int, free: bytes) -> int:
             syscalls.symlink(target, directory, free)
             return -1
 
-        return self._create(parent, name, make, caller)[0]
+        return self._create(parent, name, make, caller)
 
     def _create(
         self,
@@ -116,7 +123,7 @@ class Upper:
         make: Make,
         caller: Caller,
         is_directory: bool = False,
-    ) -> tuple[Node, int]:
+    ) -> Made:
         directory = self._ready(parent, name)
         assert parent.changes is not None
         owner = self._tree.owners.stored(caller.uid, caller.gid)
@@ -125,7 +132,7 @@ class Upper:
         else:
             descriptor = self._make_owned(directory, name, make, owner)
         try:
-            return self._new_node(parent, name, directory, descriptor, caller), descriptor
+            return self._new_node(parent, name, directory, descriptor, caller)
         except BaseException:
             if descriptor >= 0:
                 os.close(descriptor)
@@ -247,7 +254,7 @@ class Upper:
 
     def _new_node(
         self, parent: Directory, name: bytes, directory: int, descriptor: int, caller: Caller
-    ) -> Node:
+    ) -> Made:
         status = os.fstat(descriptor) if descriptor >= 0 else view.entry_status(directory, name)
         if self._tree.owners.override is not None:
             mode = stat.S_IMODE(status.st_mode)
@@ -264,7 +271,7 @@ class Upper:
         self._tree.new_inode(node, status)
         self.record(parent, name, node.kind)
         self._tree.adopt(node, parent, name)
-        return node
+        return Made(node, status, descriptor)
 
     def record(self, parent: Directory, name: bytes, kind: int) -> None:
         """Note what upper now has under a name, and tell that the directory differs."""
@@ -343,8 +350,8 @@ class Upper:
         if not self._tree.is_empty(node):
             raise failure(errno.ENOTEMPTY)
         self._copy.copy_up(parent)
-        if node.last is None:
-            node.last = self._tree.attributes(node)
+        node.last = self._tree.attributes(node)
+        node.last.nlink = 0
         self._tree.about_to_lose_last_name(node)
         self._remove_name(parent, name, is_directory=True)
         self.lose_name(node, parent, name)

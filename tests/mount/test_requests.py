@@ -1,6 +1,7 @@
 """How many requests the kernel sends for changes: what need not be asked is not asked."""
 
 import os
+from pathlib import Path
 
 import pytest
 from harness.counting import asked
@@ -73,3 +74,68 @@ def test_a_file_that_was_written_is_asked_for_once(workshop: Workshop) -> None:
         assert os.stat(path).st_size == 4
     assert counts.pop("GETATTR") <= 2  # one of them of the directory
     assert os.stat(path).st_mtime_ns == os.stat(tree.upper / "d/new").st_mtime_ns
+
+
+def seen(path: Path) -> tuple[int, ...]:
+    found = os.stat(path)
+    times = found.st_mtime_ns, found.st_ctime_ns
+    return found.st_mode, found.st_uid, found.st_gid, found.st_size, found.st_blocks, *times
+
+
+@pytest.mark.doors
+@pytest.mark.parametrize("where", ["merged", "new", "."])
+def test_a_directory_that_changes_again_and_again_shows_what_it_is(
+    workshop: Workshop, where: str
+) -> None:
+    """The loop answers for such a directory by itself."""
+    tree = workshop({"merged/low": "", "merged/sub/x": ""})
+    place, upper = tree / where, tree.upper / where
+    if where == "new":
+        place.mkdir()
+    inode = os.stat(place).st_ino
+    for number in range(5):
+        assert not (place / f"f{number}").exists()
+        (place / f"f{number}").write_bytes(b"")
+        assert seen(place) == seen(upper)
+        (place / f"d{number}").mkdir()
+        assert seen(place) == seen(upper)
+        os.chmod(place, 0o700 + number)
+        assert seen(place) == seen(upper)
+        assert os.stat(place).st_nlink == (3 + number if where == "new" else 1)
+        assert os.stat(place).st_ino == inode
+    assert (place / "low").exists() == (where == "merged")
+    for number in range(5):
+        os.unlink(place / f"f{number}")
+        assert seen(place) == seen(upper)
+        assert not (place / f"f{number}").exists()
+    (upper / "behind").touch()  # what is there is not said to be absent
+    names = {f"d{number}" for number in range(5)}
+    assert names <= set(os.listdir(place))
+
+
+@pytest.mark.doors
+def test_a_directory_that_changed_is_renamed_deleted_and_made_again(workshop: Workshop) -> None:
+    tree = workshop({"old": ""})
+    first = tree / "first"
+    first.mkdir()
+    for number in range(3):
+        (first / f"f{number}").write_bytes(b"")
+        os.stat(first)
+        os.unlink(first / f"f{number}")
+    os.rename(first, tree / "second")
+    (tree / "second/more").write_bytes(b"")
+    assert seen(tree / "second") == seen(tree.upper / "second")
+    assert not first.exists()
+    os.unlink(tree / "second/more")
+    held = os.open(tree / "second", os.O_PATH)
+    os.rmdir(tree / "second")
+    for _ in range(3):
+        assert os.fstat(held).st_nlink == 0
+    for _ in range(20):  # an inode number, and so an id, may come again
+        first.mkdir()
+        (first / "f").write_bytes(b"")
+        assert seen(first) == seen(tree.upper / "first")
+        assert os.stat(first).st_nlink == 2
+        os.unlink(first / "f")
+        os.rmdir(first)
+    os.close(held)

@@ -38,6 +38,12 @@ class QuietLane:
     def released_here(self, handle: int) -> None:
         pass
 
+    def asked_for(self, node: int) -> None:
+        pass
+
+    def forgotten(self, node: int) -> None:
+        pass
+
     def open_beside(self, handle: int) -> None:
         pass
 

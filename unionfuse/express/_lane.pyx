@@ -219,6 +219,30 @@ cdef extern from *:
         return fd < 0 && errno == EPERM ? openat(directory, name, flags) : fd; /* not our file */
     }
 
+    static int lane_stat_directory(int directory, struct fuse_attr *attr) {
+        struct stat status;
+        if (fstat(directory, &status)) return errno;
+        memset(attr, 0, sizeof *attr);
+        attr->size = status.st_size;
+        attr->blocks = status.st_blocks;
+        attr->atime = status.st_atim.tv_sec;
+        attr->mtime = status.st_mtim.tv_sec;
+        attr->ctime = status.st_ctim.tv_sec;
+        attr->atimensec = status.st_atim.tv_nsec;
+        attr->mtimensec = status.st_mtim.tv_nsec;
+        attr->ctimensec = status.st_ctim.tv_nsec;
+        attr->mode = status.st_mode;
+        attr->nlink = status.st_nlink;
+        attr->uid = status.st_uid;
+        attr->gid = status.st_gid;
+        attr->blksize = status.st_blksize;
+        return 0;
+    }
+    static int lane_is_absent(int directory, const char *name) {
+        struct stat status;
+        return fstatat(directory, name, &status, AT_SYMLINK_NOFOLLOW) && errno == ENOENT;
+    }
+
     /* Answer a READ by splice: the kernel copies once, from the file's pages to those that asked.
      * `ends` is a pipe, made when it is first needed. 0: nothing was sent. */
     static int lane_splice(int *ends, int fuse, uint64_t unique, int file, uint64_t offset,
@@ -267,6 +291,9 @@ cdef extern from *:
         uint32_t len
         int32_t error
         uint64_t unique
+    struct fuse_attr:
+        uint64_t ino
+        uint32_t nlink
     struct fuse_read_in:
         uint64_t fh
         uint64_t offset
@@ -347,6 +374,8 @@ cdef extern from *:
     int lane_splice(
         int *ends, int fuse, uint64_t unique, int file, uint64_t offset, size_t size) nogil
     int lane_open(int directory, const char *name) nogil
+    int lane_stat_directory(int directory, fuse_attr *attr) nogil
+    int lane_is_absent(int directory, const char *name) nogil
     int eventfd(unsigned count, int flags) nogil
     int mlock(const void *address, size_t length) nogil
     ssize_t writev(int fd, const iovec *iov, int count) nogil
@@ -393,6 +422,7 @@ cdef enum:
     OURS = 1 << 30  # the loop has opened it
     ASK = 1 << 29  # Python has it open, and reads it
     DIRECTORIES = 32  # of layers, that the loop can open files in
+    SHOWN = 64  # directories of upper, that the loop answers for
     DESCRIPTOR_BITS = 20
     LAYER_BITS = 12
 
@@ -445,6 +475,15 @@ cdef struct Reply:
 
 cdef struct Place:
     uint64_t directory, cookie, offset
+
+# A directory of upper whose descriptor the loop has.
+cdef struct Shown:
+    uint64_t node  # 0 for none
+    uint64_t inode  # to show
+    uint32_t links  # to show; 0: as many as it has
+    bint alone  # nothing lies below it
+    int directory
+    int looking  # threads that use it now
 
 # One request of a ring: it is the kernel's, ours, or waits for a reply from another thread.
 cdef struct Entry:
@@ -547,6 +586,7 @@ cdef class Loop:
     cdef size_t rings_size
     cdef bint takes_over
     cdef int ready_rings
+    cdef Shown shown[64]
     cdef int *descriptors  # by handle: where READ reads, plus one; 0 is for Python to say
     cdef uint64_t handles
 
@@ -568,6 +608,9 @@ cdef class Loop:
                 close(self.directories[i] & ((1 << DESCRIPTOR_BITS) - 1))
         if self.rings:
             munmap(self.rings, self.rings_size)
+        for i in range(SHOWN):
+            if self.shown[i].node:
+                close(self.shown[i].directory)
         free(self.own_marks)
         free(self.files)
         free(self.descriptors)
@@ -695,6 +738,41 @@ cdef class Loop:
                 pass
             if old:
                 close(old & ((1 << DESCRIPTOR_BITS) - 1))
+
+    def show(self, uint64_t node, int directory, uint64_t inode, uint32_t links, bint alone):
+        """Answer from a descriptor what is asked of a directory of upper after each change in it.
+
+        That is its attributes, and which names are absent. Another directory may take its place.
+
+        Arguments:
+            directory: becomes the loop's.
+            inode: its number in the mount.
+            links: the link count to show; 0 for the one that it has.
+            alone: nothing lies below it, so what upper does not have is not there.
+        """
+        cdef Shown *shown = &self.shown[node % SHOWN]
+        if not node or lane_most_files() < SHOWN:
+            close(directory)
+            return
+        self.end_showing(shown)
+        shown.directory, shown.inode, shown.links, shown.alone = directory, inode, links, alone
+        lane_swap_place(&shown.node, node)
+
+    def hide(self, uint64_t node):
+        """Ask Python about a directory of upper from now on."""
+        if node and self.shown[node % SHOWN].node == node:
+            self.end_showing(&self.shown[node % SHOWN])
+
+    def shows(self, uint64_t node):
+        """Whether the loop answers for a directory of upper."""
+        return bool(node and self.shown[node % SHOWN].node == node)
+
+    cdef void end_showing(self, Shown *shown) noexcept:
+        if lane_swap_place(&shown.node, 0):
+            with nogil:
+                while lane_load(&shown.looking):
+                    pass  # somebody who began before
+            close(shown.directory)
 
     def counts(self):
         """Requests by opcode: (answered here, handed to Python)."""
@@ -1095,7 +1173,7 @@ cdef class Loop:
         if opcode == RELEASE:
             return self.release(thread, body, size, reply)
         if not self.is_as_indexed(node):
-            return FOR_PYTHON
+            return self.answer_shown(thread, opcode, node, body, size, reply)
         if opcode == LOOKUP:
             return self.lookup(thread, node, body, size, reply)
         if opcode == GETATTR:
@@ -1188,6 +1266,46 @@ cdef class Loop:
         (<uint64_t *>thread.out)[0] = self.valid
         memcpy(thread.out + 16, record + ATTR_AT, ENTRY_SIZE - ATTR_AT)
         reply.data, reply.length = thread.out, 16 + ENTRY_SIZE - ATTR_AT
+        return ANSWERED
+
+    cdef int answer_shown(
+        self, Thread *thread, uint32_t opcode, uint64_t node, const char *body, size_t size,
+        Reply *reply
+    ) noexcept nogil:
+        """Answer what is asked of a directory of upper, if it is one that `show` has told of."""
+        cdef Shown *shown = &self.shown[node % SHOWN]
+        cdef int how = FOR_PYTHON
+        if opcode != GETATTR and opcode != LOOKUP:
+            return FOR_PYTHON
+        lane_add(&shown.looking, 1)  # before the look: see end_showing
+        if node and lane_load_place(&shown.node) == node:
+            if opcode == GETATTR:
+                how = self.stat_shown(thread, shown, reply)
+            elif shown.alone and size > 1 and size <= NAME_MAX + 1 and body[size - 1] == 0:
+                how = self.miss_shown(thread, shown, body, reply)
+        lane_add(&shown.looking, -1)
+        return how
+
+    cdef int stat_shown(self, Thread *thread, const Shown *shown, Reply *reply) noexcept nogil:
+        cdef fuse_attr *attr = <fuse_attr *>(thread.out + 16)
+        if lane_stat_directory(shown.directory, attr):
+            return FOR_PYTHON
+        attr.ino = shown.inode
+        if shown.links:
+            attr.nlink = shown.links
+        memset(thread.out, 0, 16)
+        (<uint64_t *>thread.out)[0] = self.valid
+        reply.data, reply.length = thread.out, 16 + sizeof(fuse_attr)
+        return ANSWERED
+
+    cdef int miss_shown(
+        self, Thread *thread, const Shown *shown, const char *name, Reply *reply
+    ) noexcept nogil:
+        if not lane_is_absent(shown.directory, name):
+            return FOR_PYTHON
+        memset(thread.out, 0, ENTRY_SIZE)
+        (<uint64_t *>thread.out)[2] = self.valid
+        reply.data, reply.length = thread.out, ENTRY_SIZE
         return ANSWERED
 
     cdef int readlink(self, uint64_t node, Reply *reply) noexcept nogil:

@@ -42,6 +42,7 @@ _READERS = 2  # threads that read /dev/fuse: two are faster than one, more are n
 _WAITERS = 4  # threads for what may take long
 _SOCKET_BUFFER = 4 << 20
 _LARGE = 1 << 20  # bytes
+_ASKED_FOR = 64  # directories of upper that are watched for a second question
 _MAX_WRITE = 1 << 18  # bytes of one request; each reader has a buffer of that size in memory
 _MOST_SHARED_RINGS = 8  # each has a thread, and each thread of a daemon a slot of the intent log
 _UNANSWERED = (Opcode.FORGET, Opcode.BATCH_FORGET)
@@ -82,13 +83,15 @@ class Lane:
         self._idle = 0
         self._opened_nodes: dict[int, int] = {}  # node -> handle, for opens that the loop answered
         self._direct: dict[int, set[int]] = {}  # node -> handles that the loop reads by itself
+        self._asked_for: set[int] = set()  # directories of upper
         self._lock = threading.Lock()  # of the fields above; never held across a call
         self._survivor = survivor
         valid = min(int(options.timeout), protocol.FOREVER)
         self._loop = Loop(fuse, self._serve, valid, not (options.noxattrs or options.noacl))
         if options.debug:
             self._loop.trace_to(self._trace)
-        self._index = union.index if _shows_layers_as_they_are(options) else None
+        self._as_on_disk = _shows_layers_as_they_are(options)
+        self._index = union.index if self._as_on_disk else None
         if self._index is not None:
             size = self._loop.size_of_marks(self._index.count)
             marks = survivor.marks(size) if survivor is not None else None
@@ -408,6 +411,29 @@ class Lane:
                 self._loop.read_node_from(node, -1, held=False)
                 self._union.release(self._opened_nodes.pop(node))
 
+    def asked_for(self, node: int) -> None:
+        """Let the loop answer for a directory of upper that is asked for again.
+
+        The kernel asks for a directory's attributes after every change of its names.
+        """
+        if not self._as_on_disk:
+            return
+        with self._union.lock:
+            if node not in self._asked_for:
+                if len(self._asked_for) >= _ASKED_FOR:
+                    self._asked_for.clear()
+                self._asked_for.add(node)
+                return
+            found = self._union.directory_in_upper(node)
+            if found is not None:
+                directory, inode, alone = found
+                links = 0 if alone else 1  # see Tree.attributes
+                self._loop.show(node, os.dup(directory), inode, links, alone)
+
+    def forgotten(self, node: int) -> None:
+        """The kernel has dropped a node; its id may become another file's."""
+        self._loop.hide(node)
+
     def read_directly(self, node: int, handle: int, descriptor: int) -> None:
         """Let the loop answer READ of this handle from now on; not without a descriptor."""
         if descriptor < 0:
@@ -424,6 +450,8 @@ class Lane:
             handles = self._direct.pop(node, ())
         for handle in handles:
             self._loop.read_from(handle, -1)
+        if self._loop.shows(node) and self._union.is_deleted(node):
+            self._loop.hide(node)
         if self._index is None or node > self._index.count:
             return
         if not self._loop.is_changed(node):

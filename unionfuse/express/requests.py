@@ -81,6 +81,7 @@ class Requests:
             return self._negative
 
     def _forget(self, call: Call) -> None:
+        self._lane.forgotten(call.node)
         self._union.forget(call.node, *protocol.FORGET_IN.unpack_from(call.body))
 
     def _batch_forget(self, call: Call) -> None:
@@ -89,10 +90,14 @@ class Requests:
         body = call.body[protocol.BATCH_FORGET_IN.size : end]
         body = body[: len(body) // protocol.FORGET_ONE.size * protocol.FORGET_ONE.size]
         for node, lookups in protocol.FORGET_ONE.iter_unpack(body):
+            self._lane.forgotten(node)
             self._union.forget(node, lookups)
 
     def _getattr(self, call: Call) -> bytes:
-        return self._attributes(call.node, self._union.getattr(call.node))
+        found = self._union.getattr(call.node)
+        if stat.S_ISDIR(found.mode):
+            self._lane.asked_for(call.node)
+        return self._attributes(call.node, found)
 
     def _statx(self, call: Call) -> bytes:
         protocol.STATX_IN.unpack_from(call.body)
@@ -444,23 +449,25 @@ class Requests:
 
 def attr(found: Attributes) -> bytes:
     """struct fuse_attr."""
+    atime, atime_ns = divmod(found.atime_ns, 10**9)
+    mtime, mtime_ns = divmod(found.mtime_ns, 10**9)
+    ctime, ctime_ns = divmod(found.ctime_ns, 10**9)
     mask = (1 << 64) - 1
-    atime, mtime, ctime = found.atime_ns, found.mtime_ns, found.ctime_ns
     return protocol.ATTR.pack(
         found.ino,
         found.size,
         found.blocks,
-        atime // 10**9 & mask,
-        mtime // 10**9 & mask,
-        ctime // 10**9 & mask,
-        atime % 10**9,
-        mtime % 10**9,
-        ctime % 10**9,
+        atime & mask,
+        mtime & mask,
+        ctime & mask,
+        atime_ns,
+        mtime_ns,
+        ctime_ns,
         found.mode,
         found.nlink,
         found.uid,
         found.gid,
-        _device(found.rdev),
+        _device(found.rdev) if found.rdev else 0,
         found.blksize,
         0,
     )
@@ -472,8 +479,9 @@ def entry_out(entry: Entry, timeout: float) -> bytes:
 
 
 def _entry_header(node: int, name_valid: float, attr_valid: float) -> bytes:
-    name_seconds, name_nanoseconds = _duration(name_valid)
-    seconds, nanoseconds = _duration(attr_valid)
+    name_seconds, name_nanoseconds = seconds, nanoseconds = _duration(name_valid)
+    if attr_valid != name_valid:
+        seconds, nanoseconds = _duration(attr_valid)
     return protocol.ENTRY_OUT.pack(node, 0, name_seconds, seconds, name_nanoseconds, nanoseconds)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -37,6 +38,7 @@ _KINDS = 9  # and types
 _MOVING = 11  # st_ino in upper of what a rename is about to move; 0 before it comes to that
 _HANDLE = 12
 _ERROR, _REPLY_LENGTH = 13, 14
+_WORDS = struct.Struct("=13Q")  # those before
 _REPLY_AT, _REPLY_MOST = 128, 256
 _BODY_AT = _REPLY_AT + _REPLY_MOST
 
@@ -45,9 +47,10 @@ DELETING = (Opcode.UNLINK, Opcode.RMDIR)
 RENAMING = (Opcode.RENAME, Opcode.RENAME2)
 OPENING = (Opcode.OPEN, Opcode.TMPFILE)
 MARKING = (Opcode.SETXATTR, Opcode.REMOVEXATTR)
+_NAMING = frozenset(map(int, (*CREATING, *DELETING)))
 GUARDED = (*CREATING, *DELETING, *RENAMING, *OPENING, *MARKING)
 
-_NAMES_AT = {
+_NAMES_AT: dict[int, int] = {
     Opcode.MKNOD: protocol.MKNOD_IN.size,
     Opcode.MKDIR: protocol.MKDIR_IN.size,
     Opcode.CREATE: protocol.CREATE_IN.size,
@@ -64,6 +67,9 @@ class Subject(NamedTuple):
     node: int = 0
     inode: int = 0
     kind: int = 0
+
+
+_NOBODY = Subject()
 
 
 class Intent(NamedTuple):
@@ -84,7 +90,7 @@ class Intent(NamedTuple):
 
 
 def names_in(opcode: int, body: bytes) -> list[bytes]:
-    return body[_NAMES_AT.get(Opcode(opcode), 0) :].split(b"\0")
+    return body[_NAMES_AT.get(opcode, 0) :].split(b"\0")
 
 
 class IntentLog:
@@ -145,15 +151,14 @@ class IntentLog:
         slot = self._own_slot()
         word, words = self._word(slot), self._words
         words[word + _STATE] = _FREE
-        words[word + _UNIQUE] = unique
-        words[word + _OPCODE], words[word + _NODE] = call.opcode, call.node
-        for number, subject in enumerate(self._subjects(call)):
-            words[word + _NODES + number] = subject.node
-            words[word + _INODES + number] = subject.inode
-            words[word + _KINDS + number] = subject.kind
-        words[word + _MOVING] = words[word + _HANDLE] = 0
+        one, other = self._subjects(call)
         body = call.body[: SLOT - _BODY_AT]
-        words[word + _LENGTH] = len(body)
+        _WORDS.pack_into(
+            self._bytes,
+            word * 8,
+            *(unique, _FREE, call.opcode, call.node, len(body), one.node, other.node),
+            *(one.inode, other.inode, one.kind, other.kind, 0, 0),
+        )
         self._bytes[word * 8 + _BODY_AT : word * 8 + _BODY_AT + len(body)] = body
         words[word + _STATE] = _BEGUN
         return slot
@@ -171,8 +176,8 @@ class IntentLog:
 
     def _subjects(self, call: Call) -> tuple[Subject, Subject]:
         names = names_in(call.opcode, call.body)
-        none = Subject()
-        if call.opcode in CREATING or call.opcode in DELETING:
+        none = _NOBODY
+        if call.opcode in _NAMING:
             return self._subject(call.node, names[0]), none
         if call.opcode in RENAMING:
             (new_parent,) = protocol.RENAME_IN.unpack_from(call.body)
@@ -183,7 +188,7 @@ class IntentLog:
 
     def _subject(self, parent: int, name: bytes) -> Subject:
         found = self._union.subject(parent, name)
-        return Subject(*found) if found is not None else Subject()
+        return Subject(*found) if found is not None else _NOBODY
 
     def _has_attribute(self, node: int, name: bytes) -> bool:
         try:

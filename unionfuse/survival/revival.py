@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from unionfuse.node import Attributes, Directory, Node, Place
@@ -25,6 +26,7 @@ _FIELDS = (
     *("atime_ns", "mtime_ns", "ctime_ns", "blksize"),
     *("mode", "nlink", "uid", "gid"),
 )
+_values = attrgetter(*_FIELDS)
 _IN_UPPER, _METACOPY, _HAS_LAST, _MAPPABLE = 1, 2, 4, 8
 
 
@@ -89,7 +91,7 @@ class Revival:
         flags |= (node.mappable * _MAPPABLE) | (_HAS_LAST if node.last is not None else 0)
         out = _FAREWELL.pack(flags, node.kind, node.link_offset, layer, *map(len, texts))
         if node.last is not None:
-            out += _ATTRIBUTES.pack(*(getattr(node.last, field) for field in _FIELDS))
+            out += _ATTRIBUTES.pack(*_values(node.last))
         return out + b"".join(texts)
 
     def _revive_deleted(self, number: int) -> bool:
