@@ -41,6 +41,14 @@ def test_output_and_exit_code_are_those_of_the_process(box: Box) -> None:
         (("--memory", "1k", "busybox", "true"), 125, "minimum is 6m"),
         (("--restart", "sometimes", "busybox", "true"), 125, "--restart"),
         (("--name", "not/a/name", "busybox", "true"), 125, "invalid container name"),
+        (("--hostname", "a" * 65, "busybox", "true"), 125, "may have 64 bytes"),
+        (("--cgroup-parent", "/a/../../b", "busybox", "true"), 125, "lead out of the cgroups"),
+        (
+            ("--platform", "linux/s390x", "--pull", "never", "busybox", "true"),
+            125,
+            "for linux/s390x",
+        ),
+        (("--platform", "nonsense/x/y/z", "busybox", "true"), 125, "nonsense"),
         (("--runtime", "no-runtime", "busybox", "true"), 125, "not installed"),
     ],
 )

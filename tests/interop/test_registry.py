@@ -117,6 +117,18 @@ def both(registry: Registry, command: Command, tmp_path: Path) -> str:
     return name
 
 
+def test_a_container_is_made_of_the_platform_that_was_asked_for(
+    command: Command, both: str
+) -> None:
+    for wanted in ("amd64", "arm64"):
+        words = ("--pull", "never", "--platform", f"linux/{wanted}", "--network", "none")
+        made = command("create", *words, both, "sh").strip()
+        (container,) = json.loads(command("inspect", made))
+        (image,) = json.loads(command("inspect", "--type", "image", container["Image"]))
+        assert image["Architecture"] == wanted
+        command("rm", made)
+
+
 def test_the_images_of_all_platforms_go_round(
     registry: Registry, command: Command, both: str, tmp_path: Path
 ) -> None:

@@ -15,17 +15,36 @@ if TYPE_CHECKING:
 def image_for(args: argparse.Namespace, store: Store) -> Image:
     """The image named by `args.image`. Raises UserError with exit code 125 when there is none."""
     if args.pull != "always":
-        try:
-            return store.image(args.image)
-        except NotFound:
-            if args.pull == "never":
-                raise NotFound(
-                    f"no such image: {args.image}: --pull never forbids to look for it",
-                    exit_code=125,
-                ) from None
-            print(f"Unable to find image '{args.image}' locally", file=sys.stderr)
+        image = _here(args, store)
+        if image is not None:
+            return image
+        what = f"{args.image} for {args.platform}" if args.platform else args.image
+        if args.pull == "never":
+            raise NotFound(
+                f"no such image: {what}: --pull never forbids to look for it", exit_code=125
+            )
+        print(f"Unable to find image '{what}' locally", file=sys.stderr)
     _pull(args)
     return store.image(args.image)
+
+
+def _here(args: argparse.Namespace, store: Store) -> Image | None:
+    """The image of that name in the store; with --platform, the one that is for it."""
+    try:
+        image = store.image(args.image)
+    except NotFound:
+        return None
+    if not args.platform:
+        return image
+    from unionimage.cli.common import named
+    from unionimage.spec import Platform
+    from unionimage.store import platforms
+
+    wanted = Platform.parse(args.platform)
+    name = named(store, args.image, image)
+    known = platforms.of(store, name) if name else None
+    candidates = [image, *(known.images if known else ())]
+    return next((one for one in candidates if one.config.platform.satisfies(wanted)), None)
 
 
 def _pull(args: argparse.Namespace) -> None:

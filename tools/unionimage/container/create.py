@@ -48,7 +48,7 @@ def record(
         "Mounts": points,
         "Runtime": args.runtime,
         "MountDriver": args.driver,
-        "CgroupParent": args.cgroup_parent or "/unionfuse",
+        "CgroupParent": _cgroup_parent(args.cgroup_parent or "/unionfuse"),
         "IdMappings": [],
     }
     _networking(args, result)
@@ -76,7 +76,7 @@ def _config(
         attached = [*attached, "stdin"]
     attached = [stream.lower() for stream in attached]
     config = {
-        "Hostname": args.hostname or identity[:12],
+        "Hostname": _hostname(args.hostname or identity[:12]),
         "Domainname": args.domainname or "",
         "User": args.user if args.user is not None else image.get("User") or "",
         "AttachStdin": "stdin" in attached,
@@ -109,6 +109,18 @@ def _config(
     if check := _healthcheck(args, image.get("Healthcheck") or {}):
         config["Healthcheck"] = check
     return config
+
+
+def _hostname(text: str) -> str:
+    if len(os.fsencode(text)) > 64:  # sethostname(2)
+        raise UserError(f"--hostname {text}: it may have 64 bytes")
+    return text
+
+
+def _cgroup_parent(text: str) -> str:
+    if ".." in text.split("/"):
+        raise UserError(f"--cgroup-parent {text}: '..' would lead out of the cgroups")
+    return text
 
 
 def _environment(args: argparse.Namespace, image: Sequence[str]) -> list[str]:
