@@ -355,7 +355,10 @@ def chown(directory: int, name: bytes, uid: int, gid: int) -> None:
 @changing
 def chmod(directory: int, name: bytes, mode: int) -> None:
     """Change the mode of anything but a symbolic link (whose mode never counts)."""
-    os.chmod(proc_path(directory, name), mode)
+    if name:
+        os.chmod(name, mode, dir_fd=directory)
+    else:
+        os.chmod(proc_path(directory), mode)
 
 
 @changing

@@ -445,9 +445,10 @@ class Union:
         """
         with self.lock:
             directory = self.tree.directory(parent)
-            if self._upper is None or not self.tree.exists(directory, name):
+            node = directory.children.get(name)
+            if self._upper is None or (node is None and not self.tree.exists(directory, name)):
                 return 0
-            node = self.tree.find(directory, name)
+            node = node or self.tree.find(directory, name)
             return node.id if node.lower_key is not None and not node.in_upper else 0
 
     def copy_up(self, number: int, data: bool = True) -> None:

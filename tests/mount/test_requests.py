@@ -1,5 +1,6 @@
 """How many requests the kernel sends for changes: what need not be asked is not asked."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -139,3 +140,24 @@ def test_a_directory_that_changed_is_renamed_deleted_and_made_again(workshop: Wo
         os.unlink(first / "f")
         os.rmdir(first)
     os.close(held)
+
+
+@pytest.mark.doors
+def test_a_new_file_gets_capabilities_and_loses_them_by_a_write(workshop: Workshop) -> None:
+    """The loop knows that a new file has none, and has to learn of the first."""
+    tree = workshop({"d/old": ""})
+    path, attribute = tree / "d/new", "security.capability"
+    # cap_net_raw=ep as the kernel stores it (include/uapi/linux/capability.h, revision 2)
+    capability = bytes.fromhex("0100000200200000") + bytes(12)
+    path.write_bytes(b"x")
+    for _ in range(2):
+        with pytest.raises(OSError, match=os.strerror(errno.ENODATA)):
+            os.getxattr(path, attribute)
+        os.setxattr(path, attribute, capability)
+        os.link(path, tree / "d/linked")
+        assert os.getxattr(path, attribute) == os.getxattr(tree / "d/linked", attribute)
+        assert os.getxattr(tree.upper / "d/new", attribute) == capability
+        with open(tree / "d/linked", "ab") as file:
+            file.write(b"y")
+        assert attribute not in os.listxattr(tree.upper / "d/new")
+        os.unlink(tree / "d/linked")

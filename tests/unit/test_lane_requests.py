@@ -44,6 +44,9 @@ class QuietLane:
     def forgotten(self, node: int) -> None:
         pass
 
+    def has_no_capabilities(self, node: int, value: bool) -> None:
+        pass
+
     def open_beside(self, handle: int) -> None:
         pass
 

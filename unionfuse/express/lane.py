@@ -433,6 +433,12 @@ class Lane:
     def forgotten(self, node: int) -> None:
         """The kernel has dropped a node; its id may become another file's."""
         self._loop.hide(node)
+        self._loop.has_no_capabilities(node, False)
+
+    def has_no_capabilities(self, node: int, value: bool) -> None:
+        """Let the loop answer for a new file that it has no `security.capability`, or no longer."""
+        if not value or not (self._options.noxattrs or self._options.noacl):
+            self._loop.has_no_capabilities(node, value)
 
     def read_directly(self, node: int, handle: int, descriptor: int) -> None:
         """Let the loop answer READ of this handle from now on; not without a descriptor."""

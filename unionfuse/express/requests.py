@@ -238,6 +238,7 @@ class Requests:
         (name,) = call.names(protocol.CREATE_IN.size, 1)
         caller = call.caller(umask)
         entry, handle = self._union.create(call.node, name, mode, flags, caller)
+        self._lane.has_no_capabilities(entry.node, True)
         return self._entry(entry) + self._opened(entry.node, handle)
 
     def _tmpfile(self, call: Call) -> bytes:
@@ -416,6 +417,7 @@ class Requests:
             raise OSError(errno.EINVAL, "malformed setxattr")
         if self._copied_up_later(call, call.node, data=False):
             return None
+        self._lane.has_no_capabilities(call.node, False)
         self._union.setxattr(call.node, name, value, flags)
         if extra & protocol.SETXATTR_ACL_KILL_SGID:
             mode = self._union.getattr(call.node).mode & 0o5777
