@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unionfuse import mounting, syscalls
+from unionfuse import syscalls
 from unionimage.config import DRIVERS
 from unionimage.digest import Digest
 from unionimage.errors import Conflict, UserError
@@ -125,6 +124,8 @@ def unmount(store: Store, target: Path, *, lazy: bool = False) -> None:
     Raises:
         UserError: it is in use, or neither a union nor a mount of this store.
     """
+    from unionfuse import mounting
+
     target = Path(os.path.realpath(target))
     path = os.fsencode(target)
     mount = mounting.mount_at(path)
@@ -175,6 +176,8 @@ def forget_dead(store: Store) -> None:
     rows = store.database.rows("SELECT target, boot, namespace FROM mounts")
     if not rows:
         return
+    from unionfuse import mounting
+
     here = _namespace()
     there = {os.fsdecode(mount.path) for mount in mounting.mounts()}
     for target, boot, namespace in rows:
@@ -264,7 +267,7 @@ def _mount_fuse(
         words.append("xattr_permissions=2")
     code, said = start(["-o", ",".join([*words, *options]), str(target)])
     if code:
-        lines = said.strip().splitlines() or ["it does not say why"]
+        lines = said.strip().splitlines() or [f"{target}: its daemon ended and did not say why"]
         raise UserError(lines[-1].removeprefix("unionfuse: "))
 
 
@@ -293,6 +296,8 @@ def start_daemon(words: Sequence[str]) -> tuple[int, str]:
 
 def start_program(words: Sequence[str]) -> tuple[int, str]:
     """Run the mount program in a process of its own; its exit code and what it said."""
+    import subprocess
+
     done = subprocess.run(
         [sys.executable, "-m", "unionfuse", *words],
         stdin=subprocess.DEVNULL,
