@@ -169,7 +169,11 @@ class Lane:
         if _queues() > _MOST_SHARED_RINGS:
             log.warning("uring=on: with a keeper only up to %d processors", _MOST_SHARED_RINGS)
             return False
-        self._share_rings(self._survivor)
+        try:
+            self._share_rings(self._survivor)
+        except OSError as error:
+            log.warning("uring=on: with a keeper not here: %s", error.strerror)
+            return False
         return True
 
     def _share_rings(self, survivor: Survivor) -> None:
