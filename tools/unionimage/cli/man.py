@@ -64,12 +64,17 @@ def page(verb: str, parser: argparse.ArgumentParser) -> str:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for name, below in action.choices.items():
-                lines += [f".SS {_escaped(verb)} {_escaped(name)}", *_options(below)]
+                lines += [f".SS {_escaped(verb)} {_escaped(name)}", _sentence(below.description)]
+                lines += _options(below)
     example = getattr(parser, "example", "").strip()
     if example:
         lines += [".SH EXAMPLES", ".nf", _escaped(example), ".fi"]
     lines += [".SH SEE ALSO", ".BR unionfuse (1)"]
     return "\n".join(lines) + "\n"
+
+
+def _sentence(text: str | None) -> str:
+    return _escaped(text[0].upper() + text[1:] + ".") if text else ""
 
 
 def _head(name: str, text: str) -> list[str]:
