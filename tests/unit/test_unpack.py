@@ -94,6 +94,12 @@ def test_links_lead_nowhere_else(tmp_path: Path, target: str) -> None:
     assert (victim / "secret").stat().st_ino not in inodes
 
 
+@pytest.mark.parametrize("target", ["", "x" * 5000])
+def test_a_symlink_target_that_no_kernel_takes_is_refused(tmp_path: Path, target: str) -> None:
+    with pytest.raises(BadContent, match="'d/s' is a symbolic link to"):
+        unpack_to(tmp_path / "out", archive(member("d/s", SYMLINK, linkname=target)))
+
+
 def test_hard_links_need_their_target_in_the_layer(tmp_path: Path) -> None:
     for target in ("/etc/passwd", "missing", "../../etc/passwd", "hard", "d", "gone"):
         with pytest.raises(BadContent):

@@ -31,6 +31,7 @@ from unionimage.errors import BadContent, UserError
 
 _OPEN_DIRECTORIES = 64
 _O_DIR = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_PATH_MAX = 4096  # a link's target and its NUL (symlink(2))
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _RESOLVE = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS
 _CLOSED_TO_OTHERS = 0o700
@@ -171,6 +172,9 @@ class _Unpack:
         elif kind == tar.LINK:
             self._link(parent, path, base, entry)
         elif kind == tar.SYMLINK:
+            if not 0 < len(entry.link) < _PATH_MAX:
+                shown = os.fsdecode(path)
+                raise BadContent(f"layer: {shown!r} is a symbolic link to {len(entry.link)} bytes")
             self._create(parent, path, base, lambda: os.symlink(entry.link, base, dir_fd=parent))
             self._set_unopened(parent, base, entry, stat.S_IFLNK)
         else:
