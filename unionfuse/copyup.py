@@ -289,6 +289,7 @@ class CopyUp:
         """Make a staged copy visible under the node's names. The lock is held."""
         tree, upper = self._tree, self._tree.upper
         assert upper is not None
+        tree.leave_table(node)
         if node.deleted:
             node.unnamed = os.open(
                 staged, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=upper.work
@@ -304,6 +305,7 @@ class CopyUp:
         if isinstance(node, Directory):
             assert node.view is not None
             tree.begin_changes(node, node.view, {})
+            tree.tables.open(node.id, changed=True)
         self._published(node)
         if node.unnamed >= 0:
             tree.nameless(node)
@@ -325,7 +327,7 @@ class CopyUp:
         tree.load(parent)
         assert parent.changes is not None
         syscalls.rename(upper.work, staged, directory, name)
-        parent.changes[name] = node.kind
+        tree.note(parent, name, node.kind)
         # What is visible stays: a time that the parent does not get back is no reason to fail.
         with contextlib.suppress(OSError):
             syscalls.utimens(directory, b"", (times.st_atime_ns, times.st_mtime_ns))
@@ -364,7 +366,7 @@ class CopyUp:
         self._note_lower_count(node, source, old, links)
         syscalls.link(source, old, directory, name)
         node.link_offset -= 1
-        parent.changes[name] = node.kind
+        tree.note(parent, name, node.kind)
         upper.marker.set(directory, name, b"nlink", b"U%+d" % node.link_offset)
         syscalls.utimens(directory, b"", (times.st_atime_ns, times.st_mtime_ns))
 

@@ -37,9 +37,11 @@ class InodeNumbers:
 
     def of(self, status: os.stat_result) -> int:
         """The st_ino to show."""
-        index = self._devices.get(status.st_dev)
+        return status.st_ino ^ self.bits(status.st_dev)
+
+    def bits(self, device: int) -> int:
+        """What a file system's inode numbers are mixed with."""
+        index = self._devices.get(device)
         if index is None:
-            index = self._index(status.st_dev)
-        if index == 0 or not self._mix:
-            return status.st_ino
-        return (index << self._SHIFT) ^ status.st_ino
+            index = self._index(device)
+        return index << self._SHIFT if self._mix else 0

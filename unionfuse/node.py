@@ -119,6 +119,8 @@ class Node:
         lookups: how many times the kernel was given the id.
         opened: open handles.
         record: its number in the lookup index; 0 without one.
+        tabled: a table of merged directories has its id, counts its lookups, and is all it takes
+            to make the node anew.
         unnamed: an O_PATH descriptor of a deleted file that is still in use; -1 for none.
         mappable: was opened for reading and writing, as who maps it shared must: a map may outlive
             the descriptor, and change the times at any moment.
@@ -144,6 +146,7 @@ class Node:
         "names",
         "opened",
         "record",
+        "tabled",
         "unnamed",
         "upper_key",
     )
@@ -161,6 +164,7 @@ class Node:
         self.lookups = 0
         self.opened = 0
         self.record = 0
+        self.tabled = False
         self.unnamed = -1
         self.mappable = False
         self.last: Attributes | None = None

@@ -254,6 +254,7 @@ class Renaming:
         """Make a directory opaque that upper has all of by now; its whiteouts go."""
         directory = self._tree.upper_directory(node)
         self._cut_off(node, directory)
+        self._tree.tables.ask_all(node.id)
         node.lowers, node.view, node.record = (), view.EMPTY_VIEW, 0
         changes = node.changes or {}
         for name in [name for name, kind in changes.items() if kind == WHITEOUT]:

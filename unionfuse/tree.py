@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 from unionfuse import syscalls, view, whiteout
+from unionfuse._tables import Tables
 from unionfuse.inodes import InodeNumbers
 from unionfuse.layer import LayerStack
 from unionfuse.node import (
@@ -55,6 +56,8 @@ class Tree:
         root: never forgotten.
         upper: None for a mount without one.
         index: what the lower layers look like merged, made in advance; None without one.
+        tables: what the lower layers look like merged in directories that the index does not have,
+            and which names differ from it in those that it has.
         changed: called with a node of the index that is found to differ from it.
         journal: what the next daemon must know, should this one be killed.
         inodes: makes the inode numbers that users see.
@@ -86,6 +89,9 @@ class Tree:
         self.redirects = Redirects(stack, options.redirect_dir != "nofollow")
         self.origins = Origins(stack, self.inodes)
         self.nodes: dict[int, Node] = {}
+        self._devices = {layer: os.stat(layer.descriptor).st_dev for layer in stack.layers}
+        self._leaves_tables = False
+        self.tables = Tables([layer.descriptor for layer in stack.layers])
         self.root = self._make_root()
 
     def _make_root(self) -> Directory:
@@ -112,7 +118,34 @@ class Tree:
             return node
         if self.journal.has(number):
             return self.revival.node(number)
+        if number >= FIRST_FRESH_ID:
+            return self._from_table(number)
         return self._from_record(number)
+
+    def _from_table(self, number: int) -> Node:
+        """Make the node that a table has under a number, and those above it, anew."""
+        missing = []
+        above = number
+        while above not in self.nodes:
+            if self.journal.has(above):
+                self.revival.node(above)
+                break
+            place = self.tables.place_of(above) or self.journal.place(above)
+            if place is None:
+                if above >= FIRST_FRESH_ID:
+                    raise failure(errno.ESTALE)
+                self._from_record(above)
+                break
+            missing.append((above, place[1]))
+            above = place[0]
+        node = self.nodes[above]
+        for expected, name in reversed(missing):
+            if not isinstance(node, Directory) or not self.exists(node, name):
+                raise failure(errno.ESTALE)
+            node = self.find(node, name)
+            if node.id != expected:
+                raise failure(errno.ESTALE)
+        return node
 
     def _from_record(self, number: int) -> Node:
         """Make the node that the index has under a number, and those above it, anew."""
@@ -264,15 +297,48 @@ class Tree:
             changes.update(dict.fromkeys(found.whiteouts, WHITEOUT))
             self._hide_marks(directory, changes)
             self.begin_changes(directory, below, changes)
+        self.tables.open(directory.id, directory.in_upper)
         directory.lowers = tuple(below.places())
         directory.view = below
+
+    def load_empty(self, directory: Directory) -> None:
+        """A directory has just been made in upper: nothing is to be read."""
+        directory.view = self._view(directory)
+        self.begin_changes(directory, directory.view, {})
+        self.tables.open(directory.id, changed=True)
 
     def _view(self, directory: Directory) -> view.View:
         if directory.record and self.index is not None:
             return self.index.view(directory.record, self.stack.layers)
-        if directory.lowers:
-            return view.merge(directory.lowers, self.redirects.resolve)
-        return view.EMPTY_VIEW
+        held = self.tables.hold(directory.id)
+        if not directory.lowers:
+            if held:  # the kernel knows what this directory merged before it was cut off
+                self.tables.ask_all(directory.id)
+            else:
+                self.tables.add(directory.id, 0, (0, 0), (), ())
+            return view.EMPTY_VIEW
+        if not held:
+            self._merge_into_table(directory)
+        return view.TabledView(self.tables, directory.id, self.stack.layers)
+
+    def _merge_into_table(self, directory: Directory) -> None:
+        merged = view.merge(directory.lowers, self.redirects.resolve)
+        stubs = merged.stubs()
+        places = []
+        for place in merged.places():
+            device = self._devices[place.layer]
+            places.append((place.layer.number, place.path, device, self.inodes.bits(device)))
+        parent = directory.names[0][0] if directory.names else directory
+        kinds = [(name, stub.kind) for name, stub in stubs.items()]
+        for number in self.tables.dropped():
+            self.journal.drop_table(number)
+        first, known = self.journal.table_ids(directory.id, kinds)
+        names = [(name, stub.kind, stub.positions) for name, stub in stubs.items()]
+        inodes = directory.ino, parent.ino
+        self.tables.add(directory.id, first, inodes, places, names, known)
+        if known:  # but not what was taken out of the table by then
+            for number in filter(self.journal.has, range(first, first + len(names))):
+                self.tables.take(number)
 
     def _hide_marks(self, directory: Directory, changes: dict[bytes, int]) -> None:
         for name in [name for name in changes if name.startswith(whiteout.WHITEOUT_PREFIX)]:
@@ -284,9 +350,18 @@ class Tree:
         """Lay upper's names over a directory's view."""
         directory.changes = changes
         directory.order = Order()
+        if directory.record and self.index is not None:
+            self.tables.lay_over_index(directory.id)
         for name, kind in changes.items():
+            self.tables.ask(directory.id, name)
             if kind != WHITEOUT and below.get(name) is None:
                 directory.order.add(name)
+
+    def note(self, directory: Directory, name: bytes, kind: int) -> None:
+        """Note what upper has under a name in a directory: a kind, or WHITEOUT."""
+        assert directory.changes is not None
+        self.tables.ask(directory.id, name)
+        directory.changes[name] = kind
 
     def below(self, directory: Directory, name: bytes) -> view.Stub | None:
         """What the lower layers have under a name, whatever upper says."""
@@ -330,7 +405,7 @@ class Tree:
             child.lowers = tuple(view.child_places(directory.view, stub, name))
             child.record = stub.record
             child.ino = self._directory_inode(child)
-            return self.adopt(child, directory, name)
+            return self._adopt_lower(child, directory, name, stub)
         if stub.record and stub.record in self.nodes:
             return self.alias(self.nodes[stub.record], directory, name)
         top = directory.view.places()[stub.positions[0]]
@@ -349,7 +424,32 @@ class Tree:
             node.lower_key = key
             self._lower_links[key] = node
         self._just_seen = (node, status)
-        return self.adopt(node, directory, name)
+        if key is not None:  # its other names lead here only as long as it is here
+            return self.adopt(node, directory, name)
+        return self._adopt_lower(node, directory, name, stub)
+
+    def _adopt_lower(self, node: Node, directory: Directory, name: bytes, stub: view.Stub) -> Node:
+        if stub.number and stub.number not in self.nodes and not self.journal.has(stub.number):
+            node.id, node.tabled = stub.number, True
+        self.adopt(node, directory, name)
+        if self._leaves_tables:
+            self.leave_table(node)
+        return node
+
+    def leave_table(self, node: Node) -> None:
+        """Take a node into our own hands: it is about to differ from what its table says of it."""
+        if node.tabled:
+            node.tabled = False
+            node.lookups += self.tables.take(node.id)
+            self.journal.name(node)
+
+    def leave_all_tables(self) -> None:
+        """Have the journal know by name what tables have ids for: the layers are to change."""
+        self.tables.stop()
+        self._leaves_tables = True
+        for number in self.tables.counted():
+            self.leave_table(self.node(number))
+        self.journal.drop_all_tables()
 
     def _lower_status(
         self, place: Place, stub: view.Stub
@@ -504,6 +604,10 @@ class Tree:
 
     def number(self, node: Node) -> None:
         """Give a node its id: the index's record of it, or its inode number where that is free."""
+        if node.tabled:
+            self.nodes[node.id] = node
+            self.tables.made(node.id, True)
+            return
         number = self.journal.claim(node)
         others = self.journal.names(number) if number else []
         if not number:
@@ -566,15 +670,17 @@ class Tree:
         if isinstance(node, Directory) and node.children:
             return False
         if not self.is_indexed(node):
-            return True
+            return True  # for a node that a table has this takes no more than `lookups` == 0
         # Nobody counts whether the kernel knows a node of the index. What upper has could not be
         # made anew from the index; what is deleted goes when the kernel forgets it, which it
         # does once.
         return node.lookups < 0 if node.deleted else not node.in_upper
 
     def _keep_idle(self, node: Node) -> bool:
-        """Keep the index's directories that were used last: each costs a walk to make again."""
-        if not isinstance(node, Directory) or not self.is_indexed(node) or node.deleted:
+        """Keep directories that were used last and can be made again: each costs a walk."""
+        if not isinstance(node, Directory) or node.deleted:
+            return False
+        if not self.is_indexed(node) and not (node.tabled and self.tables.lookups(node.id)):
             return False
         self._idle[node.id] = node
         self._idle.move_to_end(node.id)
@@ -594,8 +700,14 @@ class Tree:
         for parent, name in node.names:
             if parent.children.get(name) is node:
                 del parent.children[name]
+        if node.tabled:
+            self.tables.made(node.id, False)
+        elif node.id >= FIRST_FRESH_ID:
+            self.tables.give_back(node.id, not node.in_upper and not node.deleted)
         if isinstance(node, Directory):
+            self._idle.pop(node.id, None)
             self.stack.cache.discard(("upper", node.id))
+            self.tables.release(node.id)
         return [parent for parent, _ in node.names]
 
     def close_unnamed(self, node: Node) -> None:
@@ -607,6 +719,7 @@ class Tree:
 
     def about_to_lose_last_name(self, node: Node) -> None:
         """Write down what will be left of a node without its name, should nobody else know."""
+        self.leave_table(node)
         if node.unnamed >= 0:
             self.journal.keep(node)
         self.journal.going(node, self.revival.farewell)

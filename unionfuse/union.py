@@ -104,7 +104,8 @@ class Union:
     def status(self) -> tuple[int, int]:
         """How many nodes are known and how many files are open."""
         with self.lock:
-            return len(self.tree.nodes), len(self.files)
+            known = self.tree.nodes.keys() | self.tree.tables.counted()
+            return len(known), len(self.files)
 
     # --- who watches ---------------------------------------------------------------------
 
@@ -131,6 +132,7 @@ class Union:
         return self._upper
 
     def _changed(self, node: Node) -> None:
+        self.tree.leave_table(node)
         if self._watcher is not None:
             self._watcher.changed(node.id)
 
@@ -142,6 +144,9 @@ class Union:
     def _entry(self, node: Node, status: os.stat_result | None = None) -> Entry:
         entry = Entry(node.id, self.tree.attributes(node, status), self._valid(node))
         if self.tree.is_indexed(node):
+            self.tree.release_if_unused(node)
+        elif node.tabled:
+            self.tree.tables.count(node.id)
             self.tree.release_if_unused(node)
         else:
             node.lookups += 1
@@ -169,13 +174,17 @@ class Union:
         """The kernel has dropped `count` of the lookups that it was answered."""
         with self.lock:
             node = self.tree.nodes.get(number)
-            if node is not None:
+            if node is None or node.tabled:
+                known = self.tree.tables.forgotten(number, count)
+                if node is not None:
+                    self.tree.release_if_unused(node)
+                elif not known:
+                    self._journal.forgotten(number, count)
+            else:
                 if node.deleted or not self.tree.is_indexed(node):
                     node.lookups -= count
                     self._journal.count(node)
                 self.tree.release_if_unused(node)
-            else:
-                self._journal.forgotten(number, count)
 
     def getattr(self, number: int, handle: int | None = None) -> Attributes:
         """What stat(2) shows."""

@@ -262,21 +262,21 @@ class Upper:
         node: Node
         if stat.S_ISDIR(status.st_mode):
             node = Directory()
-            node.view = view.EMPTY_VIEW
             node.opaque = self._tree.below(parent, name) is not None
-            self._tree.begin_changes(node, view.EMPTY_VIEW, {})
         else:
             node = Node(stat.S_IFMT(status.st_mode))
         node.in_upper = True
         self._tree.new_inode(node, status)
         self.record(parent, name, node.kind)
         self._tree.adopt(node, parent, name)
+        if isinstance(node, Directory):
+            self._tree.load_empty(node)
         return Made(node, status, descriptor)
 
     def record(self, parent: Directory, name: bytes, kind: int) -> None:
         """Note what upper now has under a name, and tell that the directory differs."""
         assert parent.changes is not None and parent.order is not None
-        parent.changes[name] = kind
+        self._tree.note(parent, name, kind)
         if kind != WHITEOUT and self._tree.below(parent, name) is None:
             parent.order.add(name)
         self._changed(parent)
@@ -285,7 +285,7 @@ class Upper:
         """Note that a name is gone; `hidden`: a whiteout stands for it."""
         assert parent.changes is not None and parent.order is not None
         if hidden:
-            parent.changes[name] = WHITEOUT
+            self._tree.note(parent, name, WHITEOUT)
         else:
             parent.changes.pop(name, None)
         parent.order.discard(name)

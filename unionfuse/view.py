@@ -16,7 +16,10 @@ from unionfuse import whiteout
 from unionfuse.node import DOT_COOKIES, Place
 
 if TYPE_CHECKING:
+    from unionfuse._tables import Tables
     from unionfuse.layer import Layer
+
+_AT_ONCE = 256  # names that are taken out of a table at a time
 
 
 class Stub(NamedTuple):
@@ -27,11 +30,13 @@ class Stub(NamedTuple):
         positions: which of the merged directories have it: one for a file, several for a
             directory, topmost first.
         record: its record in the lookup index; 0 without one.
+        number: the node id that a table has for it; 0 for none.
     """
 
     kind: int
     positions: tuple[int, ...]
     record: int = 0
+    number: int = 0
 
 
 class View(Protocol):
@@ -161,8 +166,38 @@ class ScannedView:
     def places(self) -> tuple[Place, ...]:
         return self._places
 
+    def stubs(self) -> dict[bytes, Stub]:
+        """All of it, in the order of a listing."""
+        return self._stubs
 
-EMPTY_VIEW: View = ScannedView({}, ())
+
+class TabledView:
+    """A view that a table of merged directories holds."""
+
+    __slots__ = ("_directory", "_places", "_tables")
+
+    def __init__(self, tables: Tables, directory: int, layers: Sequence[Layer]) -> None:
+        self._tables = tables
+        self._directory = directory
+        self._places = tuple(Place(layers[n], path) for n, path in tables.places(directory))
+
+    def get(self, name: bytes) -> Stub | None:
+        found = self._tables.get(self._directory, name)
+        return None if found is None else Stub(found[0], found[1], number=found[2])
+
+    def after(self, cookie: int) -> Iterator[tuple[bytes, int]]:
+        first = DOT_COOKIES + 1
+        position = max(0, cookie - first + 1)
+        while names := self._tables.names(self._directory, position, _AT_ONCE):
+            for name in names:
+                yield name, position + first
+                position += 1
+
+    def places(self) -> tuple[Place, ...]:
+        return self._places
+
+
+EMPTY_VIEW = ScannedView({}, ())
 
 Resolve = Callable[[bytes, int], Sequence[Place]]
 """(redirect path, number of the first layer to look in) -> the lower directories there."""

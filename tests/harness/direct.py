@@ -16,15 +16,19 @@ from harness.snapshot import KINDS, Record, Tree
 # a number that no count reaches: the hooks are put in place, and daemons do not inherit it
 os.environ["UNIONFUSE_TEST_KILL_AT"] = "-1"
 from unionfuse import syscalls
+from unionfuse.express import protocol
+from unionfuse.express._lane import Loop
+from unionfuse.express.protocol import Opcode
 from unionfuse.index import LookupIndex
 from unionfuse.index_builder import build as build_index
 from unionfuse.layer import LayerStack
-from unionfuse.node import Caller, Changes, Entry
+from unionfuse.node import Attributes, Caller, Changes, Entry
 from unionfuse.options import MountOptions
 from unionfuse.union import Union
 
 del os.environ["UNIONFUSE_TEST_KILL_AT"]
 
+_ENTRY_SIZE = protocol.ENTRY_OUT.size + protocol.ATTR.size
 ROOT_CALLER = Caller(0, 0, os.getpid(), 0o022)
 
 
@@ -32,6 +36,9 @@ class Direct:
     """One union, its files named by paths relative to the root (str, "" for the root).
 
     `options` are fields of MountOptions; `indexed` gives it a lookup index of the layers.
+
+    Whatever is looked up or listed is first asked of the compiled loop, which answers from the
+    union's tables or not at all: an answer must be the union's.
     """
 
     def __init__(self, stack: Stack, *, indexed: bool = False, **options: object) -> None:
@@ -49,6 +56,46 @@ class Direct:
                 build_index(layers.layers).write(os.fsencode(path))
             index = LookupIndex.open(os.fsencode(path))
         self.union = Union(layers, parsed, index)
+        self._loop = Loop(-1, lambda *_: None)
+        self._loop.use_tables(self.union.tree.tables, True)
+
+    def _ask_loop(self, opcode: Opcode, node: int, body: bytes) -> bytes | None:
+        header = protocol.IN_HEADER.pack(40 + len(body), opcode, 1, node, 0, 0, 0, 0, 0)
+        answer = self._loop.answer_request(header + body)
+        assert answer is None or (answer and answer[0] == 0), answer
+        return answer[1] if answer else None
+
+    def _look_up(self, parent: int, name: bytes) -> Entry:
+        said = self._ask_loop(Opcode.LOOKUP, parent, name + b"\0")
+        number = None if said is None else protocol.ENTRY_OUT.unpack_from(said)[0]
+        try:
+            entry = self.union.lookup(parent, name)
+        except OSError:
+            assert not number, f"the loop finds {name!r}"
+            raise
+        if said is not None:
+            assert number == entry.node, f"{name!r}: {number}, not {entry.node}"
+            assert said[protocol.ENTRY_OUT.size :] == _in_wire_format(entry.attributes), name
+            self.union.forget(entry.node, 1)  # what the loop has counted
+        return entry
+
+    def _listed_by_loop(self, directory: int) -> list[bytes] | None:
+        """The names that the loop lists in a directory; None where it does not."""
+        found, cookie = list[bytes](), 0
+        while True:
+            body = protocol.READ_IN.pack(0, cookie, 4096, 0, 0, 0, 0)
+            data = self._ask_loop(Opcode.READDIRPLUS, directory, body)
+            if not data:
+                return None if data is None else found
+            while data:
+                entry, record = data[: protocol.ENTRY_OUT.size], data[_ENTRY_SIZE:]
+                _, cookie, length, _ = protocol.DIRENT.unpack_from(record)
+                name = record[protocol.DIRENT.size :][:length]
+                data = data[(_ENTRY_SIZE + protocol.DIRENT.size + length + 7) & ~7 :]
+                if number := protocol.ENTRY_OUT.unpack(entry)[0]:
+                    self.union.forget(number, 1)
+                if cookie > 2:
+                    found.append(name)
 
     def close(self) -> None:
         self.union.close()
@@ -60,7 +107,7 @@ class Direct:
         entry = Entry(1, self.union.getattr(1), 0.0)
         try:
             for part in path.split("/") if path else ():
-                entry = self.union.lookup(node, os.fsencode(part))
+                entry = self._look_up(node, os.fsencode(part))
                 node = entry.node
                 looked_up.append(node)
             yield entry
@@ -89,9 +136,11 @@ class Direct:
     def names(self, path: str) -> list[str]:
         found = []
         with self.at(path) as entry, self.union.lock:
+            said = self._listed_by_loop(entry.node)
             for name, _, child in list(self.union.listing(entry.node, 0)):
                 found.append(os.fsdecode(name))
                 self.union.forget(child.node, 1)
+        assert said is None or list(map(os.fsdecode, said)) == found
         return found
 
     def write(self, path: str, data: bytes, offset: int = 0) -> None:
@@ -188,6 +237,14 @@ class Direct:
             rdev=device if kind.endswith("device") else None,
             target=self.readlink(path) if kind == "symlink" else None,
         )
+
+
+def _in_wire_format(shown: Attributes) -> bytes:
+    times = [divmod(ns, 10**9) for ns in (shown.atime_ns, shown.mtime_ns, shown.ctime_ns)]
+    seconds, nanoseconds = zip(*times, strict=True)
+    owner = (shown.mode, shown.nlink, shown.uid, shown.gid)
+    sizes = shown.ino, shown.size, shown.blocks
+    return protocol.ATTR.pack(*sizes, *seconds, *nanoseconds, *owner, shown.rdev, shown.blksize, 0)
 
 
 def kill_at(number: int) -> None:

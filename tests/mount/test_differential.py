@@ -81,6 +81,13 @@ def test_random_actions_on_random_layers(workshop: Workshop, seed: int) -> None:
     _random_run(workshop, seed, 250)
 
 
+@pytest.mark.on("unionfuse")
+@pytest.mark.parametrize("seed", range(50, 53))
+def test_random_actions_when_the_kernel_remembers_nothing(workshop: Workshop, seed: int) -> None:
+    """Each look at a name asks the daemon again, so that nothing stale in it stays hidden."""
+    _random_run(workshop, seed, 250, timeout="0")
+
+
 @pytest.mark.long
 @pytest.mark.on("unionfuse")
 @pytest.mark.timeout(600)
@@ -89,11 +96,11 @@ def test_many_random_actions_on_random_layers(workshop: Workshop, seed: int) -> 
     _random_run(workshop, seed, 1500)
 
 
-def _random_run(workshop: Workshop, seed: int, count: int) -> None:
+def _random_run(workshop: Workshop, seed: int, count: int, **own: str) -> None:
     chance = random.Random(seed)
     layers = random_layers(chance, chance.choice((1, 2, 3, 5)))
-    options = {"metacopy": "on"} if chance.random() < 0.3 else None
-    ours = workshop(*layers, options=options)
+    options = {"metacopy": "on"} if chance.random() < 0.3 else {}
+    ours = workshop(*layers, options={**options, **own})
     oracle = workshop(*layers, options=options, kind="overlay")
     assert_equal(ours.snapshot(), oracle.snapshot(), ("unionfuse", "overlayfs"))
     chooser = Chooser(chance.choice)
@@ -102,4 +109,5 @@ def _random_run(workshop: Workshop, seed: int, count: int) -> None:
         assert_equal(ours.snapshot(), oracle.snapshot(), ("unionfuse", "overlayfs"))
         if chance.random() < 0.3:
             ours.remount()
+    ours.remount(options=options)
     compare_trees(ours, oracle)

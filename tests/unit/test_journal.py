@@ -188,3 +188,40 @@ def test_memory_of_another_version_is_refused() -> None:
     with pytest.raises(TakeOverError, match="another version"):
         SharedMemory.take_over(os.dup(memory.descriptor))
     memory.close()
+
+
+NAMES = [(b"file", 0o100000), (b"directory", 0o040000), (b"x" * 255, 0o100000), (b"link", 0o120000)]
+
+
+def test_another_daemon_finds_the_names_of_tables() -> None:
+    memory = SharedMemory.create()
+    written, top = SharedJournal(memory, Keeper()), root()
+    first, known = written.table_ids(1, NAMES)
+    inside, _ = written.table_ids(first + 1, NAMES[:2])
+    assert not known and inside == first + 4
+    assert written.table_ids(1, NAMES) == (first, False)  # the same as before
+    moved = named(inside, top, b"moved")
+    written.name(moved)
+    written._compact()
+    found = again(memory)
+    assert [found.place(first + n) for n in range(4)] == [(1, name) for name, _ in NAMES]
+    assert found.place(inside) == (1, b"moved") and found.place(inside + 1) == (
+        first + 1,
+        b"directory",
+    )
+    assert found.place(inside + 2) is None and found.place(first - 1) is None
+    assert not found.has(first)
+    assert found.table_ids(1, NAMES) == (first, True)
+    # Where it merges to something else, names get ids when they are asked for.
+    assert found.table_ids(first + 1, NAMES) == (0, False)
+    found.drop_table(1)
+    assert found.place(first) is None and again(memory).place(first) is None
+    third, _ = found.table_ids(77, NAMES)
+    assert third >= first + 6
+    found.drop_all_tables()
+    last = again(memory)
+    assert last.place(third) is None and last.place(inside) == (1, b"moved")
+    # The kernel has another id for one of the names in it.
+    assert last.table_ids(1, NAMES) == (0, False) and last.table_ids(77, NAMES)[0] > third
+    del written, found, last
+    memory.close()

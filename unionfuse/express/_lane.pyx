@@ -1,9 +1,10 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
 """The compiled loop of the express lane: reads FUSE requests and answers what the index knows.
 
-What it answers itself it answers without the GIL, from the mapped lookup index. Everything else it
-hands, with the GIL, to a Python callable. It trusts neither the request nor the index: every length
-and offset is checked before it is followed, and what does not fit is answered with an error.
+What it answers itself it answers without the GIL, from the mapped lookup index and from the tables
+of merged directories. Everything else it hands, with the GIL, to a Python callable. It trusts
+neither the request nor the index: every length and offset is checked before it is followed, and
+what does not fit is answered with an error.
 
 It does not know the union, copies no file and changes nothing on disk.
 """
@@ -15,6 +16,8 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memchr, memcmp, memcpy, memset
 from posix.types cimport off_t
 from posix.unistd cimport close, pread, read, write
+
+from unionfuse._tables cimport ABSENT, BELOW, FOUND, Tables
 
 cdef extern from "_lane.h":
     struct fuse_in_header:
@@ -325,6 +328,8 @@ cdef class Loop:
     cdef size_t rings_size
     cdef bint takes_over
     cdef int ready_rings
+    cdef Tables tables  # None without
+    cdef bint shows_tables  # attributes, not names alone
     cdef Shown shown[64]
     cdef uint64_t bare[4096]  # by a hash of the node: the node
     cdef int *descriptors  # by handle: where READ reads, plus one; 0 is for Python to say
@@ -395,6 +400,15 @@ cdef class Loop:
     def size_of_marks(uint64_t count):
         """Bytes that are noted of an index of `count` nodes."""
         return (count + 1) * (sizeof(int) + 1)
+
+    def use_tables(self, Tables tables, bint attributes):
+        """Answer from tables of merged directories from now on. Called before any thread runs.
+
+        Arguments:
+            attributes: the mount shows owners, modes and links as they are on disk; otherwise only
+                the absence of a name is answered.
+        """
+        self.tables, self.shows_tables = tables, attributes
 
     def trace_to(self, trace):
         """Have (opcode, node, body, errno) of each request told that is answered here."""
@@ -883,13 +897,16 @@ cdef class Loop:
         cdef Reply reply
         cdef Thread *thread
         cdef int how
+        cdef size_t size
         if not self.thread_count:
             self.new_thread()
         thread = self.threads[0]
         if len(request) < HEADER or <size_t>len(request) > BUFFER:
             return ()
         memcpy(thread.request, <const char *>request, len(request))
-        how = self.answer(thread, len(request), &reply)
+        size = len(request)
+        with nogil:
+            how = self.answer(thread, size, &reply)
         if how == FOR_PYTHON:
             return None
         return () if how == SILENT else (reply.error, reply.data[:reply.length])
@@ -900,12 +917,13 @@ cdef class Loop:
         cdef const char *body = thread.request + HEADER
         cdef uint32_t opcode = header.opcode
         cdef uint64_t node = header.nodeid
+        cdef int how
         size -= HEADER
         reply.error, reply.data, reply.length = 0, NULL, 0
         if opcode == FORGET:
-            return SILENT if self.is_as_indexed(node) else FOR_PYTHON
+            return self.forget(node, <const uint64_t *>body) if size >= 8 else SILENT
         if opcode == BATCH_FORGET:
-            return self.batch_forget(body, size)
+            return self.batch_forget(thread.request + HEADER, size)
         if opcode == INTERRUPT:
             return SILENT
         if opcode == OPENDIR or opcode == FLUSH:
@@ -923,7 +941,10 @@ cdef class Loop:
         if opcode == RELEASE:
             return self.release(thread, body, size, reply)
         if not self.is_as_indexed(node):
-            return self.answer_shown(thread, opcode, node, body, size, reply)
+            how = self.answer_from_tables(thread, opcode, node, body, size, reply)
+            if how == FOR_PYTHON:
+                how = self.answer_shown(thread, opcode, node, body, size, reply)
+            return how
         if opcode == LOOKUP:
             return self.lookup(thread, node, body, size, reply)
         if opcode == GETATTR:
@@ -964,22 +985,17 @@ cdef class Loop:
         cdef uint64_t end = start + node.length
         cdef const char *record
         cdef const fuse_dirent *entry
-        cdef size_t length
-        if not size or name[size - 1] != 0 or memchr(name, 0, size - 1) != NULL:
-            return self.fail(reply, EINVAL)
-        length = size - 1
-        if length > NAME_MAX:
-            return self.fail(reply, ENAMETOOLONG)
+        cdef size_t length = size - 1
+        cdef int failure = self.check_name(name, size)
+        if failure:
+            return self.fail(reply, failure)
         if not node.flags & DIRECTORY:
             return FOR_PYTHON
         key = XXH3_64bits_withSeed(name, length, parent)
         slot = key & self.mask
         for tries in range(self.mask + 1):
             if self.slots[slot].record == 0:
-                memset(thread.out, 0, ENTRY_SIZE)
-                (<uint64_t *>thread.out)[2] = self.valid
-                reply.data, reply.length = thread.out, ENTRY_SIZE
-                return ANSWERED
+                return self.absent(thread, reply)
             offset = <uint64_t>self.slots[slot].record * 8
             if self.slots[slot].tag == key >> 32 and start <= offset < end:
                 record = self.record(offset, end)
@@ -1000,6 +1016,19 @@ cdef class Loop:
                     return ANSWERED
             slot = (slot + 1) & self.mask
         return self.fail(reply, EIO)
+
+    cdef int check_name(self, const char *name, size_t size) noexcept nogil:
+        """The errno for a name in a request, 0 for none."""
+        if not size or name[size - 1] != 0 or memchr(name, 0, size - 1) != NULL:
+            return EINVAL
+        return ENAMETOOLONG if size - 1 > NAME_MAX else 0
+
+    cdef int absent(self, Thread *thread, Reply *reply) noexcept nogil:
+        """Answer that a name is not there, and for how long."""
+        memset(thread.out, 0, ENTRY_SIZE)
+        (<uint64_t *>thread.out)[2] = self.valid
+        reply.data, reply.length = thread.out, ENTRY_SIZE
+        return ANSWERED
 
     cdef void limit(self, char *entry) noexcept nogil:
         """Make an entry hold for `valid` seconds only."""
@@ -1090,20 +1119,97 @@ cdef class Loop:
             return FOR_PYTHON
         return self.fail(reply, ENODATA)
 
-    cdef int batch_forget(self, const char *body, size_t size) noexcept nogil:
-        """Nodes of the index need no counting until they change: silence if all are such."""
-        cdef const fuse_forget_one *one
-        cdef uint32_t i
+    cdef int forget(self, uint64_t node, const uint64_t *count) noexcept nogil:
+        """Nodes of the index need no counting until they change; those of tables count there."""
+        if self.is_as_indexed(node):
+            return SILENT
+        if self.tables is not None and self.tables.forget(node, count[0], False) == FOUND:
+            return SILENT
+        return FOR_PYTHON
+
+    cdef int batch_forget(self, char *body, size_t size) noexcept nogil:
+        """Forget what can be forgotten here, and leave the rest in the request for Python."""
+        cdef fuse_batch_forget_in *batch = <fuse_batch_forget_in *>body
+        cdef fuse_forget_one *one
+        cdef uint32_t i, left = 0
         if size < sizeof(fuse_batch_forget_in):
             return SILENT
-        one = <const fuse_forget_one *>(body + sizeof(fuse_batch_forget_in))
+        one = <fuse_forget_one *>(body + sizeof(fuse_batch_forget_in))
         size = (size - sizeof(fuse_batch_forget_in)) // sizeof(fuse_forget_one)
-        for i in range((<const fuse_batch_forget_in *>body).count):
+        for i in range(batch.count):
             if i >= size:
                 break
-            if not self.is_as_indexed(one[i].nodeid):
+            if self.forget(one[i].nodeid, &one[i].nlookup) == FOR_PYTHON:
+                one[left] = one[i]
+                left += 1
+        batch.count = left
+        return FOR_PYTHON if left else SILENT
+
+    # --- from the tables ----------------------------------------------------------------------
+
+    cdef int answer_from_tables(
+        self, Thread *thread, uint32_t opcode, uint64_t node, const char *body, size_t size,
+        Reply *reply
+    ) noexcept nogil:
+        cdef ssize_t got
+        if self.tables is None:
+            return FOR_PYTHON
+        if opcode == LOOKUP:
+            return self.lookup_in_tables(thread, node, body, size, reply)
+        if not self.shows_tables:
+            return FOR_PYTHON
+        if opcode == GETATTR:
+            memset(thread.out, 0, 16)
+            if self.tables.getattr(node, thread.out + 16) != FOUND:
                 return FOR_PYTHON
-        return SILENT
+            (<uint64_t *>thread.out)[0] = self.valid
+            reply.data, reply.length = thread.out, 16 + ENTRY_SIZE - ATTR_AT
+            return ANSWERED
+        if opcode == READDIRPLUS and size >= sizeof(fuse_read_in):
+            got = self.tables.readdir(
+                node, (<const fuse_read_in *>body).offset,
+                min((<const fuse_read_in *>body).size, BUFFER), self.valid, thread.out
+            )
+        elif opcode == READLINK:
+            got = self.tables.readlink(node, thread.out, 4096)
+        elif opcode == GETXATTR and self.is_often_asked(body, size):
+            if self.tables.getxattr(node, body + sizeof(fuse_getxattr_in)) != ABSENT:
+                return FOR_PYTHON
+            return self.fail(reply, ENODATA)
+        else:
+            return FOR_PYTHON
+        if got < 0:
+            return FOR_PYTHON
+        reply.data, reply.length = thread.out, got
+        return ANSWERED
+
+    cdef int lookup_in_tables(
+        self, Thread *thread, uint64_t parent, const char *name, size_t size, Reply *reply
+    ) noexcept nogil:
+        cdef int failure = self.check_name(name, size)
+        cdef int how
+        if failure:
+            return self.fail(reply, failure)
+        if name[0] == 46 and (size == 2 or (size == 3 and name[1] == 46)):  # "." and ".."
+            return FOR_PYTHON
+        how = self.tables.lookup(
+            parent, name, size - 1, thread.out if self.shows_tables else NULL
+        )
+        if how == ABSENT:
+            return self.absent(thread, reply)
+        if how == BELOW and 0 < parent <= self.count:
+            return self.lookup(thread, parent, name, size, reply)
+        if how != FOUND:
+            return FOR_PYTHON
+        self.limit(thread.out)
+        reply.data, reply.length = thread.out, ENTRY_SIZE
+        return ANSWERED
+
+    cdef bint is_often_asked(self, const char *body, size_t size) noexcept nogil:
+        """Whether an extended attribute is one that `ls -l` and the kernel ask of every file."""
+        if not self.xattrs or size < 8 + 10 or body[size - 1] != 0 or size > 8 + NAME_MAX:
+            return False
+        return memcmp(body + 8, b"security.", 9) == 0 or memcmp(body + 8, b"system.pos", 10) == 0
 
     # --- listing ------------------------------------------------------------------------------
 

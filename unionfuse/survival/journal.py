@@ -14,7 +14,8 @@ import itertools
 import logging
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from unionfuse import view
@@ -25,9 +26,11 @@ log = logging.getLogger(__name__)
 
 FIRST_FRESH_ID = 1 << 62
 
-_DEAD, _NAME, _GOING, _GONE, _OPEN, _ALIAS = range(6)
-_RECORD = struct.Struct("=5Q")  # header, id, lookups, inode number, parent; then the payload; of
-# an open handle: header, handle, flags, backing id, node
+_DEAD, _NAME, _GOING, _GONE, _OPEN, _ALIAS, _TABLE = range(7)
+_RECORD = struct.Struct("=5Q")  # header, id, lookups, inode number, parent; then the payload
+# of an open handle: header, handle, flags, backing id, node
+# of a table: header, its first id, how many names, bytes of payload, directory; of each name its
+# type and a NUL behind it
 # header: size of the record in bytes (32 bits), one of the above (8), bytes of payload (16),
 # type of the file as in a mode, shifted by 12 (4)
 _SCRATCH = 1 << 20  # bytes at the end of a half: where records go once it is full
@@ -72,12 +75,35 @@ class Journal:
     intents: Intents | None = None
 
     def __init__(self) -> None:
-        self._fresh = itertools.count(FIRST_FRESH_ID)
+        self._fresh = FIRST_FRESH_ID
         self._handle = itertools.count(1)
 
     def fresh_id(self) -> int:
         """A node id that was never given before."""
-        return next(self._fresh)
+        return self.fresh_ids(1)
+
+    def fresh_ids(self, count: int) -> int:
+        """The first of so many ids that were never given before."""
+        first = self._fresh
+        self._fresh += count
+        return first
+
+    def table_ids(self, directory: int, names: Sequence[tuple[bytes, int]]) -> tuple[int, bool]:
+        """Ids for what the lower layers have in a directory: the first one.
+
+        0: the names have no ids before somebody asks for them. And whether the kernel may have
+        them from an earlier daemon.
+
+        Arguments:
+            names: each with the type bits of its mode.
+        """
+        return self.fresh_ids(len(names)), False
+
+    def drop_table(self, directory: int) -> None:
+        """Nobody knows any more what a directory has in lower layers."""
+
+    def drop_all_tables(self) -> None:
+        """The layers change: names are no longer what their tables say."""
 
     def fresh_handle(self) -> int:
         """A handle that was never given before: a RELEASE that comes twice hits no other file."""
@@ -177,6 +203,10 @@ class SharedJournal(Journal):
         self._at: dict[int, int] = {}  # id -> offset of its record
         self._handles: dict[int, int] = {}  # handle -> offset of its record
         self._aliases: dict[int, dict[tuple[int, bytes], int]] = {}  # further names -> offsets
+        self._tables: dict[int, int] = {}  # directory -> offset of its record
+        self._old_tables: list[tuple[int, int]] = []  # (first id, directory) of an earlier daemon's
+        self._first_own = self._words[Word.FRESH_ID]  # ids before it are an earlier daemon's
+        self._named_inside: set[int] = set()  # directories of lost nodes
         self._live = 0  # bytes of records that count
         self._lost: set[int] = set()  # ids that nobody has asked this daemon for
         self._forgotten: set[int] = set()  # of the lost, those that the kernel has dropped, too
@@ -195,9 +225,13 @@ class SharedJournal(Journal):
         while at < end:
             header, number, _, inode, parent = unpack(data, at)
             size, kind, length = header & 0xFFFFFFFF, header >> 32 & 0xFF, header >> 40 & 0xFFFF
+            length = inode if kind == _TABLE else length
             if size < _RECORD.size + length or size % 8 or size > end - at:
                 raise TakeOverError("its journal is damaged")
-            if kind == _ALIAS:
+            if kind == _TABLE:
+                self._tables[parent] = at
+                self._live += size
+            elif kind == _ALIAS:
                 start = at + _RECORD.size
                 alias = parent, bytes(data[start : start + length])
                 self._aliases.setdefault(number, {})[alias] = at
@@ -224,6 +258,9 @@ class SharedJournal(Journal):
         for number, aliases in self._aliases.items():
             for alias in aliases:
                 self._by_name.setdefault(alias, number)
+        self._named_inside = {parent for parent, _ in self._by_name}
+        firsts = [(self._words[at // 8 + 1], directory) for directory, at in self._tables.items()]
+        self._old_tables = sorted(firsts)
 
     def ids(self) -> list[tuple[int, bool]]:
         """(id, whether it is a directory) of every node that has a name."""
@@ -290,7 +327,9 @@ class SharedJournal(Journal):
 
     def place(self, number: int) -> tuple[int, bytes] | None:
         at = self._at.get(number)
-        if at is None or self._kind(at) == _GONE:
+        if at is None:
+            return self._place_in_table(number)
+        if self._kind(at) == _GONE:
             return None
         payload = self._payload(at)
         if self._kind(at) == _GOING:
@@ -300,6 +339,47 @@ class SharedJournal(Journal):
     def names(self, number: int) -> list[tuple[int, bytes]]:
         place = self.place(number)
         return ([] if place is None else [place]) + list(self._aliases.get(number, ()))
+
+    # --- tables of merged directories --------------------------------------------------------
+
+    def table_ids(self, directory: int, names: Sequence[tuple[bytes, int]]) -> tuple[int, bool]:
+        if not names:
+            return 0, False
+        payload = b"".join(bytes((kind >> 12,)) + name + b"\0" for name, kind in names)
+        at = self._tables.get(directory)
+        if at is not None:
+            first = self._words[at // 8 + 1]
+            return (first, first < self._first_own) if self._table(at) == payload else (0, False)
+        if directory in self._named_inside:
+            return 0, False  # the kernel has other ids for these names
+        first = self.fresh_ids(len(names))
+        at = self._append(_TABLE, 0, first, len(names), len(payload), directory, payload)
+        self._tables[directory] = at
+        return first, False
+
+    def drop_table(self, directory: int) -> None:
+        at = self._tables.pop(directory, None)
+        if at is not None:
+            self._kill(at)
+
+    def drop_all_tables(self) -> None:
+        for directory in list(self._tables):
+            self.drop_table(directory)
+
+    def _table(self, at: int) -> bytes:
+        start = at + _RECORD.size
+        return bytes(self._bytes[start : start + self._words[at // 8 + 3]])
+
+    def _place_in_table(self, number: int) -> tuple[int, bytes] | None:
+        """Where an earlier daemon had an id of one of its tables."""
+        position = bisect_right(self._old_tables, (number, 1 << 64)) - 1
+        if position < 0:
+            return None
+        first, directory = self._old_tables[position]
+        at = self._tables.get(directory)
+        if at is None or number - first >= self._words[at // 8 + 2]:
+            return None
+        return directory, self._table(at).split(b"\0", number - first + 1)[number - first][1:]
 
     def farewell(self, number: int) -> bytes | None:
         at = self._at.get(number)
@@ -327,10 +407,10 @@ class SharedJournal(Journal):
     def _start(self) -> int:
         return JOURNAL_AT + self._half * HALF
 
-    def fresh_id(self) -> int:
-        number = self._words[Word.FRESH_ID]
-        self._words[Word.FRESH_ID] = number + 1
-        return number
+    def fresh_ids(self, count: int) -> int:
+        first = self._words[Word.FRESH_ID]
+        self._words[Word.FRESH_ID] = first + count
+        return first
 
     def fresh_handle(self) -> int:
         number = self._words[Word.HANDLE]
@@ -470,7 +550,8 @@ class SharedJournal(Journal):
         at = self._room(size)
         if at + size > self._start + HALF - _SCRATCH:
             return self._overflow()
-        header = size | kind << 32 | len(data) << 40 | type_ << 56
+        length = 0 if kind == _TABLE else len(data)
+        header = size | kind << 32 | length << 40 | type_ << 56
         _RECORD.pack_into(self._bytes, at, header, number, lookups, inode, parent)
         if data:
             self._bytes[at + _RECORD.size : at + _RECORD.size + len(data)] = data
@@ -500,6 +581,7 @@ class SharedJournal(Journal):
             return []
         needed = {self._words[at // 8 + 4] for at in self._at.values()}
         needed |= {self._words[at // 8 + 4] for at in self._handles.values()}
+        needed |= self._tables.keys()
         needed |= {parent for aliases in self._aliases.values() for parent, _ in aliases}
         return [number for number in self._forgotten & self._lost if number not in needed]
 
@@ -511,7 +593,12 @@ class SharedJournal(Journal):
         old, old_end = self._start, self._words[Word.END + self._half]
         self._half ^= 1
         end = self._start
-        tables: list[dict[Any, int]] = [self._handles, self._at, *self._aliases.values()]
+        tables: list[dict[Any, int]] = [
+            self._handles,
+            self._at,
+            self._tables,
+            *self._aliases.values(),
+        ]
         for known in tables:
             for key, at in known.items():
                 size = self._words[at // 8] & 0xFFFFFFFF

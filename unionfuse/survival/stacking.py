@@ -112,6 +112,7 @@ def restack(union: Union, stack: Stack, wish: Wish, store: Store) -> None:
         layers, opened = _open(union, stack, wish.paths)
         try:
             _part_open_files(union, layers, wish.force)
+            union.tree.leave_all_tables()
         except BaseException:
             for layer in opened:
                 os.close(layer.descriptor)
