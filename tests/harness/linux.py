@@ -194,3 +194,15 @@ def processes_naming(text: StrPath) -> list[int]:
             if wanted in file.read():
                 found.append(int(entry))
     return found
+
+
+def processes_with_mount(point: StrPath) -> list[str]:
+    """The command lines of all processes in whose mount namespace something is mounted there."""
+    found = []
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            mounts = Path(f"/proc/{process}/mountinfo").read_text(errors="replace").splitlines()
+            if any(line.split()[4] == str(point) for line in mounts):
+                words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace")
+                found.append(f"{process} {words.replace(chr(0), ' ')[:80]}")
+    return found

@@ -120,9 +120,12 @@ class Daemon:
         try:
             return self.process.wait(_SECONDS_TO_END)
         except subprocess.TimeoutExpired:
+            # A mount namespace that was made elsewhere in between has the mount as well.
+            holders = linux.processes_with_mount(self.mountpoint)
             self.kill()
             raise AssertionError(
-                f"the daemon went on for {_SECONDS_TO_END} s after the unmount: {self.messages()}"
+                f"the daemon went on for {_SECONDS_TO_END} s after the unmount; the mount is still"
+                f" in the namespaces of {holders or 'nobody'}: {self.messages()}"
             ) from None
 
     def kill(self) -> None:
