@@ -366,7 +366,7 @@ class Union:
             # An empty file has no page that a map could change: what makes it grow tells us, or
             # has the kernel ask. One that was just opened would be asked for at once otherwise.
             entry = self._entry(made.node, made.status)
-            return entry._replace(attr_valid=self.options.timeout), handle
+            return Entry(entry.node, entry.attributes, self.options.timeout), handle
 
     def tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> tuple[Entry, int]:
         """Create a regular file without a name in a directory (O_TMPFILE)."""

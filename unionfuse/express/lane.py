@@ -457,10 +457,11 @@ class Lane:
 
     def changed(self, node: int) -> None:
         """A node's answer is not the index's any more (see union.Watcher)."""
-        with self._lock:
-            handles = self._direct.pop(node, ())
-        for handle in handles:
-            self._loop.read_from(handle, -1)
+        if node in self._direct:
+            with self._lock:
+                handles = self._direct.pop(node, ())
+            for handle in handles:
+                self._loop.read_from(handle, -1)
         if self._loop.shows(node) and self._union.is_deleted(node):
             self._loop.hide(node)
         if self._index is None or node > self._index.count:
