@@ -16,7 +16,7 @@ looked at is pinned, and what was found counts only if nothing was taken meanwhi
 from libc.errno cimport ENODATA, errno
 from libc.stdint cimport UINT32_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcmp, memcpy, memmove, memset
+from libc.string cimport memcmp, memcpy, memmove, memset, strerror
 from posix.unistd cimport close
 
 
@@ -76,6 +76,11 @@ cdef extern from *:
         return lgetxattr(path, attribute, 0, 0) < 0 ? errno : 0;
     }
 
+    struct tables_dirent { uint64_t inode, offset; uint16_t size; uint8_t type; char name[1]; };
+    static ssize_t tables_read(int directory, void *out, size_t room) {
+        return syscall(SYS_getdents64, directory, out, room);
+    }
+
     static int tables_set_once(int *where, int value) {
         int none = -1;
         return __atomic_compare_exchange_n(where, &none, value, 0, __ATOMIC_SEQ_CST,
@@ -97,6 +102,11 @@ cdef extern from *:
     int tables_open(int root, const char *path) nogil
     int tables_stat(int directory, const char *name, uint64_t *device, fuse_attr *out) nogil
     int tables_getxattr(int directory, const char *name, const char *attribute) nogil
+    struct tables_dirent:
+        uint16_t size
+        uint8_t type
+        char name[1]
+    ssize_t tables_read(int directory, void *out, size_t room) nogil
     int tables_set_once(int *where, int value) nogil
     int tables_load(int *where) nogil
     uint64_t tables_mix(uint64_t number) nogil
@@ -116,10 +126,44 @@ cdef enum:
     TAKEN = 0x80  # the union's
     MADE = 0x40  # the union has a node for it
     DT_DIR = 4
+    DT_REG = 8
+    DT_LNK = 10
     DOTS = 2  # `.` and `..` have the cookies 1 and 2
 
 cdef uint32_t NOTHING = UINT32_MAX
 cdef uint32_t MANY = 1 << 31  # lookups of a node that nobody has counted
+
+
+def read_names(int directory):
+    """What an open directory holds: {name: type bits of the mode}, and what is neither file,
+    directory nor link, or on a file system that does not say.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    cdef char buffer[32768]
+    cdef dict kinds = {}
+    cdef list others = []
+    cdef tables_dirent *entry
+    cdef ssize_t got, at
+    while True:
+        with nogil:
+            got = tables_read(directory, buffer, sizeof(buffer))
+        if got < 0:
+            raise OSError(errno, strerror(errno).decode())
+        if got == 0:
+            return kinds, others
+        at = 0
+        while at < got:
+            entry = <tables_dirent *>(buffer + at)
+            at += entry.size
+            name = <bytes>entry.name
+            if name == b"." or name == b"..":
+                continue
+            if entry.type == DT_REG or entry.type == DT_DIR or entry.type == DT_LNK:
+                kinds[name] = entry.type << 12
+            else:
+                others.append(name)
 
 
 cdef void free_block(Block *block) noexcept nogil:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from unionfuse import whiteout
+from unionfuse._tables import read_names
 from unionfuse.node import DOT_COOKIES, Place
 
 if TYPE_CHECKING:
@@ -103,23 +104,14 @@ def _open_readable(directory: int) -> int:
 
 
 def _read_names(readable: int) -> tuple[dict[bytes, int], set[bytes]]:
-    kinds: dict[bytes, int] = {}
+    kinds, others = read_names(readable)
     whiteouts: set[bytes] = set()
-    with os.scandir(readable) as entries:
-        for entry in entries:
-            name = os.fsencode(entry.name)
-            if entry.is_file(follow_symlinks=False):
-                kinds[name] = stat.S_IFREG
-            elif entry.is_dir(follow_symlinks=False):
-                kinds[name] = stat.S_IFDIR
-            elif entry.is_symlink():
-                kinds[name] = stat.S_IFLNK
-            else:
-                status = os.stat(name, dir_fd=readable, follow_symlinks=False)
-                if whiteout.is_whiteout(status):
-                    whiteouts.add(name)
-                else:
-                    kinds[name] = stat.S_IFMT(status.st_mode)
+    for name in others:
+        status = os.stat(name, dir_fd=readable, follow_symlinks=False)
+        if whiteout.is_whiteout(status):
+            whiteouts.add(name)
+        else:
+            kinds[name] = stat.S_IFMT(status.st_mode)
     return kinds, whiteouts
 
 

@@ -29,6 +29,9 @@ class QuietLane:
     def keep_statfs(self, answer: bytes) -> None:
         assert len(answer) == 80
 
+    def listed(self, node: int, cookie: int, size: int) -> None:
+        pass
+
     def opened(self, node: int, handle: int) -> tuple[int, int]:
         return 0, 0
 

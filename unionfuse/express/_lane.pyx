@@ -410,6 +410,16 @@ cdef class Loop:
         """
         self.tables, self.shows_tables = tables, attributes
 
+    def list_from_tables(self, uint64_t node, uint64_t cookie, size_t size):
+        """The records of READDIRPLUS that a table has; None where it does not have all of them."""
+        cdef bytearray out
+        cdef ssize_t got
+        if self.tables is None or not self.shows_tables:
+            return None
+        out = bytearray(min(size, BUFFER))
+        got = self.tables.readdir(node, cookie, len(out), self.valid, out)
+        return bytes(out[:got]) if got >= 0 else None
+
     def trace_to(self, trace):
         """Have (opcode, node, body, errno) of each request told that is answered here."""
         self.trace, self.tracing = trace, True

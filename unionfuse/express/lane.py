@@ -357,6 +357,12 @@ class Lane:
 
     # --- what Requests asks of the lane -------------------------------------------------------
 
+    def listed(self, node: int, cookie: int, size: int) -> bytes | None:
+        """What the loop lists of a directory, merged now if it was not. The lock is held."""
+        tree = self._union.tree
+        tree.load(tree.directory(node))
+        return self._loop.list_from_tables(node, cookie, size)
+
     def keep_statfs(self, answer: bytes) -> None:
         """Let the loop answer STATFS with this for a moment."""
         self._loop.keep_statfs(answer)
