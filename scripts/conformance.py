@@ -101,9 +101,12 @@ def unionmount(suite: Path, program: MountProgram, only: Sequence[str]) -> Outco
         (base / "base").mkdir()
         kind = ["--verify"]
         if program.path is not None:
+            # mount(8) forgets PATH; scripts/conformance gave us a mount namespace of our own
             (base / "bin").mkdir()
             (base / "bin" / program.name).symlink_to(program.path)
-            environment["PATH"] = f"{base / 'bin'}:{environment['PATH']}"
+            places = f"lowerdir={base / 'bin'}:/usr/local/bin"
+            mount = ["mount", "-t", "overlay", "overlay", "-o", places, "/usr/local/bin"]
+            subprocess.run(mount, check=True)
             kind = [f"--fuse={program.name}"]
         for name in [*names, *extra]:
             words = ["./run", "--ov=3", *kind, name]
@@ -113,6 +116,8 @@ def unionmount(suite: Path, program: MountProgram, only: Sequence[str]) -> Outco
             said = (result.stdout + result.stderr).strip().splitlines()
             outcome[name] = None if result.returncode == 0 else " / ".join(said[-2:])
         subprocess.run(["./run", "--clean-up"], cwd=suite, env=environment, capture_output=True)
+        if program.path is not None:
+            subprocess.run(["umount", "/usr/local/bin"], check=True)
         for _ in range(3):  # whatever a failed test left mounted
             for mount in reversed(Path("/proc/self/mounts").read_text().splitlines()):
                 if scratch in mount:
