@@ -158,9 +158,11 @@ def test_a_signal_that_comes_before_the_keeper_listens_is_not_lost(place: Place)
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGUSR1)
+        while "requests=" not in place.log.read_text():
+            assert process.poll() is None
+            time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
-        assert "requests=" in place.log.read_text()
         assert not is_mounted(place.mnt)
     finally:
         process.kill()
