@@ -105,8 +105,8 @@ def unionmount(suite: Path, program: MountProgram, only: Sequence[str]) -> Outco
             (base / "bin").mkdir()
             (base / "bin" / program.name).symlink_to(program.path)
             places = f"lowerdir={base / 'bin'}:/usr/local/bin"
-            mount = ["mount", "-t", "overlay", "overlay", "-o", places, "/usr/local/bin"]
-            subprocess.run(mount, check=True)
+            words = ["mount", "-t", "overlay", "overlay", "-o", places, "/usr/local/bin"]
+            subprocess.run(words, check=True)
             kind = [f"--fuse={program.name}"]
         for name in [*names, *extra]:
             words = ["./run", "--ov=3", *kind, name]
