@@ -448,7 +448,15 @@ class Tree:
         self.tables.stop()
         self._leaves_tables = True
         for number in self.tables.counted():
-            self.leave_table(self.node(number))
+            try:
+                node = self.node(number)
+            except OSError as error:
+                # After a crash all names of a table count as known, also those that the kernel
+                # cannot know by these ids: hard links, and what was taken and has gone since.
+                if error.errno != errno.ESTALE:
+                    raise
+            else:
+                self.leave_table(node)
         self.journal.drop_all_tables()
 
     def _lower_status(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness.layers import Dir, Layer, build
+from harness.layers import Dir, HardLink, Layer, build
 from harness.mounts import Mounted, Stack, Workshop
 from harness.snapshot import assert_equal
 
@@ -177,6 +177,24 @@ def test_the_daemon_is_killed_afterwards(workshop: Workshop) -> None:
         assert opened.read() == "added"
         assert_shows(workshop, tree, [added, tree.stack.lowers[0]])
         assert layers("ls", tree.root).stdout.splitlines()[0] == str(added)
+
+
+@pytest.mark.parametrize("touch", [lambda root: None, change_something], ids=["clean", "changed"])
+def test_the_daemon_was_killed_before(workshop: Workshop, touch: Callable[[Path], None]) -> None:
+    """What the kernel may know of the dead daemon's tables is carried over, hard links too."""
+    tree = workshop(BASE_CUT | {"linked": "x", "d/linked too": HardLink("linked")})
+    added = build(workshop.directory / "added", ADDED)
+    look_everywhere(tree.root)
+    with open(tree / "d/b") as opened, open(tree / "linked") as linked:
+        numbers = {name: (tree / name).stat().st_ino for name in ("d", "d/a", "d/sub", "changed")}
+        assert tree.daemon is not None
+        os.kill(tree.daemon.pid, 9)
+        touch(tree.root)
+        said = layers("add", tree.root, added)
+        assert (said.returncode, said.stderr) == (0, "")
+        assert_shows(workshop, tree, [added, tree.stack.lowers[0]])
+        assert {name: (tree / name).stat().st_ino for name in numbers} == numbers
+        assert (opened.read(), linked.read()) == ("base b", "x")
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,11 @@ class Survivor:
             try:
                 stacking.restack(union, self._stack, wish, self._keeping)
             except (LayerError, OSError) as error:
-                stacking.write(self._wish, wish._replace(answer=str(error)))
+                answer = str(error)
+                if isinstance(error, OSError):
+                    log.exception("the layers stay as they are")
+                    answer = f"{error.strerror} in its daemon; see the mount's log"
+                stacking.write(self._wish, wish._replace(answer=answer))
                 if held:
                     union.lock.release()
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -41,6 +42,8 @@ def keeper_of(path: bytes) -> tuple[int, int, mounting.Mount]:
     mount = mounting.mount_at(os.path.realpath(path))
     if mount is None or mount.kind != mounting.FILE_SYSTEM_TYPE:
         raise mounting.MountError(path, "no union is mounted there", "see findmnt")
+    with contextlib.suppress(OSError):
+        os.statvfs(path)  # until a daemon answers: where one has just died there is none to find
     found = mounting.server_of(mount)
     if found is None:
         remedy = "send SIGHUP to the keeper (Linux 6.17 and later tell which process it is)"
