@@ -21,7 +21,10 @@ class _Syslog(logging.Handler):
 
 
 def log_to(file: int | None, options: MountOptions) -> None:
-    """Send log lines to a descriptor, or else to stderr (in the foreground) or syslog."""
+    """Send log lines to a descriptor, or else to stderr (in the foreground) or syslog.
+
+    A daemon that detaches warns whoever mounts on stderr, too, until it lets go of that.
+    """
     handler: logging.Handler
     if file is not None:
         handler = logging.StreamHandler(os.fdopen(file, "a", encoding="utf-8"))
@@ -32,6 +35,12 @@ def log_to(file: int | None, options: MountOptions) -> None:
         handler = _Syslog()
     if not isinstance(handler, _Syslog):
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.INFO)
+    handlers = [handler]
+    if not options.foreground:
+        notices = logging.StreamHandler(sys.stderr)
+        notices.setLevel(logging.WARNING)
+        notices.setFormatter(logging.Formatter("unionfuse: %(message)s"))
+        handlers.append(notices)
+    logging.basicConfig(handlers=handlers, level=logging.INFO)
     if options.debug:
         logging.getLogger(__package__).setLevel(logging.DEBUG)

@@ -237,6 +237,21 @@ def test_sigusr1_logs_a_line(place: Place) -> None:
     assert re.search(r"nodes=\d+ open=\d+ requests=\d+", place.log.read_text())
 
 
+def test_a_warning_reaches_who_mounts_and_the_log(place: Place) -> None:
+    switch = Path("/sys/module/fuse/parameters/enable_uring")
+    before = switch.read_text() if switch.exists() else ""
+    try:
+        if before.strip() == "Y":
+            switch.write_text("N")
+        result = place.mount("uring=on")
+    finally:
+        if before.strip() == "Y":
+            switch.write_text(before)
+    assert result.returncode == 0
+    assert result.stderr.startswith("unionfuse: uring=on: the kernel does not offer it")
+    assert result.stderr.count("\n") == 1 and "enable_uring" in place.log.read_text()
+
+
 def test_stats_count_requests_by_name(place: Place) -> None:
     assert place.mount("stats").returncode == 0
     os.mkdir(place.mnt / "directory")
