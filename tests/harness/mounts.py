@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -319,11 +319,21 @@ class Mounted:
         before = len(self.daemon.messages())
         self.daemon.process.send_signal(signal.SIGUSR1)
         while True:
-            lines = self.daemon.messages()[before:].splitlines(keepends=True)
-            if lines and lines[0].endswith("\n"):
-                words = [word.split("=") for word in lines[0].split() if "=" in word]
-                return {key: int(value) for key, value in words if value.isdigit()}
+            assert self.daemon.process.poll() is None
+            for line in self.daemon.messages()[before:].splitlines(keepends=True):
+                if "nodes=" in line and line.endswith("\n"):
+                    words = [word.split("=") for word in line.split() if "=" in word]
+                    return {key: int(value) for key, value in words if value.isdigit()}
             time.sleep(0.005)
+
+    @contextlib.contextmanager
+    def asked(self) -> Iterator[dict[str, int]]:
+        """The requests of a block, by opcode, once it has ended. Needs the option `stats`."""
+        found: dict[str, int] = {}
+        before = self.status()
+        yield found
+        after = self.status()
+        found.update({name: n - before.get(name, 0) for name, n in after.items() if name.isupper()})
 
     def snapshot(self, **how: object) -> Tree:
         return snapshot(self.root, **how)

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-from harness.counting import asked, status_line
 from harness.layers import Dir, File, HardLink, Symlink, Whiteout
 from harness.mounts import Mounted, Stack, Workshop
 from harness.snapshot import assert_equal
@@ -83,12 +82,12 @@ def test_a_listing_asks_for_directories_and_for_nothing_else(workshop: Workshop)
     tree = indexed(workshop, TOP, BASE)
     directories = sum(1 for _ in os.walk(tree.stack.lowers[1])) + 1
     drop_caches()
-    with asked(tree) as first:
+    with tree.asked() as first:
         list_all(tree)
     assert first.get("LOOKUP", 0) == 0 and first.get("GETATTR", 0) <= 2
     assert first["READDIRPLUS"] <= 2 * directories + 1
     assert first.get("OPENDIR", 0) <= 1  # it said ENOSYS
-    with asked(tree) as second:
+    with tree.asked() as second:
         list_all(tree)
     # where something may be written, the kernel doubts a directory's atime after reading it
     assert second.get("GETATTR", 0) <= directories
@@ -98,7 +97,7 @@ def test_a_listing_asks_for_directories_and_for_nothing_else(workshop: Workshop)
 
 def test_what_is_missing_is_asked_for_once(workshop: Workshop) -> None:
     tree = indexed(workshop, TOP, BASE)
-    with asked(tree) as requests:
+    with tree.asked() as requests:
         for _ in range(50):
             assert not os.path.exists(tree / "d/nothing")
             assert not os.path.exists(tree / "many/nothing")
@@ -110,7 +109,7 @@ def test_what_is_missing_is_asked_for_once(workshop: Workshop) -> None:
 def test_reading_a_file_costs_no_flush_and_no_second_read(workshop: Workshop) -> None:
     tree = indexed(workshop, TOP, BASE)
     (tree / "many/200").read_bytes()
-    with asked(tree) as requests:
+    with tree.asked() as requests:
         for _ in range(10):
             (tree / "many/200").read_bytes()
     assert requests.get("FLUSH", 0) == requests.get("READ", 0) == requests.get("LOOKUP", 0) == 0
@@ -173,12 +172,12 @@ def test_nodes_go_when_the_kernel_forgets_them(workshop: Workshop) -> None:
     """Trap 9: every entry that READDIRPLUS emitted counts one lookup, the dots none."""
     tree = workshop(TOP, BASE)  # no index: every node is counted
     list_all(tree)
-    assert status_line(tree)["nodes"] > 300
+    assert tree.status()["nodes"] > 300
     limit = time.monotonic() + 10
-    while status_line(tree)["nodes"] > 1 and time.monotonic() < limit:
+    while tree.status()["nodes"] > 1 and time.monotonic() < limit:
         drop_caches()
         time.sleep(0.1)
-    assert status_line(tree)["nodes"] == 1
+    assert tree.status()["nodes"] == 1
     assert (tree / "d/deep/er/file").read_text() == "deep"
 
 

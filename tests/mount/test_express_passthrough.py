@@ -7,7 +7,6 @@ write land in the lower layer, or fails an open with EIO; `workshop` compares th
 import itertools
 import mmap
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -28,18 +27,6 @@ pytestmark = pytest.mark.on("unionfuse")
 LOWER = b"lower".ljust(5000, b".")
 
 
-def counts(tree: Mounted) -> dict[str, int]:
-    """Requests by opcode, from the line that SIGUSR1 has logged."""
-    assert tree.daemon is not None
-    before = len(tree.daemon.messages())
-    tree.daemon.process.send_signal(signal.SIGUSR1)
-    while True:
-        lines = tree.daemon.messages()[before:].splitlines(keepends=True)
-        if lines and lines[0].endswith("\n"):
-            words = [word.split("=") for word in lines[0].split() if "=" in word]
-            return {key: int(value) for key, value in words if value.isdigit()}
-
-
 def test_files_in_upper_are_read_and_written_by_the_kernel(workshop: Workshop) -> None:
     tree = workshop({"lower": LOWER}, options={"stats": None})
     with open(tree / "new", "wb+", buffering=0) as file:
@@ -51,10 +38,10 @@ def test_files_in_upper_are_read_and_written_by_the_kernel(workshop: Workshop) -
     with open(tree / "new", "ab") as file:
         file.write(b"end")
     assert (tree / "new").read_bytes() == b"x" * 20 * 4096 + b"end"
-    asked = counts(tree)
+    asked = tree.status()
     assert asked.get("WRITE", 0) == 0 and asked.get("READ", 0) == 0
     assert (tree / "lower").read_bytes() == LOWER
-    assert counts(tree)["READ"] >= 1  # it may yet be copied up: not passed through
+    assert tree.status()["READ"] >= 1  # it may yet be copied up: not passed through
 
 
 def test_without_upper_lower_files_are_passed_through(workshop: Workshop) -> None:
@@ -62,7 +49,7 @@ def test_without_upper_lower_files_are_passed_through(workshop: Workshop) -> Non
     assert (tree / "f").read_bytes() == LOWER
     with open(tree / "f", "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
         assert view[:5] == b"lower"
-    assert counts(tree).get("READ", 0) == 0
+    assert tree.status().get("READ", 0) == 0
 
 
 @pytest.mark.parametrize("mode", ["off", "upper"])
@@ -70,7 +57,7 @@ def test_modes(workshop: Workshop, mode: str) -> None:
     tree = workshop({"f": LOWER}, options={"stats": None, "passthrough": mode})
     (tree / "new").write_bytes(b"x")
     assert (tree / "new").read_bytes() == b"x"
-    assert (counts(tree).get("WRITE", 0) == 0) == (mode == "upper")
+    assert (tree.status().get("WRITE", 0) == 0) == (mode == "upper")
     tree.remount(options={"stats": None, "passthrough": mode})
     assert (tree / "f").read_bytes() == LOWER
 

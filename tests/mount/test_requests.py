@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import pytest
-from harness.counting import asked
 from harness.layers import File
 from harness.mounts import Workshop
 
@@ -18,7 +17,7 @@ def test_creating_files_asks_for_the_directory_alone(workshop: Workshop) -> None
     """Each new name makes the kernel ask for the directory's attributes, and for nothing else."""
     tree = workshop({"d/old": ""}, options={"stats": None})
     (tree / "d/first").write_bytes(b"")
-    with asked(tree) as counts:
+    with tree.asked() as counts:
         for number in range(NUMBER):
             os.close(os.open(tree / f"d/{number}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
     assert counts.pop("CREATE") == NUMBER
@@ -32,7 +31,7 @@ def test_unlinking_asks_for_the_directory_alone(workshop: Workshop) -> None:
     tree = workshop({"d/old": ""}, options={"stats": None})
     for number in range(NUMBER):
         (tree / f"d/{number}").write_bytes(b"")
-    with asked(tree) as counts:
+    with tree.asked() as counts:
         for number in range(NUMBER):
             os.unlink(tree / f"d/{number}")
     counts.pop("RELEASE", 0)  # the last one may be late
@@ -52,7 +51,7 @@ def test_a_change_of_attributes_is_one_request(workshop: Workshop, where: str) -
             (tree / name).write_bytes(b"x")
     for name in files:
         os.stat(tree / name)
-    with asked(tree) as counts:
+    with tree.asked() as counts:
         for name in files:
             os.chmod(tree / name, 0o640)
             os.utime(tree / name, ns=(1, 2))
@@ -66,7 +65,7 @@ def test_a_file_that_was_written_is_asked_for_once(workshop: Workshop) -> None:
     tree = workshop({"d/old": ""}, options={"stats": None})
     path = tree / "d/new"
     descriptor = os.open(path, os.O_CREAT | os.O_WRONLY)
-    with asked(tree) as counts:
+    with tree.asked() as counts:
         assert os.fstat(descriptor).st_size == 0
         os.write(descriptor, b"more")
         for _ in range(3):
