@@ -11,6 +11,7 @@ from harness.mounts import DOORS, KINDS, Workshop, remove_tree
 from harness.watchdog import Watchdog, unmount_everything
 
 _SECONDS_FOR_A_TEST = 60
+_URING = Path("/sys/module/fuse/parameters/enable_uring")
 _USUAL_KINDS = ("plain", "overlay", "unionfuse")
 
 
@@ -31,6 +32,10 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line(
         "markers",
+        "through(*kinds): of unionfuse's doors this scenario is about these alone (default: all)",
+    )
+    config.addinivalue_line(
+        "markers",
         "doors: this scenario runs through other doors, too, in short runs (tests/README.md)",
     )
 
@@ -39,11 +44,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "workshop" not in metafunc.fixturenames:
         return
     wanted = metafunc.config.getoption("--kinds").split(",")
-    mark = metafunc.definition.get_closest_marker("on")
     if "unionfuse" in wanted:
         wanted += [door for door in _other_doors(metafunc) if door not in wanted]
-    kinds = [kind for kind in wanted if mark is None or _covers(mark.args, kind)]
-    metafunc.parametrize("workshop", kinds, indirect=True, scope="function")
+    if mark := metafunc.definition.get_closest_marker("on"):
+        wanted = [kind for kind in wanted if _covers(mark.args, kind)]
+    if mark := metafunc.definition.get_closest_marker("through"):
+        wanted = [kind for kind in wanted if kind not in DOORS or kind in mark.args]
+    metafunc.parametrize("workshop", wanted, indirect=True, scope="function")
 
 
 def _other_doors(metafunc: pytest.Metafunc) -> list[str]:
@@ -109,13 +116,25 @@ def watchdog(scratch: Path) -> Iterator[Watchdog]:
 @pytest.fixture
 def uring() -> Iterator[None]:
     """FUSE over io_uring allowed, and put back as it was."""
-    switch = Path("/sys/module/fuse/parameters/enable_uring")
-    if not switch.exists():
+    if not _URING.exists():
         pytest.skip("the kernel has no FUSE over io_uring (Linux 6.14 and later)")
-    before = switch.read_text()
-    switch.write_text("Y")
+    yield from _uring_allowed("Y")
+
+
+@pytest.fixture
+def no_uring() -> Iterator[None]:
+    """FUSE over io_uring not allowed, and put back as it was."""
+    if _URING.exists():
+        yield from _uring_allowed("N")
+    else:
+        yield
+
+
+def _uring_allowed(answer: str) -> Iterator[None]:
+    before = _URING.read_text()
+    _URING.write_text(answer)
     yield
-    switch.write_text(before)
+    _URING.write_text(before)
 
 
 @pytest.fixture

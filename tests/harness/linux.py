@@ -184,6 +184,11 @@ def mounts_below(prefix: StrPath) -> list[tuple[str, str, str]]:
     return found[::-1]
 
 
+def children(process: int) -> list[int]:
+    """Return the ids of the children of a process's first thread."""
+    return list(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
+
+
 def processes_naming(text: StrPath) -> list[int]:
     """Return the ids of other processes whose command line contains `text`."""
     wanted, found = os.fsencode(text), []

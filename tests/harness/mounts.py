@@ -28,6 +28,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "unionfuse-uring": ("uring=on",),
     "unionfuse-alone": ("keeper=off",),
 }
+LANES = tuple(kind for kind, added in DOORS.items() if "express=off" not in added)
 KINDS = ("plain", "overlay", "fuse-overlayfs", *DOORS)
 
 # the oracle, as the field's own test suites mount it; a test's options go over these
@@ -106,15 +107,22 @@ class Daemon:
         return self.log.read_text(errors="replace")
 
     @property
-    def pid(self) -> int:
-        """The process that serves: where the mount has a keeper, the keeper's child."""
+    def serving(self) -> int | None:
+        """The process that serves: where the mount has a keeper, the keeper's child.
+
+        None for a moment, where a daemon is being replaced.
+        """
         pid = self.process.pid
         if b"keeper.py" not in Path(f"/proc/{pid}/cmdline").read_bytes():
             return pid
-        while True:
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-            if children:  # none for a moment, where a daemon is being replaced
-                return int(children[0])
+        return next(iter(linux.children(pid)), None)
+
+    @property
+    def pid(self) -> int:
+        """The process that serves, as soon as there is one."""
+        while (pid := self.serving) is None:
+            pass
+        return pid
 
     def wait(self) -> int:
         try:
@@ -135,10 +143,9 @@ class Daemon:
         self.process.send_signal(signal.SIGSTOP)  # as long as it lives its child is known
         with contextlib.suppress(OSError):
             pid = self.process.pid
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
             if b"keeper.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                for child in children:
-                    os.kill(int(child), signal.SIGKILL)
+                for child in linux.children(pid):
+                    os.kill(child, signal.SIGKILL)
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
@@ -303,6 +310,11 @@ class Mounted:
         self.daemon = None
         with contextlib.suppress(OSError):
             linux.umount(self.root, linux.MNT_DETACH)
+
+    def kill_daemon(self) -> None:
+        """SIGKILL for the process that serves; a keeper starts another one."""
+        assert self.daemon is not None
+        os.kill(self.daemon.pid, signal.SIGKILL)
 
     def discard(self) -> None:
         """End it by any means; for the end of a test that failed."""

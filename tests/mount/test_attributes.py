@@ -11,7 +11,7 @@ import time
 
 import pytest
 from harness.layers import MTIME_NS, Dir, File, HardLink, Special, Symlink
-from harness.mounts import Mounted, Workshop
+from harness.mounts import LANES, Mounted, Workshop
 from harness.snapshot import assert_equal
 from harness.users import NOBODY, as_user, in_child
 
@@ -415,10 +415,9 @@ def test_a_readonly_union_refuses_every_change(workshop: Workshop) -> None:
 # --- flags of the inode (chattr) ------------------------------------------------------------------
 
 
+@pytest.mark.through(*LANES)  # pyfuse3 has no handler for ioctl
 @pytest.mark.on("plain", "overlay", "unionfuse")
 def test_immutable_and_append_only(workshop: Workshop) -> None:
-    if workshop.kind == "unionfuse-pyfuse3":
-        pytest.skip("pyfuse3 has no handler for ioctl")
     tree = workshop({"f": "data", "d/g": ""})
     written = tree.root if tree.kind == "plain" else tree.upper
     try:
@@ -449,6 +448,7 @@ def test_immutable_and_append_only(workshop: Workshop) -> None:
         subprocess.run(["chattr", "-R", "-ia", written], capture_output=True)
 
 
+@pytest.mark.through(*LANES)  # as above
 @pytest.mark.on("plain", "overlay", "unionfuse")
 def test_an_ordinary_user_cannot_make_a_file_immutable(workshop: Workshop) -> None:
     tree = workshop({"f": File(data="x", uid=ALICE, mode=0o644)})

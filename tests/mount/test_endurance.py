@@ -20,6 +20,8 @@ from harness.mounts import Mounted, Workshop
 
 from unionfuse.express import protocol
 
+pytestmark = [pytest.mark.long, pytest.mark.on("unionfuse"), pytest.mark.through("unionfuse")]
+
 TESTS = Path(__file__).parents[1]
 PROGRAMS = 4
 COUNT = 1_000_000
@@ -89,12 +91,8 @@ def _backing_ids(daemon: int, beside: Path) -> int:
     return found
 
 
-@pytest.mark.long
 @pytest.mark.timeout(3600)
-@pytest.mark.on("unionfuse")
 def test_a_million_operations_leave_nothing_behind(workshop: Workshop) -> None:
-    if workshop.kind != "unionfuse":
-        pytest.skip("a million for the usual mount")
     tree = workshop(in_arenas(TOP, PROGRAMS), in_arenas(BASE, PROGRAMS))
     _work(tree, seed=0, count=COUNT // 10)  # until all that is made once has been made
     before = _held(tree)
@@ -107,13 +105,9 @@ def test_a_million_operations_leave_nothing_behind(workshop: Workshop) -> None:
     assert not grown
 
 
-@pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.on("unionfuse")
 def test_how_long_the_pause_is(workshop: Workshop) -> None:
     """With 50,000 nodes known to the kernel; the figures are for docs/survival.md."""
-    if workshop.kind != "unionfuse":
-        pytest.skip("the pause of the usual mount")
     tree = workshop({f"d{n // 100:03}/f{n:05}": "" for n in range(NODES)})
     assert tree.daemon is not None
     pauses = []

@@ -11,14 +11,12 @@ from harness.layers import Dir, HardLink, Layer, build
 from harness.mounts import Mounted, Stack, Workshop
 from harness.snapshot import assert_equal
 
-pytestmark = [pytest.mark.on("unionfuse"), pytest.mark.timeout(120)]
-
-
-@pytest.fixture(autouse=True)
-def lane(workshop: Workshop) -> None:
-    if workshop.kind not in ("unionfuse", "unionfuse-indexed"):
-        pytest.skip("layers are changed by way of the keeper, which needs the express lane")
-
+pytestmark = [
+    pytest.mark.on("unionfuse"),
+    # Layers are changed by way of the keeper, which needs the express lane.
+    pytest.mark.through("unionfuse", "unionfuse-indexed"),
+    pytest.mark.timeout(120),
+]
 
 BASE: Layer = {
     "f": "base",

@@ -11,11 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from harness.layers import File, HardLink
-from harness.mounts import Workshop
+from harness.linux import children
+from harness.mounts import LANES, Workshop
 
 STACK = {"f": File(data="from below", mode=0o640), "d/g": "g", "one": "1", "two": HardLink("one")}
 
@@ -414,16 +414,26 @@ def test_unlinked_open_files_leave_nothing_in_work(workshop: Workshop) -> None:
 
 @pytest.mark.doors
 @pytest.mark.on("unionfuse")
-@pytest.mark.parametrize("options", [{}, {"passthrough": "off"}, {"keeper": "on"}], ids=str)
-def test_more_open_files_than_the_daemon_may_have_descriptors(
+def test_more_open_files_than_the_daemon_may_have_descriptors(workshop: Workshop) -> None:
+    open_many_files(workshop, {})
+
+
+@pytest.mark.doors
+@pytest.mark.on("unionfuse")
+@pytest.mark.through(*LANES)
+@pytest.mark.parametrize("options", [{"passthrough": "off"}, {"keeper": "on"}], ids=str)
+def test_more_open_files_than_descriptors_by_parts_of_the_lane(
     workshop: Workshop, options: dict[str, str | None]
 ) -> None:
-    if workshop.kind == "unionfuse-pyfuse3" and options:
-        pytest.skip("these choose between parts of the express lane")
+    open_many_files(workshop, options)
+
+
+def open_many_files(workshop: Workshop, options: dict[str, str | None]) -> None:
     lower = {f"low{number}": f"lower {number}" for number in range(100)}
     tree = workshop({**lower, "one": "the one"}, options=options)
     assert tree.daemon is not None
-    for process in process_tree(tree.daemon.process.pid):
+    first = tree.daemon.process.pid
+    for process in (first, *children(first)):  # a keeper has its daemon for a child
         resource.prlimit(process, resource.RLIMIT_NOFILE, (300, 300))
     os.mkdir(tree / "d")
     with contextlib.ExitStack() as opened:
@@ -452,9 +462,3 @@ def test_more_open_files_than_the_daemon_may_have_descriptors(
             expected = "copied up" if number == 1 else f"lower {number}"
             assert os.pread(file.fileno(), 100, 0) == expected.encode()
         assert {os.pread(file.fileno(), 100, 0) for file in again} == {b"the one"}
-
-
-def process_tree(process: int) -> list[int]:
-    """A process and its children (a keeper has its daemon for a child)."""
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [process, *map(int, children)]
