@@ -285,8 +285,9 @@ def _registry(cache: Path) -> Iterator[str]:
     config = folder / "config.json"
     storage = {"filesystem": {"rootdirectory": str(folder / "data")}}
     config.write_text(json.dumps({"version": 0.1, "storage": storage, "http": {"addr": host}}))
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    server = subprocess.Popen(["docker-registry", "serve", config], **quiet)  # type: ignore[call-overload]
+    server = subprocess.Popen(
+        ["docker-registry", "serve", config], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         for _ in range(100):
             with suppress(OSError), socket.create_connection(("127.0.0.1", int(host[10:])), 1):

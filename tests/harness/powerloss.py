@@ -24,7 +24,6 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
-import harness.direct  # noqa: F401 (it puts the hooks in place)
 from harness.mounts import Stack
 from unionfuse import syscalls
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from unionimage.errors import UserError
+
+if TYPE_CHECKING:
+    from unionimage.container.state import Container
 
 EXAMPLE = """unionfuse start web
 unionfuse start -ai shell"""
@@ -24,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     if not (args.attach or args.interactive):
         from unionimage.container.state import ALIVE
 
-        def start(container):  # type: ignore[no-untyped-def]
+        def start(container: Container) -> None:
             if container.state()["Status"] not in ALIVE:  # docker: starting it again is fine
                 engine.start(container)
 

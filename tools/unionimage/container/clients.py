@@ -75,8 +75,9 @@ class Clients:
         connection.setblocking(False)
         client = Client(connection)
         self._clients.append(client)
-        serve = lambda mask: self._serve(client, mask)  # noqa: E731
-        self._selector.register(connection, selectors.EVENT_READ, serve)
+        self._selector.register(
+            connection, selectors.EVENT_READ, lambda mask: self._serve(client, mask)
+        )
 
     def drop(self, client: Client) -> None:
         if client not in self._clients:

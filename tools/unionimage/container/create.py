@@ -306,12 +306,13 @@ def _log_config(args: argparse.Namespace) -> dict[str, Any]:
 
 def _security_option(text: str) -> str:
     """Checked; a seccomp profile is read now, as docker's client does."""
-    name, separator, value = re.match(r"([^=:]*)([=:]?)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    name, *rest = re.split("[=:]", text, maxsplit=1)
+    value = "".join(rest)
     if name == "no-new-privileges" and value in ("", "true", "false"):
         return "no-new-privileges" if value != "false" else "no-new-privileges=false"
     if name == "systempaths" and value == "unconfined":
         return "systempaths=unconfined"
-    if name == "seccomp" and separator:
+    if name == "seccomp" and rest:
         if value in ("unconfined", "builtin"):
             return f"seccomp={value}"
         try:
@@ -363,12 +364,13 @@ def _pair(text: str, option: str) -> tuple[str, str]:
 
 
 def _extra_host(text: str) -> str:
-    name, separator, address = re.match(r"([^:=]*)([:=]?)(.*)", text).groups()  # type: ignore[union-attr]
-    if not name or not separator:
+    name, *rest = re.split("[:=]", text, maxsplit=1)
+    if not name or not rest:
         raise UserError(f"--add-host {text!r}: write NAME:IP")
+    address = rest[0].strip("[]")
     if address != "host-gateway":
-        _address(address.strip("[]"), "--add-host")
-    return f"{name}:{address.strip('[]')}"
+        _address(address, "--add-host")
+    return f"{name}:{address}"
 
 
 def _address(text: str, option: str) -> str:

@@ -93,8 +93,7 @@ class Monitor:
         signal.set_wakeup_fd(awoken, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         # a shutdown of the host asks everybody: the container gets its stop signal
-        stop = lambda: self._begin_stop(None, None)  # noqa: E731
-        signal.signal(signal.SIGTERM, lambda *_: self._timer("stop", 0.0, stop))
+        signal.signal(signal.SIGTERM, lambda *_: self._timer("stop", 0.0, self._begin_stop))
         server = wire.listen(self._container.control)
         self._selector.register(wake, selectors.EVENT_READ, self._reap)
         self._clients.listen(server)
@@ -298,7 +297,7 @@ class Monitor:
 
     # ---- stopping
 
-    def _begin_stop(self, number: int | None, timeout: int | None) -> None:
+    def _begin_stop(self, number: int | None = None, timeout: int | None = None) -> None:
         self._manually_stopped()
         if self._state["Status"] == "paused":
             self._unpause()

@@ -446,12 +446,12 @@ def _noting(pool: Any, sockets: weakref.WeakSet[socket.socket]) -> type[Any]:
 
     base: Any = pool.ConnectionCls
 
-    class Connection(base):  # type: ignore[misc]
-        def connect(self) -> None:
-            super().connect()
-            sockets.add(self.sock)
+    def connect(connection: Any) -> None:
+        base.connect(connection)
+        sockets.add(connection.sock)
 
-    return type(pool.__name__, (pool,), {"ConnectionCls": Connection})
+    noting = type(base.__name__, (base,), {"connect": connect})
+    return type(pool.__name__, (pool,), {"ConnectionCls": noting})
 
 
 def _plain_manager(host: str, lenient: bool) -> urllib3.PoolManager:
