@@ -135,6 +135,15 @@ def test_working_directory_user_and_groups(box: Box) -> None:
     assert box.sh("id -u; id -g", "-u", "4711:12").split() == ["4711", "12"]
 
 
+def test_what_follows_the_image_is_its_own(box: Box) -> None:
+    begin = ("run", "--rm", "--network", "none")
+    echo = ("--entrypoint", "echo", "busybox")
+    assert box.out(*begin, *echo, "--", "--rm", "x") == "-- --rm x\n"
+    assert box.out(*begin, "--", "busybox", "echo", "--", "x") == "-- x\n"
+    box.start("lives")
+    assert "--" in box("exec", "lives", "--", "true", code=127).stderr
+
+
 def test_entrypoint(box: Box) -> None:
     out = box.out("run", "--rm", "--network", "none", "--entrypoint", "echo", "busybox", "-n", "x")
     assert out == "x"

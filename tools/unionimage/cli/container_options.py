@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from unionimage.cli.parser import add_name_and_command
+
 
 def add_container_options(parser: argparse.ArgumentParser) -> None:
     """Everything about the container; how a command attaches to it is `run`'s and `start`'s."""
@@ -15,9 +17,7 @@ def add_container_options(parser: argparse.ArgumentParser) -> None:
     def flag(*names: str, help: str) -> None:
         add(*names, help=help, action="store_true")
 
-    parser.add_argument("image", metavar="IMAGE")
-    command = parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER)
-    command.required = False  # argparse names it among what is missing otherwise
+    add_name_and_command(parser, "image", "command", "the image, and a command instead of its own")
 
     add("--name", help="a name for the container")
     flag("--rm", help="remove the container when it ends")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from unionimage.cli.parser import add_name_and_command
 from unionimage.errors import Conflict
 
 EXAMPLE = """unionfuse exec web nginx -s reload
@@ -28,8 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("-u", "--user", metavar="USER[:GROUP]", help="who runs the command")
     add("--privileged", action="store_true", help="with all capabilities")
     add("--detach-keys", metavar="KEYS", help="default: ctrl-p,ctrl-q")
-    add("container", metavar="CONTAINER")
-    add("command", metavar="COMMAND", nargs=argparse.REMAINDER)
+    add_name_and_command(parser, "container", "command", "the container, and the command")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from unionimage.cli.verbs import ALIASES, VERBS
@@ -30,6 +31,32 @@ def add_grouped(verbs: argparse._SubParsersAction[argparse.ArgumentParser], grou
             what = VERBS[target[0]][1]
             what = f"{what[0].lower()}{what[1:]} ('unionfuse {' '.join(target)}')"
             verbs.add_parser(form[1], help=what, description=what)
+
+
+def add_name_and_command(
+    parser: argparse.ArgumentParser, name: str, command: str, help: str
+) -> None:
+    """Add an argument, and all that follows it as it is written: options, and `--`.
+
+    Args:
+        name, command: the attributes for the argument and for the list of what follows.
+    """
+
+    class Split(argparse.Action):
+        def __call__(
+            self,
+            parser: argparse.ArgumentParser,
+            namespace: argparse.Namespace,
+            values: str | Sequence[Any] | None,
+            option_string: str | None = None,
+        ) -> None:
+            words = list(values or ())
+            if words[0] == "--":  # the end of our own options
+                words.pop(0)
+            setattr(namespace, name, words[0])
+            setattr(namespace, command, words[1:])
+
+    parser.add_argument(name, metavar=name.upper(), nargs=argparse.PARSER, action=Split, help=help)
 
 
 class VerbParser(argparse.ArgumentParser):

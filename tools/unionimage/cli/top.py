@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from unionimage.cli.parser import add_name_and_command
 from unionimage.errors import Conflict, UserError
 
 EXAMPLE = """unionfuse top web aux
@@ -11,10 +12,8 @@ unionfuse top --json web"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("container", metavar="CONTAINER")
+    add_name_and_command(parser, "container", "options", "the container, and options of ps")
     parser.add_argument("--json", action="store_true", help="a line of JSON a process")
-    options = parser.add_argument("options", metavar="PS_OPTION", nargs=argparse.REMAINDER)
-    options.required = False  # argparse names it among what is missing otherwise
 
 
 def run(args: argparse.Namespace) -> int:
