@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from unionimage.cli.format import add_filter_option
+from unionimage.cli.format import add_filter_option, add_json_option
 
 EXAMPLE = """unionfuse events
 unionfuse events --since 10m --until 0s --filter event=die"""
@@ -19,13 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--until", metavar="TIME", help="end then")
     add_filter_option(parser, FILTERS, "-f")
     parser.add_argument("--format", metavar="TEMPLATE", help="json, or a template")
-    parser.add_argument(
-        "--json",
-        dest="format",
-        action="store_const",
-        const="json",
-        help="the same as --format json",
-    )
+    add_json_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _passes(event: dict[str, Any], wanted: dict[str, list[str]]) -> bool:
-    from unionimage.container.describe import has_label
+    from unionimage.labels import has_labels
 
     actor = event["Actor"]
     attributes = actor["Attributes"]
@@ -68,7 +62,7 @@ def _passes(event: dict[str, Any], wanted: dict[str, list[str]]) -> bool:
             case "event":
                 good = any(event["Action"].partition(":")[0] == value for value in values)
             case "label":
-                good = all(has_label(attributes, value) for value in values)
+                good = has_labels(attributes, values)
             case "type":
                 good = event["Type"] in values
             case _:

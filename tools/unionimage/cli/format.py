@@ -19,10 +19,15 @@ Row = Mapping[str, Any]
 
 
 def add_format_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--format` and `--json`, which is short for `--format json`."""
+    """Add `--format` and `--json`."""
     parser.add_argument(
         "--format", metavar="TEMPLATE", help="table (the default), json, or a template: '{{.ID}}'"
     )
+    add_json_option(parser)
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`, which is short for `--format json`."""
     parser.add_argument(
         "--json",
         dest="format",

@@ -8,6 +8,7 @@ from typing import Any
 
 from unionimage.cli.common import human_ago, human_size, local_time, open_store, parse_time
 from unionimage.cli.format import add_filter_option, add_format_options, filters, show
+from unionimage.labels import has_labels
 from unionimage.reference import Reference
 from unionimage.store import Image, Store
 
@@ -118,14 +119,8 @@ def _filtered(store: Store, images: list[Image], chosen: dict[str, list[str]]) -
     for value in chosen.get("dangling", []):
         wanted = value.lower() in ("true", "1")
         images = [image for image in images if (not image.names) == wanted]
-    for value in chosen.get("label", []):
-        key, equals, text = value.partition("=")
-        images = [
-            image
-            for image in images
-            if key in image.config.run.labels
-            and (not equals or image.config.run.labels[key] == text)
-        ]
+    if labels := chosen.get("label"):  # only then are the configs read
+        images = [image for image in images if has_labels(image.config.run.labels, labels)]
     for key, sign in (("before", 1), ("since", -1)):
         for value in chosen.get(key, []):
             limit = parse_time(store.image(value).created) or 0.0

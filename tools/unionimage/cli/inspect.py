@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from unionimage.cli.common import format_time, open_store
-from unionimage.cli.format import show_objects
+from unionimage.cli.format import add_json_option, show_objects
 from unionimage.errors import NotFound, UserError
 from unionimage.store import Image, Store
 
@@ -19,9 +19,7 @@ unionfuse inspect --format '{{.Config.Env}}' web
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--format", metavar="TEMPLATE", help="json or a template: '{{.Id}}'")
-    parser.add_argument(
-        "--json", dest="format", action="store_const", const="json", help="a JSON list"
-    )
+    add_json_option(parser)
     parser.add_argument("--type", choices=("container", "image"), help="only this kind")
     parser.add_argument("-s", "--size", action="store_true", help="sizes of containers as well")
     parser.add_argument("name", nargs="+", metavar="CONTAINER|IMAGE")

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from unionimage.errors import UserError
+from unionimage.labels import has_labels
 
 if TYPE_CHECKING:
     from unionimage.container.lifecycle import Engine
@@ -127,12 +128,11 @@ def _disconnect(engine: Engine, args: argparse.Namespace) -> None:
 
 def _list(engine: Engine, args: argparse.Namespace) -> None:
     from unionimage.cli.format import filters, show
-    from unionimage.container import describe
 
     wanted = filters(args.filter, FILTERS)
     rows: list[dict[str, Any]] = []
     for network in engine.networks.all():
-        if not all(describe.has_label(network["Labels"], one) for one in wanted.get("label", ())):
+        if not has_labels(network["Labels"], wanted.get("label", ())):
             continue
         if wanted.get("name") and not any(one in network["Name"] for one in wanted["name"]):
             continue

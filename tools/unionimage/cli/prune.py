@@ -9,6 +9,7 @@ import time
 from unionimage.cli.common import human_size, open_store, parse_time
 from unionimage.cli.format import filters
 from unionimage.errors import Conflict, UserError
+from unionimage.labels import has_labels
 from unionimage.mounts import forget_dead
 from unionimage.store import Image, Store, platforms
 from unionimage.store.files import remove
@@ -85,12 +86,8 @@ def _wanted(store: Store, image: Image, all: bool, chosen: dict[str, list[str]])
     for value in chosen.get("until", []):
         if (parse_time(image.created) or image.added) > _moment(value):
             return False
-    for value in chosen.get("label", []):
-        key, equals, text = value.partition("=")
-        labels = image.config.run.labels
-        if key not in labels or (equals and labels[key] != text):
-            return False
-    return True
+    labels = chosen.get("label")
+    return not labels or has_labels(image.config.run.labels, labels)
 
 
 def _moment(text: str) -> float:

@@ -15,15 +15,13 @@ unionfuse system prune -f"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    from unionimage.cli.format import add_filter_option, add_format_options
+    from unionimage.cli.format import add_filter_option, add_format_options, add_json_option
 
     verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     what = "show the host, the store and the runtime"
     info = verbs.add_parser("info", help=what, description=what)
     info.add_argument("-f", "--format", metavar="TEMPLATE", help="json, or a template")
-    info.add_argument(
-        "--json", dest="format", action="store_const", const="json", help="a JSON list"
-    )
+    add_json_option(info)
     what = "show what images, containers and volumes take"
     df = verbs.add_parser("df", help=what, description=what)
     df.add_argument("-v", "--verbose", action="store_true", help="one by one")
@@ -133,11 +131,11 @@ def _prune(engine: Engine, args: argparse.Namespace) -> int:
     from unionimage.cli.engine import confirm
     from unionimage.cli.format import filters
 
+    labels = filters(args.filter, ("label",)).get("label", [])
     if not args.force and not confirm(
         "This removes stopped containers, unused networks and unused images."
     ):
         return 1
-    labels = filters(args.filter, ("label",)).get("label", [])
     removed, freed = engine.prune_containers(labels)
     if removed:
         print("Deleted Containers:\n" + "\n".join(removed) + "\n")

@@ -7,6 +7,7 @@ import os
 import platform
 
 import unionfuse
+from unionimage.cli.format import add_json_option
 
 EXAMPLE = """unionfuse version
 unionfuse version --format '{{.Version}}'"""
@@ -14,9 +15,7 @@ unionfuse version --format '{{.Version}}'"""
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--format", metavar="TEMPLATE", help="json, or a template")
-    parser.add_argument(
-        "--json", dest="format", action="store_const", const="json", help="a JSON object"
-    )
+    add_json_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from unionimage.errors import UserError
+from unionimage.labels import has_labels
 
 if TYPE_CHECKING:
     from unionimage.container.lifecycle import Engine
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _list(engine: Engine, args: argparse.Namespace) -> None:
     from unionimage.cli.format import filters, show
-    from unionimage.container import describe, volumes
+    from unionimage.container import volumes
 
     wanted = filters(args.filter, FILTERS)
     containers = engine.containers.all()
@@ -86,7 +87,7 @@ def _list(engine: Engine, args: argparse.Namespace) -> None:
         dangling = wanted.get("dangling", ["either"])[0]
         if (dangling in ("true", "1") and used) or (dangling in ("false", "0") and not used):
             continue
-        if not all(describe.has_label(volume["Labels"], one) for one in wanted.get("label", ())):
+        if not has_labels(volume["Labels"], wanted.get("label", ())):
             continue
         if wanted.get("name") and not any(one in volume["Name"] for one in wanted["name"]):
             continue

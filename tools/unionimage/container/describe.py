@@ -11,6 +11,7 @@ from typing import Any
 
 from unionimage.container import networks
 from unionimage.container.state import NEVER, Container, Containers
+from unionimage.labels import has_labels
 
 FILTERS = (
     "ancestor",
@@ -198,17 +199,11 @@ def _passes(container: Container, filters: Mapping[str, Sequence[str]]) -> bool:
         if key in ("before", "since"):
             continue
         if key == "label":
-            if not all(has_label(container.config.get("Labels") or {}, text) for text in values):
+            if not has_labels(container.config.get("Labels") or {}, values):
                 return False
         elif not any(_matches(container, key, value) for value in values):
             return False
     return True
-
-
-def has_label(labels: Mapping[str, str], text: str) -> bool:
-    """Whether `NAME` or `NAME=VALUE` is among the labels."""
-    name, equals, value = text.partition("=")
-    return name in labels and (not equals or labels[name] == value)
 
 
 def _matches(container: Container, key: str, value: str) -> bool:

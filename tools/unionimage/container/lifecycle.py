@@ -20,6 +20,7 @@ from unionimage.container import networks, volumes, wire
 from unionimage.container.inventory import Inventory
 from unionimage.container.state import ALIVE, Container
 from unionimage.errors import Conflict, NotFound, UserError
+from unionimage.labels import has_labels
 
 if TYPE_CHECKING:
     from unionimage.store import Image, Store
@@ -186,10 +187,9 @@ class Engine(Inventory):
         self.containers.sweep()
         removed, freed = [], 0
         for container in self.all():
-            has = container.config.get("Labels") or {}
             if container.state()["Status"] in ALIVE:
                 continue
-            if all(describe.has_label(has, text) for text in labels):
+            if has_labels(container.config.get("Labels") or {}, labels):
                 size = describe.writable_size(container)
                 with contextlib.suppress(Conflict, NotFound):
                     self.remove(container)
@@ -201,13 +201,11 @@ class Engine(Inventory):
         self, labels: Sequence[str] = (), *, named: bool = False
     ) -> tuple[list[str], int]:
         """Remove volumes that no container has; names and freed bytes are returned."""
-        from unionimage.container import describe
-
         removed, freed = [], 0
         containers = self.containers.all()
         for volume in self.volumes.all():
             name = str(volume["Name"])
-            if not all(describe.has_label(volume["Labels"], text) for text in labels):
+            if not has_labels(volume["Labels"], labels):
                 continue
             if (named or volumes.is_anonymous(volume)) and not volumes.users_of(name, containers):
                 size = volumes.size(volume)
@@ -218,15 +216,13 @@ class Engine(Inventory):
 
     def prune_networks(self, labels: Sequence[str] = ()) -> list[str]:
         """Remove networks that no container has; their names are returned."""
-        from unionimage.container import describe
-
         containers = self.containers.all()
         unused = [
             str(network["Name"])
             for network in self.networks.all()
             if network["Name"] not in networks.SPECIAL
             and not networks.users_of(network["Name"], containers)
-            and all(describe.has_label(network["Labels"], text) for text in labels)
+            and has_labels(network["Labels"], labels)
         ]
         return [self.networks.remove(name, containers) for name in unused]
 
