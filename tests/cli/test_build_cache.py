@@ -15,9 +15,9 @@ from harness.building import (
     command_lines,
     context,
     made,
-    until,
     write_files,
 )
+from harness.waiting import wait_until
 from unionimage.store import Store
 
 
@@ -159,12 +159,12 @@ def test_a_killed_build_leaves_nothing_behind(builder: Builder, tmp_path: Path) 
     for line in process.stderr:
         if b"RUN sleep 77" in line:
             break
-    until(lambda: any(b"sleep\x0077" in words for words in command_lines()))
+    wait_until(lambda: any(b"sleep\x0077" in words for words in command_lines()), 20)
     process.kill()
     process.wait()
     process.stderr.close()
     staging = os.fsencode(builder.root / "staging")
-    until(lambda: not any(b"sleep\x0077" in w or staging in w for w in command_lines()))
+    wait_until(lambda: not any(b"sleep\x0077" in w or staging in w for w in command_lines()), 20)
     context(tmp_path, "RUN echo k1 > /k1\nRUN echo k2 > /k2\n")
     assert made(builder, tmp_path) == ["RUN echo k2 > /k2"]
     assert os.listdir(staging) == []
@@ -193,5 +193,5 @@ def test_a_build_killed_at_any_step_leaves_a_store_that_is_whole(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "new/file" in builder.tree("killed")
     staging = os.fsencode(builder.root / "staging")
-    until(lambda: not any(staging in words for words in command_lines()))
+    wait_until(lambda: not any(staging in words for words in command_lines()), 20)
     assert builder.run("images", "-q").stdout.split()

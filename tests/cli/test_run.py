@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from harness.containers import COMMAND, Box, wait_until
+from harness.containers import COMMAND, Box
+from harness.waiting import wait_until
 
 
 def test_output_and_exit_code_are_those_of_the_process(box: Box) -> None:

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from harness.containers import COMMAND, Box, monitor_of, nothing_left, wait_until
+from harness.containers import COMMAND, Box, monitor_of, nothing_left
+from harness.waiting import wait_until
 
 
 def alive(pid: int) -> bool:

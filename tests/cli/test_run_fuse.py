@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from harness.containers import Box, boxed, leftovers, monitor_of, nothing_left, wait_until
+from harness.containers import Box, boxed, leftovers, monitor_of, nothing_left
+from harness.waiting import wait_until
 
 from unionfuse import mounting
 

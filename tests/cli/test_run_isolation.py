@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from harness.containers import Box, wait_until
+from harness.containers import Box
+from harness.waiting import wait_until
 
 RUNTIMES = pytest.mark.parametrize("runtime", ["crun", "runc"])
 LEGACY = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes").exists()

@@ -7,7 +7,8 @@ import sys
 import urllib.request
 from pathlib import Path
 
-from harness.containers import Box, wait_until
+from harness.containers import Box
+from harness.waiting import wait_until
 
 SERVER = "mkdir /www; echo page > /www/index.html; exec httpd -f -p 80 -h /www"
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness.containers import busybox_tar, wait_until
+from harness.containers import busybox_tar
+from harness.waiting import wait_until
 
 PROGRAM = "import sys\nfrom unionimage.cli import main\nsys.exit(main())\n"
 REPOSITORY = Path(__file__).resolve().parents[2]

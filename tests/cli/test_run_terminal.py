@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness.containers import COMMAND, Box, wait_until
+from harness.containers import COMMAND, Box
+from harness.waiting import wait_until
 
 
 class Screen:

@@ -13,6 +13,7 @@ fuzzing*.py    what scripts/fuzz runs: readers of what strangers send, and those
 torture.py     programs that write without pause and check all that they read
 disks.py       real file systems in a file
 scenarios.py   single operations for the tests that disturb them
+waiting.py     waiting for what nobody reports
 users.py       a function run as another user, or in namespaces of its own
 debian.py      a real Debian tree, kept in ``.cache``
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,15 +184,6 @@ def nothing_left(box: Box, marks: tuple[str, ...] = ()) -> bool:
         time.sleep(0.05)
     assert left == nothing
     return True
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 10, what: str = "it") -> Any:
-    """Ask again until the answer is true; fail when it takes too long."""
-    deadline = time.monotonic() + seconds
-    while not (answer := condition()):
-        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
-        time.sleep(0.05)
-    return answer
 
 
 def boxed(directory: Path, driver: str = "overlay") -> Iterator[Box]:

@@ -43,6 +43,7 @@ def in_child(
                 before()
                 answer = (True, function(*args))
             except Exception as error:
+                error.add_note("".join(traceback.format_tb(error.__traceback__)))
                 answer = (False, _portable(error))
             with open(writing, "wb") as pipe:
                 pickle.dump(answer, pipe)

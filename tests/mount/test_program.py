@@ -18,6 +18,7 @@ import pytest
 from harness import linux
 from harness.mounts import is_mounted, remove_tree, staging_files, unionfuse_command
 from harness.users import as_user
+from harness.waiting import wait_until
 
 import unionfuse.__main__
 import unionfuse.daemon  # now: a user that a test becomes could not read it any more
@@ -154,13 +155,9 @@ def test_a_signal_that_comes_before_the_keeper_listens_is_not_lost(place: Place)
     words = [sys.executable, "-c", script + "sys.exit(main())", "-f", *place.words(keeper="on")]
     process = subprocess.Popen(words)
     try:
-        while not is_mounted(place.mnt):
-            assert process.poll() is None
-            time.sleep(0.01)
+        wait_until(lambda: is_mounted(place.mnt), 20, "the mount")
         process.send_signal(signal.SIGUSR1)
-        while "requests=" not in place.log.read_text():
-            assert process.poll() is None
-            time.sleep(0.01)
+        wait_until(lambda: "requests=" in place.log.read_text(), 20, "the line")
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
         assert not is_mounted(place.mnt)
@@ -216,8 +213,7 @@ def test_a_signal_ends_a_mount_that_is_in_use(place: Place) -> None:
     file = os.open(place.mnt / "file", os.O_RDONLY)
     daemon = place.daemon()
     signal.pidfd_send_signal(daemon, signal.SIGTERM)
-    while is_mounted(place.mnt):
-        time.sleep(0.01)
+    wait_until(lambda: not is_mounted(place.mnt), what="the unmount")
     assert os.read(file, 10) == b"lower"  # those who have files open get a moment
     assert ended(daemon)
     with contextlib.suppress(OSError):
@@ -230,23 +226,12 @@ def test_sigusr1_logs_a_line(place: Place) -> None:
     with open(place.mnt / "file"):
         signal.pidfd_send_signal(daemon, signal.SIGUSR1)
         os.close(daemon)
-        for _ in range(500):
-            if place.log.read_text():
-                break
-            time.sleep(0.01)
-    assert re.search(r"nodes=\d+ open=\d+ requests=\d+", place.log.read_text())
+        line = re.compile(r"nodes=\d+ open=\d+ requests=\d+\n")
+        wait_until(lambda: line.search(place.log.read_text()), what="the line")
 
 
-def test_a_warning_reaches_who_mounts_and_the_log(place: Place) -> None:
-    switch = Path("/sys/module/fuse/parameters/enable_uring")
-    before = switch.read_text() if switch.exists() else ""
-    try:
-        if before.strip() == "Y":
-            switch.write_text("N")
-        result = place.mount("uring=on")
-    finally:
-        if before.strip() == "Y":
-            switch.write_text(before)
+def test_a_warning_reaches_who_mounts_and_the_log(place: Place, no_uring: None) -> None:
+    result = place.mount("uring=on")
     assert result.returncode == 0
     assert result.stderr.startswith("unionfuse: uring=on: the kernel does not offer it")
     assert result.stderr.count("\n") == 1 and "enable_uring" in place.log.read_text()
@@ -267,9 +252,7 @@ def test_debug_stays_in_front_and_prints_requests(place: Place, option: str) -> 
     process = subprocess.Popen(
         unionfuse_command("-d", *words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    while not is_mounted(place.mnt):
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until(lambda: is_mounted(place.mnt), 20, "the mount")
     os.mkdir(place.mnt / "a-name")
     linux.umount(place.mnt)
     said, _ = process.communicate(timeout=10)

@@ -1,12 +1,11 @@
 """Any requests whatsoever, through both doors: each is answered, and nothing below is harmed."""
 
-import os
 import tempfile
-import traceback
 from pathlib import Path
 
 import pytest
 from harness.malformed import Door, clean
+from harness.users import in_child
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -45,16 +44,7 @@ def _run(directory: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["lane", "pyfuse3"])
 def test_any_request_is_answered(kind: str) -> None:
     directory = Path(tempfile.mkdtemp(dir="/dev/shm"))
-    child = os.fork()  # there can be one pyfuse3 in a process
-    if child == 0:
-        code = 1
-        try:
-            _run(directory, kind)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    clean(directory)
-    assert code == 0
+    try:
+        in_child(_run, directory, kind)  # there can be one pyfuse3 in a process
+    finally:
+        clean(directory)
