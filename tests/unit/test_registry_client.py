@@ -152,7 +152,7 @@ def test_trouble_is_tried_again_with_growing_pauses(
 
 def test_retry_after_is_honoured_and_a_long_one_is_told(hostile: Hostile, client: Client) -> None:
     hostile.add_manifest("1", {"schemaVersion": 2})
-    hostile.trap("GET", status(429, Retry_After="7"))
+    hostile.trap("GET .*/manifests", status(429, Retry_After="7"))
     client.repository.manifest("1")
     assert client.pauses == [7.0]
     hostile.trap("GET", status(429, Retry_After="3600"), times=-1)

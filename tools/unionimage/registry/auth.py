@@ -219,7 +219,11 @@ class Authorizer:
         if transport is None:
             lenient = self.transport.insecure and _same_site(parts.hostname, host)
             transport = Transport(
-                parts.netloc, lenient, limits=self.transport.limits, sleep=self.transport.sleep
+                parts.netloc,
+                lenient,
+                limits=self.transport.limits,
+                sleep=self.transport.sleep,
+                scheme=parts.scheme,
             )
             self._realms[parts.netloc] = transport
         return transport

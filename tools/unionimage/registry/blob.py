@@ -6,12 +6,11 @@ import re
 from collections.abc import Callable
 from typing import Protocol
 
-from urllib3.exceptions import HTTPError
-
 from unionimage.digest import CHUNK, Digest
 from unionimage.errors import BadContent
 from unionimage.registry.errors import RegistryError, RegistryStatusError
-from unionimage.registry.transport import Pace, Response, Transport, finish
+from unionimage.registry.http import HttpError, Response
+from unionimage.registry.transport import Pace, Transport, finish
 from unionimage.spec import Descriptor
 
 Progress = Callable[[int], None]
@@ -73,7 +72,7 @@ class BlobReader:
             try:
                 data = self._some(size)
                 break
-            except (HTTPError, OSError) as error:
+            except (HttpError, OSError) as error:
                 self._failed(self._origin.transport.explain(error, self._url), error)
             except RegistryStatusError as error:
                 if error.status != 429 and error.status < 500:
@@ -108,9 +107,9 @@ class BlobReader:
             return b""
         data = self._response.read1(min(size, left))
         if not data:
-            declared = self._response.headers.get("Content-Length")
+            declared = "Content-Length" in self._response.headers
             self.close()
-            if declared is not None:
+            if declared:
                 raise self._bad(f"ends after {self.position} of {self._descriptor.size} bytes")
             raise ConnectionResetError("the answer ended early")
         self._pace.count(len(data))

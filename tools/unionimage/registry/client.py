@@ -22,13 +22,8 @@ from unionimage.reference import Reference
 from unionimage.registry.auth import Authorizer, parse_challenges
 from unionimage.registry.blob import BlobReader, Progress
 from unionimage.registry.errors import RegistryError, RegistryStatusError, printable
-from unionimage.registry.transport import (
-    Body,
-    Response,
-    Transport,
-    finish,
-    status_error,
-)
+from unionimage.registry.http import Response
+from unionimage.registry.transport import Body, Transport, finish, status_error
 from unionimage.spec import (
     DOCKER_LIST,
     DOCKER_MANIFEST,

@@ -6,39 +6,24 @@ and this module takes it out again when an answer leads to another host.
 
 from __future__ import annotations
 
-import datetime
-import email.utils
 import ipaddress
 import os
 import random
-import socket
-import ssl
+import sys
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
-import urllib3
-from urllib3.exceptions import (
-    ConnectTimeoutError,
-    HTTPError,
-    InsecureRequestWarning,
-    MaxRetryError,
-    NameResolutionError,
-    NewConnectionError,
-    ReadTimeoutError,
-    SSLError,
-)
-
 from unionfuse import __version__
+from unionimage.registry import http
 from unionimage.registry.errors import RegistryError, RegistryStatusError, printable
+from unionimage.registry.http import HttpError, Response
 
-# Unverified connections are made where the user asked for them, and to loopback.
-urllib3.disable_warnings(InsecureRequestWarning)
+if TYPE_CHECKING:
+    import ssl
 
-Response = urllib3.BaseHTTPResponse
 Body = bytes | Callable[[], Iterator[bytes]] | None
 
 CERTIFICATES = "/etc/docker/certs.d"
@@ -94,46 +79,44 @@ def is_loopback(host: str) -> bool:
 class Transport:
     """A connection pool to one registry, `HOST[:PORT]`.
 
-    Plain HTTP and unverified certificates are used for the local host and where `insecure` says so,
-    by docker's rule: TLS is tried first, and plain HTTP only if the other side does not speak it.
+    Plain HTTP and unverified certificates are used for the local host and where `insecure` says so.
+    Elsewhere than on the local host TLS is tried first (docker's rule), and plain HTTP only if the
+    other side does not speak it; on it plain HTTP is, which nobody can overhear. None of this where
+    `scheme` is given: http or https.
     """
 
     host: str
     insecure: bool = False
     limits: Limits = field(default_factory=Limits.from_environment)
     sleep: Callable[[float], None] = time.sleep
+    scheme: str | None = None
 
     def __post_init__(self) -> None:
         self.lenient = self.insecure or is_loopback(self.host)
-        self._scheme: str | None = None
         self.aborted = False
-        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-        self._pool = _pool_manager(self.host, self.lenient, self._sockets)
+        self._pool = _pool(self.host, self.lenient)
         # Hosts that a redirect leads to get strict TLS, whatever this registry's is.
-        self._strict_pool: urllib3.PoolManager | None = None if self.lenient else self._pool
+        self._strict_pool: http.Pool | None = None if self.lenient else self._pool
 
     def abort(self) -> None:
         """End every connection, in whatever thread it waits; nothing is sent or tried any more."""
         self.aborted = True
-        for connected in list(self._sockets):
-            try:
-                with socket.socket(fileno=os.dup(connected.fileno())) as same:
-                    same.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # it has just ended by itself
+        self._pool.abort()
+        if self._strict_pool is not None:
+            self._strict_pool.abort()
 
     def close(self) -> None:
         """Drop all idle connections."""
-        self._pool.clear()
+        self._pool.close()
         if self._strict_pool is not None:
-            self._strict_pool.clear()
+            self._strict_pool.close()
 
     @property
     def base(self) -> str:
         """`https://HOST` or `http://HOST`; the first use asks the registry which one it speaks."""
-        if self._scheme is None:
-            self._scheme = self._find_scheme()
-        return f"{self._scheme}://{self.host}"
+        if self.scheme is None:
+            self.scheme = self._find_scheme()
+        return f"{self.scheme}://{self.host}"
 
     def is_home(self, url: str) -> bool:
         """Whether `url` belongs to this registry: same scheme, host and port."""
@@ -168,7 +151,7 @@ class Transport:
                 raise RegistryError(self.host, "the transfer was stopped")
             try:
                 response = self._follow(method, url, dict(headers or {}), body)
-            except (HTTPError, OSError) as error:
+            except (HttpError, OSError) as error:
                 if attempt >= attempts or _is_final(error):
                     raise self.explain(error, url) from error
                 self.pause(attempt)
@@ -185,13 +168,13 @@ class Transport:
         """The whole body of `response`, refused when longer than `limit` bytes or too slow."""
         try:
             data = _read(response, limit + 1, self.limits.stall)
-        except (HTTPError, OSError) as error:
+        except (HttpError, OSError) as error:
             response.close()
             raise self.explain(error, self.base) from error
         if len(data) > limit:
             response.close()
             raise RegistryError(what, f"is longer than {limit} bytes", "tell its operator")
-        response.release_conn()
+        response.release()
         return data
 
     def pause(self, attempt: int, wait: float | None = None) -> None:
@@ -204,39 +187,38 @@ class Transport:
     def explain(self, error: Exception, url: str) -> RegistryError:
         """The user's error for a failed connection or transfer."""
         host = urlsplit(url).netloc or self.host
-        cause = error.reason if isinstance(error, MaxRetryError) and error.reason else error
-        if isinstance(cause, NameResolutionError):
+        if isinstance(error, http.NameUnknown):
             return RegistryError(host, "the name cannot be looked up", "check it, and the network")
-        if isinstance(cause, NewConnectionError):
-            reason = str(cause).rpartition("] ")[2] or "no connection"
+        if isinstance(error, http.NoConnection):
             return RegistryError(
-                host, f"cannot connect: {printable(reason)}", "check the address and the network"
+                host,
+                f"cannot connect: {printable(str(error))}",
+                "check the address and the network",
             )
-        if isinstance(cause, ConnectTimeoutError):
+        if isinstance(error, http.NoConnectionInTime):
             return RegistryError(host, "no connection in time", "check the network, then try again")
-        if isinstance(cause, (SSLError, ssl.SSLError)):
-            return _explain_tls(host, cause)
-        if isinstance(cause, (ReadTimeoutError, TimeoutError)):
+        if _is_of_tls(error):
+            return _explain_tls(host, error)
+        if isinstance(error, TimeoutError):
             return RegistryError(
                 host, f"no byte came for {self.limits.stall:g} seconds", "try again later"
             )
-        if isinstance(cause, InsecureRedirect):
+        if isinstance(error, InsecureRedirect):
             return RegistryError(
                 host,
-                f"redirects from TLS to plain HTTP: {printable(str(cause))}",
+                f"redirects from TLS to plain HTTP: {printable(str(error))}",
                 "its operator has to mend this",
             )
-        if isinstance(cause, TooManyRedirects):
+        if isinstance(error, TooManyRedirects):
             return RegistryError(host, "redirects in a circle", "its operator has to mend this")
         return RegistryError(
-            host, f"the connection broke ({printable(str(cause))})", "try again later"
+            host, f"the connection broke ({printable(str(error))})", "try again later"
         )
 
     def _follow(self, method: str, url: str, headers: dict[str, str], body: Body) -> Response:
         """One request and, for GET and HEAD, the redirects that answer it."""
         for _ in range(MAX_REDIRECTS + 1):
             response = self._send(method, url, headers, body)
-            response.url = url  # urllib3 knows the path alone
             location = response.headers.get("Location")
             if response.status not in REDIRECTS or not location:
                 return response
@@ -258,67 +240,65 @@ class Transport:
     def _send(self, method: str, url: str, headers: Mapping[str, str], body: Body) -> Response:
         pool = self._pool if self.is_home(url) else self._pool_for_strangers(url)
         limits = self.limits
-        if method in ("GET", "HEAD"):
-            timeout = urllib3.Timeout(connect=limits.connect, read=limits.stall)
-        else:
-            # The limit for connecting also holds for each send; and what was sent may keep a
-            # registry busy (verifying, moving to its storage) before it answers.
-            timeout = urllib3.Timeout(connect=limits.stall, read=limits.stall * BUSY)
+        patience = http.Patience(limits.connect, limits.stall)
+        if method not in ("GET", "HEAD"):
+            # What was sent may keep a registry busy (verifying, moving to its storage) before it
+            # answers.
+            patience = http.Patience(limits.stall, limits.stall * BUSY)
         return pool.request(
             method,
             url,
-            body=body() if callable(body) else body,
-            headers={"User-Agent": f"unionfuse/{__version__}", **headers},
-            timeout=timeout,
-            redirect=False,
-            preload_content=False,
-            decode_content=False,
+            {"User-Agent": f"unionfuse/{__version__}", **headers},
+            body() if callable(body) else body,
+            patience,
         )
 
-    def _pool_for_strangers(self, url: str) -> urllib3.PoolManager:
+    def _pool_for_strangers(self, url: str) -> http.Pool:
         if self.lenient and is_loopback(urlsplit(url).netloc):
             return self._pool
         if self._strict_pool is None:
-            self._strict_pool = _pool_manager(urlsplit(url).netloc, False, self._sockets)
+            self._strict_pool = _pool(urlsplit(url).netloc, False)
         return self._strict_pool
 
     def _find_scheme(self) -> str:
         if not self.lenient:
             return "https"
+        if is_loopback(self.host) and self._speaks("http"):
+            return "http"  # without the cost of TLS, and of a greeting that is not understood
+        return "https" if self._speaks("https") else "http"
+
+    def _speaks(self, scheme: str) -> bool:
+        """Whether there is a registry that is spoken to so. No secret is sent.
+
+        Raises:
+            RegistryError: nobody is there.
+        """
+        url = f"{scheme}://{self.host}/v2/"
+        patience = http.Patience(self.limits.connect, self.limits.stall)
         try:
-            self._probe("https")
-        except (SSLError, ssl.SSLError, MaxRetryError, HTTPError, OSError) as error:
-            cause = error.reason if isinstance(error, MaxRetryError) and error.reason else error
-            if isinstance(cause, (ReadTimeoutError, ConnectTimeoutError, NameResolutionError)):
-                raise self.explain(error, f"https://{self.host}/") from error
-            return "http"
-        return "https"
-
-    def _probe(self, scheme: str) -> None:
-        timeout = urllib3.Timeout(connect=self.limits.connect, read=self.limits.stall)
-        answer = self._pool.request(
-            "GET",
-            f"{scheme}://{self.host}/v2/",
-            redirect=False,
-            timeout=timeout,
-            preload_content=False,
-        )
+            answer = self._pool.request("GET", url, {}, None, patience)
+        except http.ProxyRefuses:
+            return False
+        except (*http.NOBODY_THERE, TimeoutError) as error:
+            raise self.explain(error, url) from error
+        except (HttpError, OSError):
+            return False
         finish(answer)
+        # What speaks TLS answers a plain request with a 400, or leads away.
+        return scheme == "https" or answer.status not in {400, *REDIRECTS}
 
 
-class InsecureRedirect(HTTPError):
+class InsecureRedirect(HttpError):
     """A redirect from TLS to plain HTTP, or to something that is not HTTP."""
 
 
-class TooManyRedirects(HTTPError):
+class TooManyRedirects(HttpError):
     """More than `MAX_REDIRECTS` in a row."""
 
 
-def origin(url: str) -> tuple[str, str, int]:
+def origin(url: str) -> http.Address:
     """Scheme, host and port of `url`: what has to be equal for a secret to be sent along."""
-    parts = urlsplit(url)
-    port = parts.port or {"https": 443, "http": 80}.get(parts.scheme, 0)
-    return parts.scheme, (parts.hostname or "").lower(), port
+    return http.Address.of(url)
 
 
 def status_error(response: Response, subject: str) -> RegistryStatusError:
@@ -329,7 +309,7 @@ def status_error(response: Response, subject: str) -> RegistryStatusError:
     """
     try:
         data = _read(response, ERROR_BODY_LIMIT, ERROR_BODY_SECONDS)
-    except (HTTPError, OSError):
+    except (HttpError, OSError):
         data = b""
     finish(response)
     return RegistryStatusError.from_answer(
@@ -372,10 +352,10 @@ def finish(response: Response) -> None:
     """Read the rest of a body, even an empty one, so that its connection can be used again."""
     try:
         if len(_read(response, ERROR_BODY_LIMIT, ERROR_BODY_SECONDS)) < ERROR_BODY_LIMIT:
-            response.release_conn()
+            response.release()
         else:
             response.close()
-    except (HTTPError, OSError):
+    except (HttpError, OSError):
         response.close()
 
 
@@ -386,6 +366,9 @@ def _retry_after(response: Response) -> float | None:
         return None
     if text.isascii() and text.isdigit():
         return float(text[:9])
+    import datetime
+    import email.utils
+
     try:
         moment = email.utils.parsedate_to_datetime(text)
     except ValueError:
@@ -397,19 +380,14 @@ def _retry_after(response: Response) -> float | None:
 
 def _is_final(error: Exception) -> bool:
     """Whether trying again cannot help: certificates, redirects, nobody there."""
-    cause: Any = error.reason if isinstance(error, MaxRetryError) else error
-    return isinstance(
-        cause,
-        (
-            SSLError,
-            ssl.SSLError,
-            InsecureRedirect,
-            TooManyRedirects,
-            NameResolutionError,
-            NewConnectionError,
-            ConnectTimeoutError,
-        ),
-    )
+    final = (InsecureRedirect, TooManyRedirects, *http.NOBODY_THERE)
+    return isinstance(error, final) or _is_of_tls(error)
+
+
+def _is_of_tls(error: Exception) -> bool:
+    """Whether TLS raised it, which is imported where it is used."""
+    tls = sys.modules.get("ssl")
+    return tls is not None and isinstance(error, tls.SSLError)
 
 
 def _explain_tls(host: str, error: Exception) -> RegistryError:
@@ -426,42 +404,13 @@ def _explain_tls(host: str, error: Exception) -> RegistryError:
     )
 
 
-def _pool_manager(
-    host: str, lenient: bool, sockets: weakref.WeakSet[socket.socket]
-) -> urllib3.PoolManager:
-    """A pool for `host`, through the proxy that the environment names (never for loopback).
-
-    Args:
-        sockets: is told of every connection.
-    """
-    manager = _plain_manager(host, lenient)
-    manager.pool_classes_by_scheme = {
-        scheme: _noting(pool, sockets) for scheme, pool in manager.pool_classes_by_scheme.items()
-    }
-    return manager
-
-
-def _noting(pool: Any, sockets: weakref.WeakSet[socket.socket]) -> type[Any]:
-    """The same kind of pool, whose connections note their sockets."""
-
-    base: Any = pool.ConnectionCls
-
-    def connect(connection: Any) -> None:
-        base.connect(connection)
-        sockets.add(connection.sock)
-
-    noting = type(base.__name__, (base,), {"connect": connect})
-    return type(pool.__name__, (pool,), {"ConnectionCls": noting})
-
-
-def _plain_manager(host: str, lenient: bool) -> urllib3.PoolManager:
-    context = _tls_context(host, lenient)
+def _pool(host: str, lenient: bool) -> http.Pool:
+    """A pool for `host`, through the proxy that the environment names (never for loopback)."""
     proxy = None if is_loopback(host) else _proxy(host)
-    if proxy is None:
-        return urllib3.PoolManager(num_pools=8, maxsize=8, retries=False, ssl_context=context)
-    return urllib3.ProxyManager(
-        proxy, num_pools=8, maxsize=8, retries=False, ssl_context=context, proxy_ssl_context=None
-    )
+    try:
+        return http.Pool(lambda: _tls_context(host, lenient), proxy)
+    except HttpError as error:
+        raise RegistryError(printable(str(proxy)), str(error), "mend https_proxy") from None
 
 
 def _proxy(host: str) -> str | None:
@@ -478,6 +427,8 @@ def _proxy(host: str) -> str | None:
 
 def _tls_context(host: str, lenient: bool) -> ssl.SSLContext:
     """TLS for `host`, with the authorities and client keys of /etc/docker/certs.d/HOST added."""
+    import ssl
+
     if lenient:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
