@@ -1,19 +1,23 @@
-"""Mounting without starting an interpreter for it: the mount program in a fork of this process, or
-of one that has imported everything already, the spawner.
+"""Doing things without starting an interpreter for it: in a fork of this process, or of one that
+has imported everything already, the spawner.
 
-Starting an interpreter and importing takes longer than mounting; forked daemons also share the
-memory of what was imported. The spawner is only ever a short cut: `mount` tells when there is none,
-or one that must not be used (another version of the files, another mount namespace, another user),
-and the caller forks by itself. A spawner that nobody asks for five minutes, or whose socket is
-gone, ends; the daemons that it forked do not depend on it.
+Starting an interpreter and importing takes longer than mounting; forked processes also share the
+memory of what was imported. The spawner is only ever a short cut: `ask` tells when there is none,
+and the caller does it by itself. There is one for each version of the files and for each kind of
+surroundings (user, namespaces, cgroup, limits, capabilities …), so that what it forks is as if the
+caller had forked it. A spawner that nobody asks for five minutes, or whose socket is gone, ends;
+what it forked does not depend on it.
 
-A request is one message: JSON with the words of the command line, the working directory and the
-mount namespace, and the descriptor that becomes standard error. The answer is the exit code.
+A request is one message: JSON with the name of a task, its argument, the caller's environment and
+working directory, and the descriptors that the task needs. The answer is one message of JSON; that
+there is none says that the task was not done.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import functools
 import gc
 import importlib
 import json
@@ -24,17 +28,104 @@ import struct
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 IDLE = 300.0  # seconds
-LONGEST_REQUEST = 1 << 18
-NICE = 10  # for its own start: nobody waits for that
+LONGEST_MESSAGE = 1 << 18
+MOST_DESCRIPTORS = 4
+INHERITED = ("Umask", "Uid", "Gid", "Groups", "Cap", "NoNewPrivs", "Seccomp", "Cpus_allowed")
+
+Task = Callable[[Any, list[int]], Any]
+"""Gets the argument of a request and its descriptors; what it returns is answered."""
 
 
-def socket_of(directory: Path) -> Path:
-    """Where the spawner of these very files listens, below a directory that is the user's own."""
-    return directory / f"spawner-{_version():x}"
+def socket_of(directory: Path, packages: Iterable[Path] = ()) -> Path:
+    """Where a spawner of these very files listens that may be used from here.
+
+    Args:
+        directory: the user's own.
+        packages: directories of Python files that it has imported, besides those of this package.
+    """
+    here = Path(__file__).parent
+    version = _version((here, here / "express", here / "survival", *packages))
+    return directory / f"spawner-{version:x}-{_surroundings():08x}"
+
+
+def _version(packages: Iterable[Path]) -> int:
+    """Changes when a file of the packages does, or the interpreter."""
+    newest = max(
+        entry.stat().st_mtime_ns
+        for package in packages
+        for entry in os.scandir(package)
+        if entry.name.endswith((".py", ".so"))
+    )
+    return newest ^ zlib.crc32(sys.prefix.encode()) << 64
+
+
+def _surroundings() -> int:
+    """Changes with all that a child inherits, save environment and working directory."""
+    spaces = "/proc/self/ns"
+    told = [f"{name} {os.stat(f'{spaces}/{name}').st_ino}" for name in os.listdir(spaces)]
+    told.append(str(os.getpriority(os.PRIO_PROCESS, 0)))
+    for name in ("cgroup", "limits", "oom_score_adj", "attr/current"):
+        with contextlib.suppress(OSError):
+            told.append(Path("/proc/self", name).read_text())
+    status = Path("/proc/self/status").read_text().splitlines()
+    told += [line for line in status if line.startswith(INHERITED)]
+    return zlib.crc32("\n".join(told).encode())
+
+
+# --- asking -----------------------------------------------------------------------------------
+
+
+def ask(path: Path, task: str, argument: Any, descriptors: Sequence[int]) -> Any:
+    """Have the spawner that listens at `path` do something; its answer, None when there is none.
+
+    Args:
+        descriptors: one to four of them, for the task; the first becomes its standard error.
+    """
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    request = {
+        "task": task,
+        "argument": argument,
+        "cwd": os.getcwd(),
+        "environment": dict(os.environ),
+    }
+    with client:
+        try:
+            client.connect(_short(path))
+            if _user_of(client) != os.geteuid():
+                return None
+            socket.send_fds(client, [json.dumps(request).encode()], descriptors)
+            answer = client.recv(LONGEST_MESSAGE)
+        except OSError:
+            return None
+    return json.loads(answer) if answer else None
+
+
+@functools.cache
+def start(path: Path, module: str) -> None:
+    """Start a spawner in the background, of use to the next caller: `python -m MODULE PATH LOCK`.
+
+    Of those that begin at the same time one goes on.
+    """
+    if os.fork() != 0:
+        return
+    try:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(null, number)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        lock = os.open(path.parent / "spawner.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.set_inheritable(lock, True)
+        os.chdir("/")
+        os.execv(sys.executable, [sys.executable, "-m", module, str(path), str(lock)])
+    finally:
+        os._exit(1)
 
 
 def forked(words: Sequence[str]) -> tuple[int, str]:
@@ -54,7 +145,7 @@ def forked(words: Sequence[str]) -> tuple[int, str]:
                 # The caller may have had other streams in their place, as tests do.
                 streams = os.fdopen(2, "w", errors="backslashreplace", closefd=False)
                 sys.stdout = sys.stderr = streams
-                code = _run(words)
+                code = mount(words)
             finally:
                 os._exit(code)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -62,73 +153,24 @@ def forked(words: Sequence[str]) -> tuple[int, str]:
         return code, messages.read().decode(errors="replace")
 
 
-def _run(words: Sequence[str]) -> int:
-    """The mount program itself; in a child of the process that was asked."""
+def mount(words: Sequence[str], _: Sequence[int] = ()) -> int:
+    """The mount program itself, in a process that was forked for it; returns its exit code."""
     from unionfuse.__main__ import main
 
-    with contextlib.suppress(OSError):
-        Path("/proc/self/comm").write_text("unionfuse")
+    _call_it_unionfuse()
     code = main(list(words))
     sys.stderr.flush()
     return code
 
 
-def _version() -> int:
-    """Changes when a file of this package does, or the interpreter."""
-    here = Path(__file__).parent
-    files = [
-        entry
-        for place in (here, here / "express", here / "survival")
-        for entry in os.scandir(place)
-        if entry.name.endswith((".py", ".so"))
-    ]
-    newest = max(entry.stat().st_mtime_ns for entry in files)
-    return newest ^ zlib.crc32(sys.prefix.encode()) << 64
+# --- the spawner ------------------------------------------------------------------------------
 
 
-def mount(directory: Path, words: Sequence[str], stderr: int) -> int | None:
-    """Have `unionfuse WORDS` run by the spawner; its exit code, or None when there is none.
+def serve(path: Path, lock: int, tasks: Mapping[str, Task]) -> None:
+    """Listen at `path` and fork; returns when it is not needed any more.
 
-    Args:
-        directory: where its socket is.
-        stderr: a descriptor for messages.
+    Import what the tasks need before. `lock` is closed when there is a spawner at `path`.
     """
-    client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    with client:
-        try:
-            client.connect(_short(socket_of(directory)))
-            if _user_of(client) != os.geteuid():
-                return None
-            request = {"words": list(words), "cwd": os.getcwd(), "namespace": _namespace()}
-            socket.send_fds(client, [json.dumps(request).encode()], [stderr])
-            answer = client.recv(1)
-        except OSError:
-            return None
-    return answer[0] if answer and answer[0] != REFUSED else None
-
-
-REFUSED = 255
-
-
-def start(directory: Path) -> None:
-    """Start a spawner in the background; it is of use to the next caller."""
-    if os.fork() != 0:
-        return
-    try:
-        os.setsid()
-        null = os.open(os.devnull, os.O_RDWR)
-        for number in (0, 1, 2):
-            os.dup2(null, number)
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-        os.nice(NICE)
-        os.chdir("/")
-        os.execv(sys.executable, [sys.executable, "-m", "unionfuse.spawner", str(directory)])
-    finally:
-        os._exit(1)
-
-
-def serve(path: Path) -> None:
-    """Listen at `path` and fork; returns when it is not needed any more."""
     staged = path.with_name(f".{path.name}-{os.getpid()}")
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     server.bind(_short(staged))
@@ -139,6 +181,7 @@ def serve(path: Path) -> None:
     gc.collect()
     gc.freeze()
     staged.rename(path)  # whoever finds it finds a spawner that is ready
+    os.close(lock)
     mine = path.stat().st_ino
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
     server.settimeout(1.0)
@@ -152,25 +195,28 @@ def serve(path: Path) -> None:
         with connection:
             if os.fork() == 0:
                 server.close()
-                _answer(connection)
+                _answer(connection, tasks)
     if _still_ours(path, mine):
         path.unlink()
 
 
-def _answer(connection: socket.socket) -> None:
-    """In the child: run the command line, tell its exit code, end."""
-    code = REFUSED
+def _answer(connection: socket.socket, tasks: Mapping[str, Task]) -> None:
+    """In the child: do it, answer, end."""
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        _call_it_unionfuse()
         connection.settimeout(None)
-        data, descriptors, _, _ = socket.recv_fds(connection, LONGEST_REQUEST, 1)
+        data, descriptors, _, _ = socket.recv_fds(connection, LONGEST_MESSAGE, MOST_DESCRIPTORS)
         request = json.loads(data)
-        if request["namespace"] == _namespace():
-            os.dup2(descriptors[0], 2)
-            os.chdir(request["cwd"])
-            code = _run(request["words"])
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)
+        os.dup2(descriptors[0], 2)
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        os.chdir(request["cwd"])
+        answer = tasks[request["task"]](request["argument"], descriptors)
         with contextlib.suppress(OSError):
-            connection.send(bytes([code]))
+            connection.send(json.dumps(answer).encode())
     finally:
         os._exit(0)
 
@@ -180,6 +226,11 @@ def prepare() -> None:
     for name in ("__main__", "daemon"):
         importlib.import_module(f"unionfuse.{name}")
     gc.freeze()
+
+
+def _call_it_unionfuse() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text("unionfuse")
 
 
 def _user_of(peer: socket.socket) -> int:
@@ -194,16 +245,7 @@ def _still_ours(path: Path, inode: int) -> bool:
         return False
 
 
-def _namespace() -> list[int]:
-    status = os.stat("/proc/self/ns/mnt")
-    return [status.st_dev, status.st_ino]
-
-
 def _short(path: Path) -> str:
     """The path by a descriptor of its directory: it may be longer than sun_path."""
     descriptor = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
     return f"/proc/self/fd/{descriptor}/{path.name}"
-
-
-if __name__ == "__main__":
-    serve(socket_of(Path(sys.argv[1])))

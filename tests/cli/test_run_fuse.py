@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from harness.containers import Box, boxed, leftovers, monitor_of, nothing_left
+from harness.containers import COMMAND, Box, boxed, leftovers, monitor_of, nothing_left
 from harness.waiting import wait_until
 
 from unionfuse import mounting
@@ -109,6 +110,33 @@ def test_the_spawner_is_only_a_short_cut(box: Box) -> None:
     box.start("after")
     assert "unionfuse" in box.out("exec", "after", "grep", " / ", "/proc/mounts")
     assert found[0].name
+
+
+def test_what_a_spawner_forks_is_as_if_the_command_had_forked_it(box: Box) -> None:
+    """Niceness, umask, limits and processors are those of who starts a container, each time."""
+    box.sh("true")
+    wait_until(lambda: list(box.run_root.glob("spawner-*")), 30, "the spawner")
+    ways: list[tuple[str, int]] = [("plain", 0), ("nicer", 7), ("plainer", 0), ("nicest", 7)]
+    for number, (name, niceness) in enumerate(ways):
+        limit = 900 + number
+        done = subprocess.run(
+            ["nice", "-n", str(niceness), "prlimit", f"--core={limit}", COMMAND, "run", "-d",
+             "--network", "none", "--name", name, "busybox", "sleep", "1000"],
+            env=box.environment, capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        for pid in (*servers_of(box, name), monitor_of(box, name), box.state(name)["Pid"]):
+            mine = os.getpriority(os.PRIO_PROCESS, 0)
+            assert os.getpriority(os.PRIO_PROCESS, pid) == mine + niceness
+        assert resource.prlimit(box.state(name)["Pid"], resource.RLIMIT_CORE) == (limit, limit)
+
+
+def test_a_start_by_the_spawner_complains_as_any_other(box: Box) -> None:
+    box("create", "--network", "none", "--name", "lost", "busybox", "/no/such")
+    for _ in range(2):
+        refused = box("start", "lost", code=1)
+        assert refused.stderr == 'unionfuse: exec: "/no/such": no such file or directory\n'
+        wait_until(lambda: list(box.run_root.glob("spawner-*")), 30, "the spawner")
+    assert leftovers(box)["mounts"] == []
 
 
 def test_a_shared_file_is_cached_once(box: Box) -> None:

@@ -6,7 +6,6 @@ gone, with a reboot or by someone's umount(8), is dropped when it is seen.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import sys
@@ -278,19 +277,16 @@ def start_daemon(words: Sequence[str]) -> tuple[int, str]:
     and there is a spawner for the next time.
     """
     from unionfuse import spawner
-    from unionimage.container.places import run_directory
+    from unionimage import spawn
 
-    directory = run_directory()
     with open(os.memfd_create("messages", os.MFD_CLOEXEC), "r+b") as messages:
-        code = spawner.mount(directory, words, messages.fileno())
+        code = spawn.ask("mount", list(words), [messages.fileno()])
         if code is not None:
             messages.seek(0)
-            return code, messages.read().decode(errors="replace")
+            return int(code), messages.read().decode(errors="replace")
     alone = threading.active_count() == 1
     answer = spawner.forked(words) if alone else start_program(words)
-    with contextlib.suppress(OSError):
-        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-        spawner.start(directory)
+    spawn.start()
     return answer
 
 

@@ -9,8 +9,10 @@ import os
 import signal
 import socket
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from unionimage import spawn
 from unionimage.container import (
     monitor,
     networks,
@@ -22,7 +24,7 @@ from unionimage.container import (
 )
 from unionimage.container.places import boot_id
 from unionimage.container.state import ALIVE, Container
-from unionimage.errors import Conflict, UserError
+from unionimage.errors import Conflict, NotFound, UserError
 
 LAST_MOMENTS = 5.0  # seconds that a monitor may take between writing the end and its own
 
@@ -43,6 +45,59 @@ def start(
 
     Raises UserError with docker's exit code; nothing is mounted or running then.
     """
+    ours, theirs = socket.socketpair() if attach is not None else (None, None)
+    try:
+        if ours is not None and attach is not None:
+            ours.sendall(attach)
+        wanted = {
+            "root": str(inventory.root),
+            "container": container.id,
+            "console_size": console_size,
+        }
+        answer = spawn.ask("start", wanted, [2] if theirs is None else [2, theirs.fileno()])
+        if answer is None:
+            _start(inventory, container, theirs, console_size, store)
+            spawn.start()
+        elif answer:
+            raise KINDS[answer["kind"]](answer["error"], exit_code=answer["exit_code"])
+    except BaseException:
+        if ours is not None:
+            ours.close()
+        raise
+    finally:
+        if theirs is not None:
+            theirs.close()
+    return ours
+
+
+KINDS = {kind.__name__: kind for kind in (UserError, Conflict, NotFound)}
+
+
+def serve(wanted: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
+    """`start` in a fork of the spawner: what there is to complain of is answered."""
+    from unionimage.container.inventory import Inventory
+    from unionimage.store import Store
+
+    root = Path(wanted["root"])
+    inventory = Inventory(root, lambda: Store.open(root))
+    client = socket.socket(fileno=descriptors[1]) if len(descriptors) > 1 else None
+    try:
+        container = inventory.containers.find(wanted["container"])
+        _start(inventory, container, client, wanted["console_size"], None)
+    except UserError as error:
+        kind = type(error) if type(error) in KINDS.values() else UserError
+        return {"error": error.message, "exit_code": error.exit_code, "kind": kind.__name__}
+    return {}
+
+
+def _start(
+    inventory: Inventory,
+    container: Container,
+    client: socket.socket | None,
+    console_size: tuple[int, int] | None,
+    store: Store | None,
+) -> None:
+    """Make ready, and have a monitor start the process; `client` is attached to it."""
     with container.locked():
         remains.bury(inventory, container)
         container.reload()
@@ -55,50 +110,54 @@ def start(
         if state["Status"] in ALIVE or container.monitor_lives():
             raise Conflict(f"container {container.name} is {state['Status']} already")
         chosen = runtime.find(container.record.get("Runtime"))
-        with contextlib.ExitStack() as stack:
-            opened = store or stack.enter_context(inventory.open_store())
-            prepare.prepare(container, opened, inventory.containers, console_size)
-        kept = {"BootId": boot_id(), "RestartCount": 0, "StoppedByUser": False}
-        container.write_state(state | kept | {"Error": ""})
-        connection = _spawn(inventory, container, chosen, attach)
-    return connection
+        # Forked before the work is done: the memory that this touches is not the monitor's.
+        begin, answers = _fork_monitor(inventory, container, chosen, client)
+        with answers:
+            with begin, contextlib.ExitStack() as stack:
+                opened = store or stack.enter_context(inventory.open_store())
+                prepare.prepare(container, opened, inventory.containers, console_size)
+                kept = {"BootId": boot_id(), "RestartCount": 0, "StoppedByUser": False}
+                container.write_state(state | kept | {"Error": ""})
+                begin.write(b"\n")
+            _hear(container, answers.readline())
 
 
-def _spawn(
-    inventory: Inventory, container: Container, chosen: runtime.Runtime, attach: bytes | None
-) -> socket.socket | None:
-    """Fork the monitor and wait until it has started the process."""
-    ours, theirs = socket.socketpair() if attach is not None else (None, None)
-    if ours is not None and attach is not None:
-        ours.sendall(attach)
-    reader, writer = os.pipe2(os.O_CLOEXEC)
+def _fork_monitor(
+    inventory: Inventory,
+    container: Container,
+    chosen: runtime.Runtime,
+    client: socket.socket | None,
+) -> tuple[BinaryIO, BinaryIO]:
+    """Fork the monitor: a line tells it to begin, its end not to; how that went it answers."""
+    told, begin = os.pipe2(os.O_CLOEXEC)
+    answers, ready = os.pipe2(os.O_CLOEXEC)
     gc.freeze()  # the child never touches what was made before: its pages stay shared
     pid = os.fork()
     if pid == 0:
-        _be_monitor(inventory, container, chosen, theirs, writer)
-    os.close(writer)
-    if theirs is not None:
-        theirs.close()
-    with os.fdopen(reader, "rb") as pipe:
-        answer = pipe.readline()
+        _be_monitor(inventory, container, chosen, client, told, ready)
+    os.close(told)
+    os.close(ready)
     os.waitpid(pid, 0)
+    return os.fdopen(begin, "wb"), os.fdopen(answers, "rb")
+
+
+def _hear(container: Container, answer: bytes) -> None:
+    """How the start went. Raises UserError if it did not."""
     if not answer:
         prepare.undo(container)
         raise UserError(f"the monitor of {container.name} died at its start", exit_code=125)
     told = json.loads(answer)
     if "error" in told:
         prepare.remove_cgroup(container)  # a runtime that gives up half way may leave it
-        if ours is not None:
-            ours.close()
         raise UserError(told["error"], exit_code=told["exit_code"])
-    return ours
 
 
 def _be_monitor(
     inventory: Inventory,
     container: Container,
     chosen: runtime.Runtime,
-    first: socket.socket | None,
+    client: socket.socket | None,
+    told: int,
     ready: int,
 ) -> None:
     """The child's way: leave the command's session, keep the container, never return."""
@@ -107,16 +166,20 @@ def _be_monitor(
             os._exit(0)
         os.setsid()
         os.chdir("/")
+        _close_all_but(sorted({told, ready} | ({client.fileno()} if client else set())))
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_IGN)
+        signal.set_wakeup_fd(-1)
+        if not os.read(told, 1):
+            os._exit(0)
+        os.close(told)
         log = os.open(container.run / "monitor.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         null = os.open(os.devnull, os.O_RDWR)
         for target, source in ((0, null), (1, log), (2, log)):
             os.dup2(source, target)
-        keep = sorted({ready} | ({first.fileno()} if first else set()))
-        _close_all_but(keep)
-        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT):
-            signal.signal(number, signal.SIG_IGN)
-        signal.set_wakeup_fd(-1)
-        monitor.Monitor(container, chosen, _hooks(inventory, container), first, ready).run()
+        os.close(log)
+        os.close(null)
+        monitor.Monitor(container, chosen, _hooks(inventory, container), client, ready).run()
     except BaseException:
         import traceback
 
