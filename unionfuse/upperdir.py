@@ -1,10 +1,10 @@
 """The writable layer on disk: upper, its work directory, and the index of hard links.
 
 The layout is kernel overlayfs's, so that either can go on where the other stopped:
-- `WORK/work/` holds what is being staged; everything in it may be thrown away.
-- `WORK/index/HEX` is one more link to a file that was copied up from a lower file with several
-  links; HEX is the origin (see `whiteout.encode_origin`), so the other names find it.
-- `WORK/work/incompat/volatile` says that a volatile mount did not end cleanly.
+- `work/` in the work directory holds what is being staged; all of it may be thrown away.
+- `index/HEX` beside it is one more link to a file that was copied up from a lower file with
+  several links; HEX is the origin (see `whiteout.encode_origin`), so the other names find it.
+- `incompat/volatile` in `work/` says that a volatile mount did not end cleanly.
 """
 
 from __future__ import annotations

@@ -110,26 +110,24 @@ class Survivor:
 
     def marks(self, size: int) -> mmap.mmap:
         """Bytes that the next daemon will have as this one leaves them: zeros in a new mount."""
-        descriptor = self.kept("marks")
-        if descriptor is None:
-            descriptor = os.memfd_create("unionfuse-marks", os.MFD_CLOEXEC)
-            os.ftruncate(descriptor, size)
-            self._keeping.keep("marks", descriptor)
-        if os.fstat(descriptor).st_size != size:
-            raise TakeOverError("the lookup index is another one")
+        descriptor = self._kept_memory("marks", size, "the lookup index")
         self._dirty = mmap.mmap(descriptor, size)
         os.close(descriptor)
         return self._dirty
 
     def rings(self, size: int) -> int:
         """A descriptor of the memory that the buffers of io_uring are in, for the caller."""
-        descriptor = self.kept("rings")
+        return self._kept_memory("rings", size, "the number of processors")
+
+    def _kept_memory(self, name: str, size: int, cause: str) -> int:
+        """Memory that the daemons of a mount share; `cause` is what its size follows from."""
+        descriptor = self.kept(name)
         if descriptor is None:
-            descriptor = os.memfd_create("unionfuse-rings", os.MFD_CLOEXEC)
+            descriptor = os.memfd_create(f"unionfuse-{name}", os.MFD_CLOEXEC)
             os.ftruncate(descriptor, size)
-            self._keeping.keep("rings", descriptor)
+            self.keep(name, descriptor)
         if os.fstat(descriptor).st_size != size:
-            raise TakeOverError("the number of processors is another one")
+            raise TakeOverError(f"{cause} is another one")
         return descriptor
 
     def guard(self, methods: dict[int, Callable[[Call], bytes | None]]) -> None:
