@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from unionfuse import syscalls, view, whiteout
-from unionfuse.node import Attributes, Directory, Node, Place
+from unionfuse.layer import Place
+from unionfuse.node import Attributes, Directory, Node
 from unionfuse.tree import Tree, failure
 
 INLINE_SIZE = 128 * 1024

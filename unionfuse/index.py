@@ -38,8 +38,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from unionfuse.layer import Layer
-from unionfuse.node import Place
+from unionfuse.layer import Layer, Place
 from unionfuse.view import Stub
 
 MAGIC = b"UFSINDEX"

@@ -12,6 +12,7 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 from unionfuse import syscalls
 
@@ -127,6 +128,23 @@ class Layer:
             return syscalls.open_by_handle(readable, kind, handle)
         finally:
             os.close(readable)
+
+
+class Place(NamedTuple):
+    """Where something lies in a lower layer: `name` in the directory `path` of `layer`.
+
+    For a directory that a layer contributes, `name` is empty and `path` is its own.
+    """
+
+    layer: Layer
+    path: bytes
+    name: bytes = b""
+
+    def inside(self) -> bytes:
+        """The path from the root of the layer."""
+        if not self.name:
+            return self.path
+        return self.path + b"/" + self.name if self.path else self.name
 
 
 class LayerStack:

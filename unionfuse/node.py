@@ -8,13 +8,12 @@ import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-if TYPE_CHECKING:
-    from unionfuse.layer import Layer
-    from unionfuse.view import View
+from unionfuse.layer import Place
+from unionfuse.view import View
 
 NOW = 1 << 100  # no time that fits in 64 bits of seconds is as late
 """In `Changes`: set this time to the current one (UTIME_NOW)."""
@@ -84,23 +83,6 @@ class Entry(NamedTuple):
     node: int
     attributes: Attributes
     attr_valid: float
-
-
-class Place(NamedTuple):
-    """Where something lies in a lower layer: `name` in the directory `path` of `layer`.
-
-    For a directory that a layer contributes, `name` is empty and `path` is its own.
-    """
-
-    layer: Layer
-    path: bytes
-    name: bytes = b""
-
-    def inside(self) -> bytes:
-        """The path from the root of the layer."""
-        if not self.name:
-            return self.path
-        return self.path + b"/" + self.name if self.path else self.name
 
 
 class Node:
@@ -229,9 +211,6 @@ class Directory(Node):
 
 WHITEOUT = 0
 """In `Directory.changes`: the name is deleted."""
-
-DOT_COOKIES = 2
-"""`.` and `..` have the cookies 1 and 2."""
 
 FIRST_NEW_COOKIE = 1 << 40
 """Cookies of names that lower layers have stay below this one."""

@@ -9,8 +9,7 @@ import os
 
 from unionfuse import syscalls, whiteout
 from unionfuse.inodes import InodeNumbers
-from unionfuse.layer import LayerStack
-from unionfuse.node import Place
+from unionfuse.layer import LayerStack, Place
 
 
 class Origins:

@@ -8,8 +8,7 @@ import stat
 from collections.abc import Sequence
 
 from unionfuse import view, whiteout
-from unionfuse.layer import LayerStack
-from unionfuse.node import Place
+from unionfuse.layer import LayerStack, Place
 
 
 class Redirects:

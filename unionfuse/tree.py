@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 from unionfuse import syscalls, view, whiteout
 from unionfuse._tables import Tables
 from unionfuse.inodes import InodeNumbers
-from unionfuse.layer import LayerStack
+from unionfuse.layer import LayerStack, Place
 from unionfuse.node import (
     FIRST_NEW_COOKIE,
     WHITEOUT,
@@ -25,7 +25,6 @@ from unionfuse.node import (
     Directory,
     Node,
     Order,
-    Place,
 )
 from unionfuse.options import MountOptions
 from unionfuse.origins import Origins

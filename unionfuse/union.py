@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from unionfuse import syscalls, view, whiteout
 from unionfuse.copyup import INLINE_SIZE, CopyUp
-from unionfuse.layer import LayerStack
-from unionfuse.node import NOW, Attributes, Caller, Changes, Directory, Entry, Node, Place
+from unionfuse.layer import LayerStack, Place
+from unionfuse.node import NOW, Attributes, Caller, Changes, Directory, Entry, Node
 from unionfuse.openfiles import OpenFiles
 from unionfuse.options import MountOptions
 from unionfuse.renaming import Renaming

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from unionfuse import whiteout
 from unionfuse._tables import read_names
-from unionfuse.node import DOT_COOKIES, Place
+from unionfuse.layer import Place
 
 if TYPE_CHECKING:
     from unionfuse._tables import Tables
     from unionfuse.layer import Layer
+
+DOT_COOKIES = 2
+"""`.` and `..` have the cookies 1 and 2."""
 
 _AT_ONCE = 256  # names that are taken out of a table at a time
 

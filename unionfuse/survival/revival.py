@@ -12,7 +12,8 @@ import struct
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from unionfuse.node import Attributes, Directory, Node, Place
+from unionfuse.layer import Place
+from unionfuse.node import Attributes, Directory, Node
 from unionfuse.survival.journal import descriptor_name
 
 if TYPE_CHECKING:
