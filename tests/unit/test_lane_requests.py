@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unionfuse.express import protocol
+from unionfuse.express.messages import MALFORMED, Call
 from unionfuse.express.protocol import Opcode
-from unionfuse.express.requests import MALFORMED, Call, Requests
+from unionfuse.express.requests import Requests
 from unionfuse.layer import LayerStack
 from unionfuse.options import parse
 from unionfuse.union import Union

@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING
 
 from unionfuse.express import passthrough, protocol
 from unionfuse.express._lane import NODE_HANDLE, Loop, can_use_rings
+from unionfuse.express.messages import MALFORMED, Call
 from unionfuse.express.passthrough import Passthrough
 from unionfuse.express.protocol import InitFlag, Opcode, Wanted
-from unionfuse.express.requests import MALFORMED, Call, Requests
+from unionfuse.express.requests import Requests
 from unionfuse.options import MountOptions
 from unionfuse.union import Union
 

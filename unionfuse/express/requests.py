@@ -11,50 +11,23 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import struct
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from unionfuse import syscalls
-from unionfuse.express import protocol
+from unionfuse.express import messages, protocol
 from unionfuse.express._lane import NODE_HANDLE
+from unionfuse.express.messages import Call, Method
 from unionfuse.express.protocol import Opcode, OpenFlag, SetattrValid
-from unionfuse.node import NOW, Attributes, Caller, Changes, Entry
+from unionfuse.node import Attributes, Changes, Entry
 from unionfuse.union import Union
 
 if TYPE_CHECKING:
     from unionfuse.express.lane import Lane
 
-_ENTRY_SIZE = protocol.ENTRY_OUT.size + protocol.ATTR.size
 _COPY_NOW = 1 << 20  # bytes; COPY_FILE_RANGE of more than this leaves the lane's thread
 _COPY_MOST = 1 << 30  # bytes that one COPY_FILE_RANGE copies at most
-_STATX_BASIC_STATS = 0x7FF
 _CAP_FSETID = 1 << 4  # linux/capability.h
-
-
-class Call(NamedTuple):
-    """One request. `body` is what follows the header."""
-
-    opcode: int
-    unique: int
-    node: int
-    uid: int
-    gid: int
-    pid: int
-    body: bytes
-
-    def names(self, offset: int, count: int) -> list[bytes]:
-        """NUL-terminated names at the end of the body. Raises EINVAL where they are malformed."""
-        parts = self.body[offset:].split(b"\0")
-        if len(parts) != count + 1 or parts[-1] or not all(parts[:count]):
-            raise OSError(errno.EINVAL, "malformed names")
-        return parts[:count]
-
-    def caller(self, umask: int = 0) -> Caller:
-        return Caller(self.uid, self.gid, self.pid, umask)
-
-
-Method = Callable[[Call], bytes | None]
 
 
 class Requests:
@@ -64,7 +37,7 @@ class Requests:
         self._lane = lane
         self._union = union
         self._timeout = union.options.timeout
-        self._negative = _entry_header(0, self._timeout, 0.0) + bytes(protocol.ATTR.size)
+        self._negative = messages.entry_header(0, self._timeout, 0.0) + bytes(protocol.ATTR.size)
         self.methods: dict[int, Method] = {
             opcode: getattr(self, f"_{opcode.name.lower()}")
             for opcode in Opcode
@@ -102,8 +75,7 @@ class Requests:
     def _statx(self, call: Call) -> bytes:
         protocol.STATX_IN.unpack_from(call.body)
         found = self._union.getattr(call.node)
-        seconds, nanoseconds = _duration(self._union.attr_valid(call.node))
-        return protocol.STATX_OUT.pack(seconds, nanoseconds, 0) + _statx(found)
+        return messages.statx_out(found, self._union.attr_valid(call.node))
 
     def _readlink(self, call: Call) -> bytes:
         return self._union.readlink(call.node)
@@ -139,8 +111,12 @@ class Requests:
             uid=uid if fields & SetattrValid.UID else None,
             gid=gid if fields & SetattrValid.GID else None,
             size=size if fields & SetattrValid.SIZE else None,
-            atime_ns=_time(fields, SetattrValid.ATIME, SetattrValid.ATIME_NOW, atime, atime_ns),
-            mtime_ns=_time(fields, SetattrValid.MTIME, SetattrValid.MTIME_NOW, mtime, mtime_ns),
+            atime_ns=messages.moment(
+                fields, SetattrValid.ATIME, SetattrValid.ATIME_NOW, atime, atime_ns
+            ),
+            mtime_ns=messages.moment(
+                fields, SetattrValid.MTIME, SetattrValid.MTIME_NOW, mtime, mtime_ns
+            ),
             kill_privileges=bool(fields & SetattrValid.KILL_SUIDGID)
             or (nothing and not _may_keep_setuid(call.pid)),
             kill_capabilities=nothing,
@@ -380,7 +356,7 @@ class Requests:
                 if len(out) + len(dot) <= size:
                     out += dot
             for name, next_cookie, entry in self._union.listing(call.node, cookie):
-                record = _record(name, next_cookie, entry, self._timeout, plus)
+                record = messages.dirent(name, next_cookie, entry, self._timeout, plus)
                 full = len(out) + len(record) > size
                 if not full:
                     out += record
@@ -392,7 +368,7 @@ class Requests:
 
     def _dots(self, node: int, cookie: int, plus: bool) -> Iterator[bytes]:
         """The records of "." and "..": they carry no node, or the kernel would count a lookup."""
-        entry = bytes(_ENTRY_SIZE) if plus else b""
+        entry = bytes(messages.ENTRY_SIZE) if plus else b""
         for position, name in enumerate((b".", b".."), start=1):
             if cookie < position:
                 shown = node if name == b"." else self._union.parent(node)
@@ -405,12 +381,12 @@ class Requests:
     def _getxattr(self, call: Call) -> bytes:
         size, _ = protocol.GETXATTR_IN.unpack_from(call.body)
         (name,) = call.names(protocol.GETXATTR_IN.size, 1)
-        return _sized(self._union.getxattr(call.node, name), size)
+        return messages.sized(self._union.getxattr(call.node, name), size)
 
     def _listxattr(self, call: Call) -> bytes:
         size, _ = protocol.GETXATTR_IN.unpack_from(call.body)
         names = self._union.listxattr(call.node)
-        return _sized(b"".join(name + b"\0" for name in names), size)
+        return messages.sized(b"".join(name + b"\0" for name in names), size)
 
     def _setxattr(self, call: Call) -> bytes | None:
         size, flags, extra, _ = protocol.SETXATTR_EXT_IN.unpack_from(call.body)
@@ -444,85 +420,10 @@ class Requests:
     # --- translation --------------------------------------------------------------------------
 
     def _entry(self, entry: Entry) -> bytes:
-        return entry_out(entry, self._timeout)
+        return messages.entry_out(entry, self._timeout)
 
     def _attributes(self, node: int, found: Attributes) -> bytes:
-        seconds, nanoseconds = _duration(self._union.attr_valid(node))
-        return protocol.ATTR_OUT.pack(seconds, nanoseconds, 0) + attr(found)
-
-
-def attr(found: Attributes) -> bytes:
-    """struct fuse_attr."""
-    atime, atime_ns = divmod(found.atime_ns, 10**9)
-    mtime, mtime_ns = divmod(found.mtime_ns, 10**9)
-    ctime, ctime_ns = divmod(found.ctime_ns, 10**9)
-    mask = (1 << 64) - 1
-    return protocol.ATTR.pack(
-        found.ino,
-        found.size,
-        found.blocks,
-        atime & mask,
-        mtime & mask,
-        ctime & mask,
-        atime_ns,
-        mtime_ns,
-        ctime_ns,
-        found.mode,
-        found.nlink,
-        found.uid,
-        found.gid,
-        _device(found.rdev) if found.rdev else 0,
-        found.blksize,
-        0,
-    )
-
-
-def entry_out(entry: Entry, timeout: float) -> bytes:
-    """struct fuse_entry_out; `timeout` is how many seconds the name holds."""
-    return _entry_header(entry.node, timeout, entry.attr_valid) + attr(entry.attributes)
-
-
-def _entry_header(node: int, name_valid: float, attr_valid: float) -> bytes:
-    name_seconds, name_nanoseconds = seconds, nanoseconds = _duration(name_valid)
-    if attr_valid != name_valid:
-        seconds, nanoseconds = _duration(attr_valid)
-    return protocol.ENTRY_OUT.pack(node, 0, name_seconds, seconds, name_nanoseconds, nanoseconds)
-
-
-def _duration(seconds: float) -> tuple[int, int]:
-    if seconds >= protocol.FOREVER:
-        return protocol.FOREVER, 0
-    return int(seconds), int(seconds % 1 * 10**9)
-
-
-def _device(rdev: int) -> int:
-    major, minor = os.major(rdev), os.minor(rdev)
-    return (minor & 0xFF) | (major & 0xFFF) << 8 | (minor & ~0xFF) << 12 & 0xFFFFFFFF
-
-
-def _record(name: bytes, cookie: int, entry: Entry, timeout: float, plus: bool) -> bytes:
-    found = entry.attributes
-    dirent = protocol.DIRENT.pack(found.ino, cookie, len(name), stat.S_IFMT(found.mode) >> 12)
-    return (entry_out(entry, timeout) if plus else b"") + dirent + name + bytes(-len(name) % 8)
-
-
-def _sized(value: bytes, room: int) -> bytes:
-    """The answer to GETXATTR and LISTXATTR: the size alone where no room was offered."""
-    if not room:
-        return protocol.GETXATTR_OUT.pack(len(value), 0)
-    if len(value) > room:
-        raise OSError(errno.ERANGE, os.strerror(errno.ERANGE))
-    return value
-
-
-def _time(fields: int, given: int, now: int, seconds: int, nanoseconds: int) -> int | None:
-    if not fields & given:
-        return None
-    if fields & now:
-        return NOW
-    if seconds >> 63:
-        seconds -= 1 << 64
-    return seconds * 10**9 + nanoseconds
+        return messages.attr_out(found, self._union.attr_valid(node))
 
 
 def _may_keep_setuid(pid: int) -> bool:
@@ -534,35 +435,3 @@ def _may_keep_setuid(pid: int) -> bool:
     except (OSError, StopIteration):
         return False
     return bool(int(effective.split()[1], 16) & _CAP_FSETID) and os.path.samestat(theirs, ours)
-
-
-def _statx(found: Attributes) -> bytes:
-    def moment(nanoseconds: int) -> tuple[int, int, int]:
-        return nanoseconds // 10**9, nanoseconds % 10**9, 0
-
-    return protocol.STATX.pack(
-        _STATX_BASIC_STATS,
-        found.blksize,
-        0,
-        found.nlink,
-        found.uid,
-        found.gid,
-        found.mode,
-        0,
-        found.ino,
-        found.size,
-        found.blocks,
-        0,
-        *moment(found.atime_ns),
-        *moment(0),
-        *moment(found.ctime_ns),
-        *moment(found.mtime_ns),
-        os.major(found.rdev),
-        os.minor(found.rdev),
-        0,
-        0,
-    )
-
-
-MALFORMED = (struct.error, ValueError, IndexError, OverflowError)
-"""What unpacking a malformed request raises; the caller gets EINVAL."""

@@ -16,16 +16,13 @@ import errno
 import os
 import struct
 import threading
-from collections.abc import Callable
 from typing import NamedTuple
 
 from unionfuse.express import protocol
+from unionfuse.express.messages import Call, Method
 from unionfuse.express.protocol import RESEND_BIT, Opcode
-from unionfuse.express.requests import Call
 from unionfuse.survival.memory import SLOT, SLOTS, SLOTS_AT, SharedMemory
 from unionfuse.union import Union
-
-Method = Callable[[Call], bytes | None]
 
 _GENERATION = 16  # slots for each daemon, hence threads that change something
 _FREE, _BEGUN, _FINISHED = range(3)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import errno
 import logging
+import stat
 
 from unionfuse.express import protocol
+from unionfuse.express.messages import entry_out
 from unionfuse.express.protocol import Opcode
-from unionfuse.express.requests import entry_out
 from unionfuse.node import Directory
 from unionfuse.survival.intents import (
     CREATING,
@@ -116,7 +117,7 @@ class Settling:
             self._intents.finish(intent.slot, 0, reply)
             return
         self._abandon_handle(intent)
-        if entry.attributes.mode & 0o170000 == 0o040000:
+        if stat.S_ISDIR(entry.attributes.mode):
             self._union.rmdir(intent.node, name)
         else:
             self._union.unlink(intent.node, name)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-from collections.abc import Callable
 
 from unionfuse import mounting
 from unionfuse.express import protocol
+from unionfuse.express.messages import Method
 from unionfuse.express.protocol import InitFlag
-from unionfuse.express.requests import Call
 from unionfuse.layer import LayerError, LayerStack
 from unionfuse.options import MountOptions
 from unionfuse.survival import stacking
@@ -49,7 +48,6 @@ class Survivor:
             self._memory = SharedMemory.create()
             keeping.keep("memory", self._memory.descriptor)
         self.journal = SharedJournal(self._memory, keeping)
-        self._dirty: mmap.mmap | None = None
 
     # --- what the daemon before left ---------------------------------------------------------
 
@@ -111,9 +109,10 @@ class Survivor:
     def marks(self, size: int) -> mmap.mmap:
         """Bytes that the next daemon will have as this one leaves them: zeros in a new mount."""
         descriptor = self._kept_memory("marks", size, "the lookup index")
-        self._dirty = mmap.mmap(descriptor, size)
-        os.close(descriptor)
-        return self._dirty
+        try:
+            return mmap.mmap(descriptor, size)
+        finally:
+            os.close(descriptor)
 
     def rings(self, size: int) -> int:
         """A descriptor of the memory that the buffers of io_uring are in, for the caller."""
@@ -130,7 +129,7 @@ class Survivor:
             raise TakeOverError(f"{cause} is another one")
         return descriptor
 
-    def guard(self, methods: dict[int, Callable[[Call], bytes | None]]) -> None:
+    def guard(self, methods: dict[int, Method]) -> None:
         """Have each request that must not be done twice done once."""
         for opcode in GUARDED:
             if opcode in methods:
