@@ -271,8 +271,7 @@ class Renaming:
         if not isinstance(target, Directory):
             self._upper.before_losing_name(target, parent, name)
             return
-        target.last = self._tree.attributes(target)
-        self._tree.about_to_lose_last_name(target)
+        self._upper.before_losing_directory(target)
         if target.in_upper and target.changes:
             self._empty(target, parent, name)
 

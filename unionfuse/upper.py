@@ -350,9 +350,7 @@ class Upper:
         if not self._tree.is_empty(node):
             raise failure(errno.ENOTEMPTY)
         self._copy.copy_up(parent)
-        node.last = self._tree.attributes(node)
-        node.last.nlink = 0
-        self._tree.about_to_lose_last_name(node)
+        self.before_losing_directory(node)
         self._remove_name(parent, name, is_directory=True)
         self.lose_name(node, parent, name)
         return node
@@ -418,10 +416,18 @@ class Upper:
         if len(node.names) == 1 and self._last_link(node):
             if node.opened and node.in_upper and node.unnamed < 0:
                 self._keep_unnamed(node)
-            node.last = self._tree.attributes(node)
-            node.last.nlink = 0
+            self._keep_last_attributes(node)
         if len(node.names) == 1:
             self._tree.about_to_lose_last_name(node)
+
+    def before_losing_directory(self, node: Directory) -> None:
+        """Keep what is needed of a directory whose name is about to go."""
+        self._keep_last_attributes(node)
+        self._tree.about_to_lose_last_name(node)
+
+    def _keep_last_attributes(self, node: Node) -> None:
+        node.last = self._tree.attributes(node)
+        node.last.nlink = 0
 
     def _last_link(self, node: Node) -> bool:
         if not node.index_name:

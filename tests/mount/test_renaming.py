@@ -301,3 +301,19 @@ def test_redirects_inside_redirected_directories(workshop: Workshop) -> None:
     check(again)
     again.remount()
     check(again)
+
+
+@pytest.mark.on("plain", "unionfuse")  # overlayfs says so of upper's directories only
+@pytest.mark.parametrize("name", ["lower", "upper"])
+def test_a_directory_that_another_was_moved_over_has_no_links(
+    workshop: Workshop, name: str
+) -> None:
+    tree = workshop({"d/x": "1", "lower": Dir()})
+    os.mkdir(tree / "upper")
+    os.mkdir(tree / "new")
+    held = os.open(tree / name, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.rename(tree / "new", tree / name)
+        assert os.fstat(held).st_nlink == 0
+    finally:
+        os.close(held)
