@@ -1,38 +1,20 @@
-"""Nodes made anew for ids that the kernel has, and this daemon has not made yet.
+"""Nodes made anew for ids that the kernel has and the tree has not.
 
-The kernel has these ids from a daemon that served this mount before. Where a node lies says the
-journal; what is left of a deleted node the journal has whole. Callers hold the union's lock.
+The kernel has them from a daemon that served this mount before, or keeps them longer than the tree
+does. Where a node lies say the journal, a table of merged directories or the lookup index; what is
+left of a deleted node the journal has whole. Callers hold the union's lock.
 """
 
 from __future__ import annotations
 
 import errno
-import os
-import struct
-from operator import attrgetter
-from typing import TYPE_CHECKING
+import stat
 
+from unionfuse.journal import FIRST_FRESH_ID
 from unionfuse.layer import Place
-from unionfuse.node import Attributes, Directory, Node
-from unionfuse.survival.journal import descriptor_name
-
-if TYPE_CHECKING:
-    from unionfuse.tree import Tree
-
-# flags, kind, link_offset, layer; lengths of path, name, index_name
-_FAREWELL = struct.Struct("=IIqi3H")
-_ATTRIBUTES = struct.Struct("=4Q4q4Q")
-_FIELDS = (
-    *("ino", "size", "blocks", "rdev"),
-    *("atime_ns", "mtime_ns", "ctime_ns", "blksize"),
-    *("mode", "nlink", "uid", "gid"),
-)
-_values = attrgetter(*_FIELDS)
-_IN_UPPER, _METACOPY, _HAS_LAST, _MAPPABLE = 1, 2, 4, 8
-
-
-def _stale() -> OSError:
-    return OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+from unionfuse.node import Directory, Node
+from unionfuse.survival.farewell import descriptor_name, read
+from unionfuse.tree import Tree, failure
 
 
 class Revival:
@@ -48,82 +30,110 @@ class Revival:
 
     def node(self, number: int) -> Node:
         """The node with an id that is not in the tree. Raises ESTALE where nothing is known."""
-        tree, journal = self._tree, self._tree.journal
+        nodes = self._tree.nodes
         missing: list[tuple[int, bytes]] = []
         above = number
-        while above not in tree.nodes and not self._revive_deleted(above):
-            place = journal.place(above)
-            if place is None:
-                tree.node(above)  # the index knows it; or nobody does
-                break
-            missing.append((above, place[1]))
-            above = place[0]
+        while above not in nodes and not self._revive_deleted(above):
+            parent, name = self._place(above)
+            missing.append((above, name))
+            above = parent
             if above == number:
-                raise _stale()
-        node = tree.nodes[above]
+                raise failure(errno.ESTALE)
+        node = nodes[above]
         for expected, name in reversed(missing):
-            found = None
-            if isinstance(node, Directory) and tree.exists(node, name):
-                found = tree.find(node, name)
-            if found is None or found.id != expected:
-                found = self._by_other_name(expected)
+            found = self._below(node, expected, name)
+            if found is None:
+                return self._by_other_name(number)
             node = found
         return node
 
+    def _place(self, number: int) -> tuple[int, bytes]:
+        """(parent id, name) of where a node was last. Raises ESTALE."""
+        tree = self._tree
+        if self._is_record(number):
+            assert tree.index is not None
+            info = tree.index.info(number)
+            return info.parent, info.name
+        place = None
+        if number >= FIRST_FRESH_ID and not tree.journal.has(number):
+            place = tree.tables.place_of(number)
+        place = place or tree.journal.place(number)
+        if place is None:
+            raise failure(errno.ESTALE)
+        return place
+
+    def _is_record(self, number: int) -> bool:
+        """Whether an id means what the index says: the journal knows what has left its name."""
+        return 0 < number <= self._tree.indexed_ids and not self._tree.journal.has(number)
+
+    def _below(self, parent: Node, number: int, name: bytes) -> Node | None:
+        """The node with an id under a name; None where the name means something else by now."""
+        if not isinstance(parent, Directory):
+            return None
+        tree = self._tree
+        if self._is_record(number):
+            if parent.record != parent.id:
+                return None
+            if not parent.in_upper and not (tree.upper is not None and tree.upper.index_names):
+                return self._from_record(parent, number, name)
+        if not tree.exists(parent, name):
+            return None
+        found = tree.find(parent, name)
+        return found if found.id == number else None
+
+    def _from_record(self, parent: Directory, record: int, name: bytes) -> Node:
+        """Make what the index has in a directory that upper has not: nothing needs to be read."""
+        tree = self._tree
+        assert tree.index is not None
+        layers = tree.stack.layers
+        status = tree.index.status(record)
+        node: Node
+        if stat.S_ISDIR(status.st_mode):
+            node = Directory()
+            node.lowers = tuple(Place(layers[n], path) for n, path in tree.index.places(record))
+        else:
+            node = Node(stat.S_IFMT(status.st_mode))
+            layer = tree.index.info(record).layer
+            path = next(p.path for p in parent.lowers if p.layer.number == layer)
+            node.lower = Place(layers[layer], path, name)
+            if status.st_nlink > 1:
+                tree.remember_lower_links(node, (-1, record))
+        node.record, node.ino = record, status.st_ino
+        return tree.adopt(node, parent, name)
+
     def _by_other_name(self, number: int) -> Node:
-        """The node that has lost the first of several names."""
-        for parent, name in self._tree.journal.names(number)[1:]:
-            directory = self._tree.directory(parent)
-            if self._tree.exists(directory, name):
-                found = self._tree.find(directory, name)
+        """The node of an id whose first name is gone: it may have others, as hard links do."""
+        tree = self._tree
+        if self._is_record(number):
+            assert tree.index is not None
+            names = tree.index.names(number)
+        else:
+            names = tree.journal.names(number)[1:]
+        for parent, name in names:
+            try:
+                directory = tree.directory(parent)
+            except OSError:
+                continue  # it is gone, too
+            if tree.exists(directory, name):
+                found = tree.find(directory, name)
                 if found.id == number:
                     return found
-        raise _stale()
-
-    # --- deleted nodes -----------------------------------------------------------------------
-
-    def farewell(self, node: Node) -> bytes:
-        """All that a node is without its name."""
-        place = None if isinstance(node, Directory) else node.lower
-        layer = -1 if place is None else place.layer.key
-        path, name = (b"", b"") if place is None else (place.path, place.name)
-        texts = (path, name, node.index_name)
-        flags = (node.in_upper * _IN_UPPER) | (node.metacopy * _METACOPY)
-        flags |= (node.mappable * _MAPPABLE) | (_HAS_LAST if node.last is not None else 0)
-        out = _FAREWELL.pack(flags, node.kind, node.link_offset, layer, *map(len, texts))
-        if node.last is not None:
-            out += _ATTRIBUTES.pack(*_values(node.last))
-        return out + b"".join(texts)
+        raise failure(errno.ESTALE)
 
     def _revive_deleted(self, number: int) -> bool:
         """Make a node that had no name left. False where the id is not one of these."""
         tree = self._tree
-        farewell = tree.journal.farewell(number)
-        if farewell is None:
+        written = tree.journal.farewell(number)
+        if written is None:
             return False
-        flags, kind, link_offset, layer, *lengths = _FAREWELL.unpack_from(farewell)
-        at = _FAREWELL.size
-        last = None
-        if flags & _HAS_LAST:
-            last = Attributes.__new__(Attributes)
-            for field, value in zip(_FIELDS, _ATTRIBUTES.unpack_from(farewell, at), strict=True):
-                setattr(last, field, value)
-            at += _ATTRIBUTES.size
-        texts = []
-        for length in lengths:
-            texts.append(farewell[at : at + length])
-            at += length
-        path, name, index_name = texts
-        node = tree.without_name(kind, index_name)
-        if node is None:
-            raise _stale()
-        node.id, node.last, node.mappable = number, last, bool(flags & _MAPPABLE)
-        if not index_name:
-            node.in_upper, node.metacopy = bool(flags & _IN_UPPER), bool(flags & _METACOPY)
-            node.link_offset = link_offset
-            if layer >= 0:
-                found = [known for known in tree.stack.layers if known.key == layer]
-                node.lower = Place(found[0], path, name) if found else None
+        left = read(written)
+        node = tree.without_name(left.kind, left.index_name)
+        node.id, node.last, node.mappable = number, left.last, left.mappable
+        if not left.index_name:
+            node.in_upper, node.metacopy = left.in_upper, left.metacopy
+            node.link_offset = left.link_offset
+            layer = next((known for known in tree.stack.layers if known.key == left.layer), None)
+            node.lower = None if layer is None else Place(layer, left.path, left.name)
             node.unnamed = self.kept.pop(descriptor_name(number), -1)
         tree.journal.found(number, node)
         tree.nodes[number] = node

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 from unionfuse import syscalls, view, whiteout
 from unionfuse._tables import Tables
 from unionfuse.inodes import InodeNumbers
+from unionfuse.journal import FIRST_FRESH_ID, Journal
 from unionfuse.layer import LayerStack, Place
 from unionfuse.node import (
     FIRST_NEW_COOKIE,
@@ -30,12 +31,11 @@ from unionfuse.options import MountOptions
 from unionfuse.origins import Origins
 from unionfuse.owners import Owners, acl_group_bits
 from unionfuse.redirects import Redirects
-from unionfuse.survival.journal import FIRST_FRESH_ID, Journal
-from unionfuse.survival.revival import Revival
+from unionfuse.survival.farewell import farewell
 from unionfuse.upperdir import UpperDirectory
 
 if TYPE_CHECKING:
-    from unionfuse.index import LookupIndex, NodeInfo
+    from unionfuse.index import LookupIndex
 
 ROOT_ID = 1
 _IDLE_DIRECTORIES = 2048
@@ -45,6 +45,10 @@ _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 def failure(number: int) -> OSError:
     """An OSError of this errno."""
     return OSError(number, os.strerror(number))
+
+
+def _unknown(number: int) -> Node:
+    raise failure(errno.ESTALE)
 
 
 class Tree:
@@ -58,6 +62,8 @@ class Tree:
         tables: what the lower layers look like merged in directories that the index does not have,
             and which names differ from it in those that it has.
         changed: called with a node of the index that is found to differ from it.
+        indexed_ids: how many ids are the index's: the first ones.
+        revive: makes a node anew whose id is known, but not in `nodes` (see revival.py).
         journal: what the next daemon must know, should this one be killed.
         inodes: makes the inode numbers that users see.
     """
@@ -72,7 +78,7 @@ class Tree:
     ) -> None:
         self.stack = stack
         self.index = index
-        self._indexed_ids = index.count if index is not None else 0
+        self.indexed_ids = index.count if index is not None else 0
         self.changed: Callable[[Node], None] = lambda _node: None
         self.upper = upper
         self.options = options
@@ -81,7 +87,7 @@ class Tree:
         self._just_seen: tuple[Node | None, os.stat_result | None] = (None, None)
         self._idle: OrderedDict[int, Directory] = OrderedDict()
         self.journal = journal if journal is not None else Journal()
-        self.revival = Revival(self)
+        self.revive: Callable[[int], Node] = _unknown
         self._lower_links: dict[tuple[int, int], Node] = {}  # (st_dev, st_ino) of lower links
         self._upper_links: dict[int, Node] = {}  # st_ino of upper files with several links
         self.inodes = InodeNumbers(stack, upper, options.xino != "off")
@@ -113,98 +119,11 @@ class Tree:
     def node(self, number: int) -> Node:
         """The node with this id. Raises ESTALE for one that is not known."""
         node = self.nodes.get(number)
-        if node is not None:
-            return node
-        if self.journal.has(number):
-            return self.revival.node(number)
-        if number >= FIRST_FRESH_ID:
-            return self._from_table(number)
-        return self._from_record(number)
-
-    def _from_table(self, number: int) -> Node:
-        """Make the node that a table has under a number, and those above it, anew."""
-        missing = []
-        above = number
-        while above not in self.nodes:
-            if self.journal.has(above):
-                self.revival.node(above)
-                break
-            place = self.tables.place_of(above) or self.journal.place(above)
-            if place is None:
-                if above >= FIRST_FRESH_ID:
-                    raise failure(errno.ESTALE)
-                self._from_record(above)
-                break
-            missing.append((above, place[1]))
-            above = place[0]
-        node = self.nodes[above]
-        for expected, name in reversed(missing):
-            if not isinstance(node, Directory) or not self.exists(node, name):
-                raise failure(errno.ESTALE)
-            node = self.find(node, name)
-            if node.id != expected:
-                raise failure(errno.ESTALE)
-        return node
-
-    def _from_record(self, number: int) -> Node:
-        """Make the node that the index has under a number, and those above it, anew."""
-        if self.index is None or not 0 < number <= self._indexed_ids:
-            raise failure(errno.ESTALE)
-        missing = []
-        above = number
-        while above not in self.nodes:
-            if self.journal.has(above):
-                self.revival.node(above)
-                break
-            info = self.index.info(above)
-            missing.append((above, info))
-            above = info.parent
-        node: Node | None = self.nodes[above]
-        for record, info in reversed(missing):
-            node = self._adopt_record(node, record, info)
-            if node is None:
-                return self._by_other_name(number)
-        assert node is not None
-        return node
-
-    def _adopt_record(self, parent: Node | None, record: int, info: NodeInfo) -> Node | None:
-        """Make the node of a record; None where its name means something else by now."""
-        assert self.index is not None
-        if not isinstance(parent, Directory) or parent.record != info.parent:
-            return None
-        if parent.in_upper or (self.upper is not None and self.upper.index_names):
-            found = self.find(parent, info.name) if self.exists(parent, info.name) else None
-            return found if found is not None and found.id == record else None
-        status = self.index.status(record)
-        node: Node
-        if stat.S_ISDIR(status.st_mode):
-            node = Directory()
-            layers = self.stack.layers
-            node.lowers = tuple(Place(layers[n], path) for n, path in self.index.places(record))
-        else:
-            node = Node(stat.S_IFMT(status.st_mode))
-            path = next(p.path for p in parent.lowers if p.layer.number == info.layer)
-            node.lower = Place(self.stack.layers[info.layer], path, info.name)
-            if status.st_nlink > 1:
-                node.lower_key = (-1, record)
-                self._lower_links[node.lower_key] = node
-        node.record, node.ino = record, status.st_ino
-        return self.adopt(node, parent, info.name)
-
-    def _by_other_name(self, number: int) -> Node:
-        """The node of a record whose first name is gone: it may have others, as hard links do."""
-        assert self.index is not None
-        for parent, name in self.index.names(number):
-            directory = self.directory(parent)
-            if self.exists(directory, name):
-                node = self.find(directory, name)
-                if node.id == number:
-                    return node
-        raise failure(errno.ESTALE)
+        return node if node is not None else self.revive(number)
 
     def is_indexed(self, node: Node) -> bool:
         """Whether a node has an id of the index: the kernel's lookups of it are not counted."""
-        return node.id <= self._indexed_ids
+        return node.id <= self.indexed_ids
 
     def directory(self, number: int) -> Directory:
         """The directory with this id. Raises ENOTDIR, ESTALE."""
@@ -419,11 +338,9 @@ class Tree:
         node.lower = place
         node.record = stub.record
         node.ino = status.st_ino if stub.record else self.inodes.of(status)
-        if key is not None:
-            node.lower_key = key
-            self._lower_links[key] = node
         self._just_seen = (node, status)
         if key is not None:  # its other names lead here only as long as it is here
+            self.remember_lower_links(node, key)
             return self.adopt(node, directory, name)
         return self._adopt_lower(node, directory, name, stub)
 
@@ -619,15 +536,15 @@ class Tree:
         others = self.journal.names(number) if number else []
         if not number:
             number = self._free_number(node)
-        elif isinstance(node, Directory) and node.lowers and number <= self._indexed_ids:
+        elif isinstance(node, Directory) and node.lowers and number <= self.indexed_ids:
             node.record = number  # it has moved, and what it merges is still what the index says
         node.id = number
         self.nodes[number] = node
         for above, name in others:
             self._find_other_name(node, above, name)
-        if node.names and (number > self._indexed_ids or others):
+        if node.names and (number > self.indexed_ids or others):
             self.journal.name(node)
-        if node.in_upper and number <= self._indexed_ids:
+        if node.in_upper and number <= self.indexed_ids:
             self.changed(node)
 
     def _find_other_name(self, node: Node, above: int, name: bytes) -> None:
@@ -643,7 +560,7 @@ class Tree:
         number = node.ino
         if node.record and self._is_recorded(node):
             number = node.record
-        elif number <= max(ROOT_ID, self._indexed_ids) or number >= FIRST_FRESH_ID:
+        elif number <= max(ROOT_ID, self.indexed_ids) or number >= FIRST_FRESH_ID:
             number = self.journal.fresh_id()
         if number in self.nodes or self.journal.has(number):
             number = self.journal.fresh_id()
@@ -653,6 +570,11 @@ class Tree:
         """Whether a node is what the index means: not another file that upper has in its place."""
         assert self.index is not None
         return not node.in_upper or self.index.status(node.record).st_ino == node.ino
+
+    def remember_lower_links(self, node: Node, key: tuple[int, int]) -> None:
+        """Note that a lower file has several links; `key` is what each name knows it by."""
+        node.lower_key = key
+        self._lower_links[key] = node
 
     def remember_links(self, node: Node, status: os.stat_result) -> None:
         """Note that an upper file has several links, so that each name finds the one node."""
@@ -729,7 +651,7 @@ class Tree:
         self.leave_table(node)
         if node.unnamed >= 0:
             self.journal.keep(node)
-        self.journal.going(node, self.revival.farewell)
+        self.journal.going(node, farewell)
 
     def nameless(self, node: Node) -> None:
         """Write down what a node is that never had a name, or has lost it."""

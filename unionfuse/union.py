@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from unionfuse import syscalls, view, whiteout
 from unionfuse.copyup import INLINE_SIZE, CopyUp
+from unionfuse.journal import Journal
 from unionfuse.layer import LayerStack, Place
 from unionfuse.node import NOW, Attributes, Caller, Changes, Directory, Entry, Node
 from unionfuse.openfiles import OpenFiles
 from unionfuse.options import MountOptions
 from unionfuse.renaming import Renaming
-from unionfuse.survival.journal import Journal
+from unionfuse.revival import Revival
 from unionfuse.tree import Tree, failure
 from unionfuse.upper import Upper
 from unionfuse.upperdir import UpperDirectory
@@ -78,6 +79,8 @@ class Union:
         if options.upperdir is not None:
             upper = UpperDirectory(options, taken_over=taken_over)
         self.tree = Tree(stack, upper, options, index, journal)
+        self.revival = Revival(self.tree)
+        self.tree.revive = self.revival.node
         self._journal = self.tree.journal
         self.tree.changed = self._changed
         self._store = upper

@@ -24,7 +24,7 @@ import threading
 
 from unionfuse.express import protocol
 from unionfuse.express.protocol import OpenFlag
-from unionfuse.survival.journal import Journal
+from unionfuse.journal import Journal
 
 _CAP_SYS_ADMIN = 21
 _REFUSED = (errno.EPERM, errno.ELOOP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.EMFILE)

@@ -20,6 +20,7 @@ import os
 import sys
 
 from unionfuse import syscalls
+from unionfuse.journal import FIRST_FRESH_ID
 
 SLOT = 4096
 SLOTS = 192
@@ -76,7 +77,7 @@ class SharedMemory:
             raise
         memory.words[Word.END] = JOURNAL_AT
         memory.words[Word.END + 1] = JOURNAL_AT + HALF
-        memory.words[Word.FRESH_ID] = 1 << 62
+        memory.words[Word.FRESH_ID] = FIRST_FRESH_ID
         memory.words[Word.HANDLE] = 1
         memory.words[Word.GENERATION] = 1
         memory.words[Word.MAGIC] = _MAGIC

@@ -46,7 +46,7 @@ class Settling:
 
     def run(self, kept: dict[str, int]) -> None:
         """Settle everything. `kept`: the descriptors of deleted files; each is taken once."""
-        self._tree.revival.kept = kept
+        self._union.revival.kept = kept
         with self._union.lock:
             for intent in self._intents.begun():
                 try:

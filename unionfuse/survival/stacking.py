@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from unionfuse.express import protocol
 from unionfuse.layer import DescriptorCache, Layer, LayerError, LayerStack, open_layer
@@ -22,7 +22,7 @@ from unionfuse.node import Directory, Node
 from unionfuse.tree import ROOT_ID, Tree
 
 if TYPE_CHECKING:
-    from unionfuse.survival.journal import SharedJournal
+    from unionfuse.survival.journal import Descriptors, SharedJournal
     from unionfuse.union import Union
 
 STACK = "unionfuse-stack"
@@ -55,14 +55,6 @@ class Wish(NamedTuple):
 
 
 DONE = "done"
-
-
-class Store(Protocol):
-    """Who holds descriptors for the next daemon."""
-
-    def keep(self, name: str, descriptor: int) -> None: ...
-
-    def let_go(self, name: str) -> None: ...
 
 
 def written(name: str, value: Stack | Wish) -> int:
@@ -99,7 +91,7 @@ def read_wish(descriptor: int) -> Wish | None:
 # --- the daemon that is asked ----------------------------------------------------------------
 
 
-def restack(union: Union, stack: Stack, wish: Wish, store: Store) -> None:
+def restack(union: Union, stack: Stack, wish: Wish, store: Descriptors) -> None:
     """Write down the wished stack, and what must outlive the present one.
 
     Raises:
