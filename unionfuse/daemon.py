@@ -169,18 +169,19 @@ def _live(invocation: Invocation, ready: Callable[[], None], keeping: Keeping | 
         union.close()
         _say(str(refusal))
         return 1
+    mount = mounting.attached(mountpoint)
     if survivor is not None:
         for name, lock in zip(("upper", "work"), locks, strict=False):
             survivor.keep(name, lock)
-        survivor.mounted(channel, mountpoint)
+        survivor.mounted(channel, mount)
     try:
-        return _serve(channel, union, options, mountpoint, ready, survivor)
+        return _serve(channel, union, options, mount, ready, survivor)
     except protocol.ProtocolError as error:
-        mounting.detach(mountpoint, lazy=True)
+        mounting.withdraw(mount)
         _say(f"{os.fsdecode(mountpoint)}: {error}; run a newer kernel")
         return 1
     except Exception:
-        mounting.detach(mountpoint, lazy=True)
+        mounting.withdraw(mount)
         raise
     finally:
         union.close()
@@ -192,7 +193,7 @@ def _serve(
     channel: int,
     union: Union,
     options: MountOptions,
-    mountpoint: bytes,
+    mount: mounting.Mount,
     ready: Callable[[], None],
     survivor: Survivor | None = None,
 ) -> int:
@@ -207,7 +208,7 @@ def _serve(
     make_room = None
     if survivor is not None:
         make_room = functools.partial(survivor.make_room, union)
-    return Server(door, union, options, mountpoint, make_room).serve(ready)
+    return Server(door, union, options, mount, make_room).serve(ready)
 
 
 def _take_over(options: MountOptions, survivor: Survivor, ready: Callable[[], None]) -> int:
@@ -229,7 +230,7 @@ def _take_over(options: MountOptions, survivor: Survivor, ready: Callable[[], No
             paths = syscalls.proc_path(upper), syscalls.proc_path(work)
             options = options._replace(upperdir=paths[0], workdir=paths[1])
         union = _open_union(options, survivor)
-        return _serve(channel, union, options, survivor.mountpoint, ready, survivor)
+        return _serve(channel, union, options, survivor.mount, ready, survivor)
     except (LayerError, TakeOverError) as error:
         log.error("this daemon cannot go on: %s", error)
         survivor.gives_up(str(error))

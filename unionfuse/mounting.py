@@ -104,6 +104,26 @@ def detach(mountpoint: bytes, lazy: bool = False) -> None:
             raise _not_unmounted(mountpoint, error.errno) from None
 
 
+def attached(mountpoint: bytes) -> Mount:
+    """What `attach` has just mounted."""
+    return mount_at(mountpoint) or Mount(b"", mountpoint, FILE_SYSTEM_TYPE)
+
+
+def withdraw(mount: Mount) -> None:
+    """Take a mount away at once, unless another one lies over it: that is somebody else's.
+
+    Arguments:
+        mount: with an empty `device` where only its path is known.
+
+    Raises MountError as `detach`.
+    """
+    topmost = mount_at(mount.path)
+    if mount.device and topmost is not None and topmost.device != mount.device:
+        remedy = f"unmount that, then run {_unmount_command(mount.path)}"
+        raise MountError(mount.path, "something else is mounted over the union", remedy)
+    detach(mount.path, lazy=True)
+
+
 _PARENT, _START_TIME = 4, 22
 
 

@@ -37,7 +37,7 @@ class Server:
         door: Channel | Lane,
         union: Union,
         options: MountOptions,
-        mountpoint: bytes,
+        mount: mounting.Mount,
         make_room: Callable[[], None] | None = None,
     ) -> None:
         """
@@ -49,7 +49,7 @@ class Server:
         self._door = door
         self._union = union
         self._options = options
-        self._mountpoint = mountpoint
+        self._mount = mount
         self._events = -1  # where events are written
         self._end_by: float | None = None  # when serving ends in any case, by time.monotonic
 
@@ -65,7 +65,7 @@ class Server:
         self._wait(events)
         if self._door.failed:
             log.error("the mount on %s ends", self._shown)
-            mounting.detach(self._mountpoint, lazy=True)
+            self._withdraw()
         self._door.close()
         if self._options.stats:
             log.info("unmounted: %s", self.status())
@@ -85,7 +85,7 @@ class Server:
 
     @property
     def _shown(self) -> str:
-        return os.fsdecode(self._mountpoint)
+        return os.fsdecode(self._mount.path)
 
     def _wait(self, events: int) -> None:
         poll = select.poll()
@@ -108,15 +108,14 @@ class Server:
             log.info("%s: the installed version takes over", self._shown)
             self._make_room()
         elif number in _ENDS:
-            self._detach()
+            self._withdraw()  # and give those who have files open a moment to close them
+            self._end_by = time.monotonic() + _GRACE
 
-    def _detach(self) -> None:
-        """Take the mount away, and give those who have files open a moment to close them."""
+    def _withdraw(self) -> None:
         try:
-            mounting.detach(self._mountpoint, lazy=True)
+            mounting.withdraw(self._mount)
         except mounting.MountError as error:
             log.warning("%s", error)
-        self._end_by = time.monotonic() + _GRACE
 
 
 def _only_note(number: int, frame: FrameType | None) -> None:

@@ -82,6 +82,32 @@ def test_a_keeper_takes_no_mount_away_but_its_own(workshop: Workshop) -> None:
             umount(tree.root, MNT_DETACH)
 
 
+@pytest.mark.parametrize("keeper", ["on", "off"])
+def test_a_signal_takes_no_mount_away_but_its_own(workshop: Workshop, keeper: str) -> None:
+    """Nor after a kill: the next daemon knows its mount from the first."""
+    tree = workshop({"f": "1"}, options={"keeper": keeper})
+    assert tree.daemon is not None
+    inside = os.open(tree.root, os.O_PATH)
+    mount("tmpfs", tree.root, "tmpfs")
+    try:
+        (tree / "mine").touch()
+        if keeper == "on":
+            tree.kill_daemon()
+            os.stat("f", dir_fd=inside)
+        tree.daemon.process.terminate()
+        while "something else is mounted over the union" not in tree.daemon.messages():
+            assert tree.daemon.process.poll() is None
+            time.sleep(0.01)
+        tree.daemon.process.terminate()
+        assert tree.daemon.process.wait(10) == 0
+        assert (tree / "mine").exists()
+    finally:
+        tree.daemon = None
+        os.close(inside)
+        for _ in range(2):
+            umount(tree.root, MNT_DETACH)
+
+
 def test_in_the_background_and_with_a_log(workshop: Workshop) -> None:
     """The usual way to mount: the command returns, the keeper stays; SIGTERM to it unmounts."""
     plain = workshop({"f": "1"})

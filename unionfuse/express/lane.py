@@ -113,7 +113,7 @@ class Lane:
         for cpu in range(_queues() if self._has_rings else 0):
             self._start(partial(self._serve_until_end, cpu), f"lane-ring-{cpu}")
         if self._has_rings and survivor is not None and survivor.taken_over:
-            self._start(partial(self._stir, survivor.mountpoint), "lane-stir")
+            self._start(partial(self._stir, survivor.mount.path), "lane-stir")
         for number in range(1 if self._has_rings else _READERS):
             self._start(partial(self._serve_until_end, None), f"lane-{number}")
 

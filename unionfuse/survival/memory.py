@@ -7,7 +7,7 @@ memory ends with the mount.
     0        words of 8 bytes, see Word
     1024     the kernel's INIT request, and the answer that it got
     4096     the intent log: SLOTS slots of SLOT bytes (intents.py)
-    1016 KiB the mount point, with its length in front
+    1016 KiB the mount point, and 6 KiB behind it its device, each with its length in front
     1 MiB    the journal, first half (journal.py); the file is sparse
     …        the journal, second half
 """
@@ -30,6 +30,7 @@ HALF = 512 << 20  # bytes of journal, some millions of nodes; only what is writt
 _SIZE = JOURNAL_AT + 2 * HALF
 _INIT_AT = 1024
 _MOUNTPOINT_AT = JOURNAL_AT - 8192
+_DEVICE_AT = JOURNAL_AT - 2048
 _MAGIC = 0x0001_4B45_4550_0002  # its last digits count versions of this layout
 
 
@@ -120,13 +121,27 @@ class SharedMemory:
     @property
     def mountpoint(self) -> bytes:
         """Where it is mounted: the absolute path; empty until then."""
-        length = self.words[_MOUNTPOINT_AT // 8]
-        return bytes(self.bytes[_MOUNTPOINT_AT + 8 : _MOUNTPOINT_AT + 8 + length])
+        return self._text(_MOUNTPOINT_AT)
 
     @mountpoint.setter
     def mountpoint(self, path: bytes) -> None:
-        self.bytes[_MOUNTPOINT_AT + 8 : _MOUNTPOINT_AT + 8 + len(path)] = path
-        self.words[_MOUNTPOINT_AT // 8] = len(path)
+        self._note_text(_MOUNTPOINT_AT, path)
+
+    @property
+    def device(self) -> bytes:
+        """The mount's, as /proc/self/mountinfo has it; empty where it is not known."""
+        return self._text(_DEVICE_AT)
+
+    @device.setter
+    def device(self, device: bytes) -> None:
+        self._note_text(_DEVICE_AT, device)
+
+    def _text(self, at: int) -> bytes:
+        return bytes(self.bytes[at + 8 : at + 8 + self.words[at // 8]])
+
+    def _note_text(self, at: int, text: bytes) -> None:
+        self.bytes[at + 8 : at + 8 + len(text)] = text
+        self.words[at // 8] = len(text)
 
     def give_back(self, offset: int, length: int) -> None:
         """Let go of pages that are not needed any more; they read as zeros afterwards."""

@@ -52,9 +52,10 @@ class Survivor:
     # --- what the daemon before left ---------------------------------------------------------
 
     @property
-    def mountpoint(self) -> bytes:
-        """Where it is mounted, if another daemon has mounted it."""
-        return self._memory.mountpoint
+    def mount(self) -> mounting.Mount:
+        """The mount, if another daemon has made it."""
+        memory = self._memory
+        return mounting.Mount(memory.device, memory.mountpoint, mounting.FILE_SYSTEM_TYPE)
 
     def kept(self, name: str) -> int | None:
         """A descriptor that was kept, for the caller from now on."""
@@ -64,11 +65,10 @@ class Survivor:
         """Have a descriptor kept for the next daemon."""
         self._keeping.keep(name, descriptor)
 
-    def mounted(self, fuse: int, mountpoint: bytes) -> None:
+    def mounted(self, fuse: int, mount: mounting.Mount) -> None:
         """Tell the keeper of the mount: from now on a dead daemon is replaced."""
-        self._memory.mountpoint = mountpoint
-        found = mounting.mount_at(mountpoint)
-        self._keeping.serves(mountpoint, found.device if found else b"")
+        self._memory.mountpoint, self._memory.device = mount.path, mount.device
+        self._keeping.serves(mount.path, mount.device)
         self._keeping.keep("fuse", fuse)
         try:
             with open(_TIMEOUT) as setting:
