@@ -20,7 +20,7 @@ from typing import Any
 
 from unionfuse import syscalls, view, whiteout
 from unionfuse.layer import Place
-from unionfuse.node import Attributes, Directory, Node
+from unionfuse.node import Directory, Node
 from unionfuse.tree import Tree, failure
 
 INLINE_SIZE = 128 * 1024
@@ -344,7 +344,7 @@ class CopyUp:
         self._note_lower_count(node, upper.work, staged, links)
         syscalls.rename(upper.work, staged, index, name)
         upper.index_names.add(name)
-        tree.remember_links(node, view.entry_status(index, name))
+        tree.links.remember_upper(node, view.entry_status(index, name))
 
     def link_up(self, node: Node, parent: Directory, name: bytes) -> None:
         """Give an indexed file that upper has under other names this lower name of it, too.
@@ -485,6 +485,3 @@ def copy_attributes(source: int, name: bytes, target: int, new: bytes) -> None:
             refused = error.errno in (errno.EOPNOTSUPP, errno.EPERM)
             if not gone and not (refused and not matters):
                 raise
-
-
-__all__ = ["INLINE_SIZE", "Attributes", "CopyUp", "copy_attributes"]

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 from unionfuse import syscalls, view, whiteout
 from unionfuse.copyup import CopyUp
+from unionfuse.forgetting import Forgetting
 from unionfuse.node import WHITEOUT, Directory, Node
 from unionfuse.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from unionfuse.tree import Tree, failure
@@ -29,10 +30,11 @@ _LONGEST_REDIRECT = 2048
 class Renaming:
     """Renames in one union."""
 
-    def __init__(self, tree: Tree, copy: CopyUp, upper: Upper) -> None:
+    def __init__(self, tree: Tree, copy: CopyUp, upper: Upper, forgetting: Forgetting) -> None:
         self._tree = tree
         self._copy = copy
         self._upper = upper
+        self._forgetting = forgetting
 
     def rename(
         self, parent: Directory, name: bytes, new_parent: Directory, new_name: bytes, flags: int
@@ -233,7 +235,7 @@ class Renaming:
         finally:
             for directory in reversed(found[1:]):
                 directory.opened -= 1
-                self._tree.release_if_unused(directory)
+                self._forgetting.release_if_unused(directory)
 
     def _detach_names(self, directory: Directory, found: list[Directory]) -> None:
         """Copy up what a directory shows; add its directories to `found`, marked as in use."""
@@ -248,7 +250,7 @@ class Renaming:
                 continue
             if child.index_name and not self._tree.is_physical(directory, name):
                 self._copy.link_up(child, directory, name)
-            self._tree.release_if_unused(child)
+            self._forgetting.release_if_unused(child)
 
     def _make_standalone(self, node: Directory) -> None:
         """Make a directory opaque that upper has all of by now; its whiteouts go."""

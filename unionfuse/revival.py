@@ -97,7 +97,7 @@ class Revival:
             path = next(p.path for p in parent.lowers if p.layer.number == layer)
             node.lower = Place(layers[layer], path, name)
             if status.st_nlink > 1:
-                tree.remember_lower_links(node, (-1, record))
+                tree.links.remember_lower(node, (-1, record))
         node.record, node.ino = record, status.st_ino
         return tree.adopt(node, parent, name)
 

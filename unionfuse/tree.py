@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -19,17 +18,18 @@ from unionfuse._tables import Tables
 from unionfuse.inodes import InodeNumbers
 from unionfuse.journal import FIRST_FRESH_ID, Journal
 from unionfuse.layer import LayerStack, Place
+from unionfuse.links import Links
+from unionfuse.merging import Merging
 from unionfuse.node import (
     FIRST_NEW_COOKIE,
     WHITEOUT,
-    Attributes,
     Directory,
     Node,
     Order,
 )
 from unionfuse.options import MountOptions
 from unionfuse.origins import Origins
-from unionfuse.owners import Owners, acl_group_bits
+from unionfuse.owners import Owners
 from unionfuse.redirects import Redirects
 from unionfuse.survival.farewell import farewell
 from unionfuse.upperdir import UpperDirectory
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from unionfuse.index import LookupIndex
 
 ROOT_ID = 1
-_IDLE_DIRECTORIES = 2048
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -66,6 +65,7 @@ class Tree:
         revive: makes a node anew whose id is known, but not in `nodes` (see revival.py).
         journal: what the next daemon must know, should this one be killed.
         inodes: makes the inode numbers that users see.
+        links: the nodes of files with several names.
     """
 
     def __init__(
@@ -85,18 +85,18 @@ class Tree:
         self.owners = Owners(options)
         # A lower file never changes, and who finds one wants its attributes next: one stat.
         self._just_seen: tuple[Node | None, os.stat_result | None] = (None, None)
-        self._idle: OrderedDict[int, Directory] = OrderedDict()
         self.journal = journal if journal is not None else Journal()
         self.revive: Callable[[int], Node] = _unknown
-        self._lower_links: dict[tuple[int, int], Node] = {}  # (st_dev, st_ino) of lower links
-        self._upper_links: dict[int, Node] = {}  # st_ino of upper files with several links
+        self.links = Links()
         self.inodes = InodeNumbers(stack, upper, options.xino != "off")
         self.redirects = Redirects(stack, options.redirect_dir != "nofollow")
         self.origins = Origins(stack, self.inodes)
         self.nodes: dict[int, Node] = {}
-        self._devices = {layer: os.stat(layer.descriptor).st_dev for layer in stack.layers}
         self._leaves_tables = False
         self.tables = Tables([layer.descriptor for layer in stack.layers])
+        self._merging = Merging(
+            stack, index, self.tables, self.journal, self.inodes, self.redirects
+        )
         self.root = self._make_root()
 
     def _make_root(self) -> Directory:
@@ -208,7 +208,7 @@ class Tree:
         if directory.deleted and directory is not self.root:
             directory.view, directory.changes, directory.order = view.EMPTY_VIEW, {}, Order()
             return
-        below = self._view(directory)
+        below = self._merging.view(directory)
         if directory.in_upper:
             found = view.scan(self.upper_directory(directory))
             changes = dict(found.kinds)
@@ -221,42 +221,9 @@ class Tree:
 
     def load_empty(self, directory: Directory) -> None:
         """A directory has just been made in upper: nothing is to be read."""
-        directory.view = self._view(directory)
+        directory.view = self._merging.view(directory)
         self.begin_changes(directory, directory.view, {})
         self.tables.open(directory.id, changed=True)
-
-    def _view(self, directory: Directory) -> view.View:
-        if directory.record and self.index is not None:
-            return self.index.view(directory.record, self.stack.layers)
-        held = self.tables.hold(directory.id)
-        if not directory.lowers:
-            if held:  # the kernel knows what this directory merged before it was cut off
-                self.tables.ask_all(directory.id)
-            else:
-                self.tables.add(directory.id, 0, (0, 0), (), ())
-            return view.EMPTY_VIEW
-        if not held:
-            self._merge_into_table(directory)
-        return view.TabledView(self.tables, directory.id, self.stack.layers)
-
-    def _merge_into_table(self, directory: Directory) -> None:
-        merged = view.merge(directory.lowers, self.redirects.resolve)
-        stubs = merged.stubs()
-        places = []
-        for place in merged.places():
-            device = self._devices[place.layer]
-            places.append((place.layer.number, place.path, device, self.inodes.bits(device)))
-        parent = directory.names[0][0] if directory.names else directory
-        kinds = [(name, stub.kind) for name, stub in stubs.items()]
-        for number in self.tables.dropped():
-            self.journal.drop_table(number)
-        first, known = self.journal.table_ids(directory.id, kinds)
-        names = [(name, stub.kind, stub.positions) for name, stub in stubs.items()]
-        inodes = directory.ino, parent.ino
-        self.tables.add(directory.id, first, inodes, places, names, known)
-        if known:  # but not what was taken out of the table by then
-            for number in filter(self.journal.has, range(first, first + len(names))):
-                self.tables.take(number)
 
     def _hide_marks(self, directory: Directory, changes: dict[bytes, int]) -> None:
         for name in [name for name in changes if name.startswith(whiteout.WHITEOUT_PREFIX)]:
@@ -330,7 +297,7 @@ class Tree:
         place = Place(top.layer, top.path, name)
         status, key = self._lower_status(place, stub)
         if key is not None:
-            known = self._lower_links.get(key) or self._indexed(place)
+            known = self.links.lower(key) or self._indexed(place)
             if known is not None:
                 known.record = known.record or stub.record
                 return self.alias(known, directory, name)
@@ -340,7 +307,7 @@ class Tree:
         node.ino = status.st_ino if stub.record else self.inodes.of(status)
         self._just_seen = (node, status)
         if key is not None:  # its other names lead here only as long as it is here
-            self.remember_lower_links(node, key)
+            self.links.remember_lower(node, key)
             return self.adopt(node, directory, name)
         return self._adopt_lower(node, directory, name, stub)
 
@@ -394,7 +361,7 @@ class Tree:
         if not origin or index_name not in self.upper.index_names:
             return None
         status = view.entry_status(self.upper.index, index_name)
-        node = self._upper_links.get(status.st_ino)
+        node = self.links.upper(status)
         return node or self._make_upper_node(self.upper.index, index_name, status, place)
 
     def _from_upper(self, directory: Directory, name: bytes) -> Node:
@@ -403,7 +370,7 @@ class Tree:
         if stat.S_ISDIR(status.st_mode):
             return self._upper_directory_node(directory, name, parent)
         if status.st_nlink > 1:
-            known = self._upper_links.get(status.st_ino)
+            known = self.links.upper(status)
             if known is not None:
                 return self.alias(known, directory, name)
         stub = self.below(directory, name)
@@ -444,7 +411,7 @@ class Tree:
         node.ino = marks.inode or self.origins.inode(marks.origin) or self.inodes.of(status)
         self._take_index_name(node, marks, status)
         if status.st_nlink > 1 or node.index_name:
-            self.remember_links(node, status)
+            self.links.remember_upper(node, status)
         return node
 
     def _take_index_name(self, node: Node, marks: whiteout.Marks, status: os.stat_result) -> None:
@@ -571,73 +538,9 @@ class Tree:
         assert self.index is not None
         return not node.in_upper or self.index.status(node.record).st_ino == node.ino
 
-    def remember_lower_links(self, node: Node, key: tuple[int, int]) -> None:
-        """Note that a lower file has several links; `key` is what each name knows it by."""
-        node.lower_key = key
-        self._lower_links[key] = node
-
-    def remember_links(self, node: Node, status: os.stat_result) -> None:
-        """Note that an upper file has several links, so that each name finds the one node."""
-        node.upper_key = status.st_ino
-        self._upper_links[status.st_ino] = node
-
     def new_inode(self, node: Node, status: os.stat_result) -> None:
         """Give a node that upper just got its inode number."""
         node.ino = self.inodes.of(status)
-
-    def release_if_unused(self, node: Node) -> None:
-        """Let go of a node that neither the kernel nor anyone else needs, and of its parents."""
-        waiting = [node]
-        while waiting:
-            node = waiting.pop()
-            if self._is_unused(node) and not self._keep_idle(node):
-                waiting += self._let_go(node)
-
-    def _is_unused(self, node: Node) -> bool:
-        if node is self.root or node.lookups > 0 or node.opened or node.id not in self.nodes:
-            return False
-        if isinstance(node, Directory) and node.children:
-            return False
-        if not self.is_indexed(node):
-            return True  # for a node that a table has this takes no more than `lookups` == 0
-        # Nobody counts whether the kernel knows a node of the index. What upper has could not be
-        # made anew from the index; what is deleted goes when the kernel forgets it, which it
-        # does once.
-        return node.lookups < 0 if node.deleted else not node.in_upper
-
-    def _keep_idle(self, node: Node) -> bool:
-        """Keep directories that were used last and can be made again: each costs a walk."""
-        if not isinstance(node, Directory) or node.deleted:
-            return False
-        if not self.is_indexed(node) and not (node.tabled and self.tables.lookups(node.id)):
-            return False
-        self._idle[node.id] = node
-        self._idle.move_to_end(node.id)
-        if len(self._idle) > _IDLE_DIRECTORIES:
-            _, oldest = self._idle.popitem(last=False)
-            if self._is_unused(oldest):
-                for parent in self._let_go(oldest):
-                    self.release_if_unused(parent)
-        return True
-
-    def _let_go(self, node: Node) -> list[Directory]:
-        """Forget a node; returns the directories that may not be needed any more either."""
-        del self.nodes[node.id]
-        self.journal.drop(node.id)
-        self.close_unnamed(node)
-        self._forget_links(node)
-        for parent, name in node.names:
-            if parent.children.get(name) is node:
-                del parent.children[name]
-        if node.tabled:
-            self.tables.made(node.id, False)
-        elif node.id >= FIRST_FRESH_ID:
-            self.tables.give_back(node.id, not node.in_upper and not node.deleted)
-        if isinstance(node, Directory):
-            self._idle.pop(node.id, None)
-            self.stack.cache.discard(("upper", node.id))
-            self.tables.release(node.id)
-        return [parent for parent, _ in node.names]
 
     def close_unnamed(self, node: Node) -> None:
         """Close the descriptor of a deleted node."""
@@ -665,13 +568,7 @@ class Tree:
             return self._make_upper_node(self.upper.index, index_name, status, None)
         return Directory() if kind == stat.S_IFDIR else Node(kind)
 
-    def _forget_links(self, node: Node) -> None:
-        if node.lower_key is not None:
-            self._lower_links.pop(node.lower_key, None)
-        if node.upper_key and self._upper_links.get(node.upper_key) is node:
-            del self._upper_links[node.upper_key]
-
-    # --- attributes ----------------------------------------------------------------------
+    # --- what lies on disk ---------------------------------------------------------------
 
     def status(self, node: Node) -> os.stat_result:
         """lstat of what a node is on disk."""
@@ -685,57 +582,6 @@ class Tree:
         if name:
             return os.stat(name, dir_fd=directory, follow_symlinks=False)
         return os.stat(directory)
-
-    def attributes(self, node: Node, status: os.stat_result | None = None) -> Attributes:
-        """What stat(2) shows of a node.
-
-        Arguments:
-            status: what is on disk, where the caller has just looked.
-        """
-        if node.deleted and node is not self.root and node.unnamed < 0 and status is None:
-            if node.last is None:
-                raise failure(errno.ENOENT)
-            return node.last
-        if status is None:
-            status = self.status(node)
-        attributes = Attributes(status, node.ino, self._links(node, status))
-        if node.metacopy and node.lower is not None:
-            directory, name = self.redirects.data(node.lower)
-            attributes.blocks = view.entry_status(directory, name).st_blocks
-        if not self.owners.plain:
-            self.owners.show(attributes, *self.location(node))
-        if self.options.noacl and status.st_mode & stat.S_IRWXG:
-            self._fold_mask(node, attributes)
-        return attributes
-
-    def _fold_mask(self, node: Node, attributes: Attributes) -> None:
-        """Without ACLs the mask must not be taken for the group's rights: grant the lesser."""
-        directory, name = self.location(node)
-        try:
-            acl = syscalls.getxattr(directory, name, b"system.posix_acl_access")
-        except OSError:
-            return
-        group = acl_group_bits(acl)
-        attributes.mode &= ~stat.S_IRWXG | (group << 3)
-
-    def _links(self, node: Node, status: os.stat_result) -> int:
-        if node.deleted and node is not self.root:
-            return 0
-        if not isinstance(node, Directory):
-            return status.st_nlink + node.link_offset
-        if self.options.static_nlink or self._is_merged(node):
-            return 1  # overlayfs does so, and find(1) takes it for "not known"
-        return status.st_nlink
-
-    def _is_merged(self, directory: Directory) -> bool:
-        """Whether a directory comes from several places; overlayfs shows one link for these."""
-        if directory.view is None and directory.lowers and not directory.in_upper:
-            if len(directory.lowers) == 1 or directory.record:
-                return False
-            self.load(directory)
-        if directory.record and not directory.in_upper:
-            return False  # the index has the right count already
-        return len(directory.lowers) + directory.in_upper > 1
 
     def _directory_inode(self, directory: Directory) -> int:
         if directory.record and self.index is not None:

@@ -12,15 +12,15 @@ import logging
 import os
 import stat
 import threading
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from unionfuse import syscalls, view, whiteout
+from unionfuse import attributes, syscalls, view, xattrs
 from unionfuse.copyup import INLINE_SIZE, CopyUp
+from unionfuse.forgetting import Forgetting
 from unionfuse.journal import Journal
 from unionfuse.layer import LayerStack, Place
-from unionfuse.node import NOW, Attributes, Caller, Changes, Directory, Entry, Node
+from unionfuse.node import Attributes, Caller, Changes, Directory, Entry, Node
 from unionfuse.openfiles import OpenFiles
 from unionfuse.options import MountOptions
 from unionfuse.renaming import Renaming
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LAYER_ATTRIBUTE = b"user.unionfuse.layer"
-"""Names the layer directory that a file comes from; shown only to who asks for it by name."""
-
-_ACL_PREFIX = b"system.posix_acl_"
 _OPEN_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
 _MAPPABLE_VALID = 1.0  # seconds; a shared map may be there still, and change the times
 
@@ -79,6 +75,7 @@ class Union:
         if options.upperdir is not None:
             upper = UpperDirectory(options, taken_over=taken_over)
         self.tree = Tree(stack, upper, options, index, journal)
+        self._forgetting = Forgetting(self.tree)
         self.revival = Revival(self.tree)
         self.tree.revive = self.revival.node
         self._journal = self.tree.journal
@@ -88,9 +85,9 @@ class Union:
         self._copy = CopyUp(self.tree, self.lock, self._published)
         read_only = upper is None or options.read_only
         self._upper = None if read_only else Upper(self.tree, self._copy, self._changed)
-        self._renaming = (
-            None if self._upper is None else Renaming(self.tree, self._copy, self._upper)
-        )
+        self._renaming = None
+        if self._upper is not None:
+            self._renaming = Renaming(self.tree, self._copy, self._upper, self._forgetting)
 
     def close(self) -> None:
         """Let go of everything; the staging directory is empty afterwards."""
@@ -145,12 +142,12 @@ class Union:
         self._changed(node)
 
     def _entry(self, node: Node, status: os.stat_result | None = None) -> Entry:
-        entry = Entry(node.id, self.tree.attributes(node, status), self._valid(node))
+        entry = Entry(node.id, attributes.shown(self.tree, node, status), self._valid(node))
         if self.tree.is_indexed(node):
-            self.tree.release_if_unused(node)
+            self._forgetting.release_if_unused(node)
         elif node.tabled:
             self.tree.tables.count(node.id)
-            self.tree.release_if_unused(node)
+            self._forgetting.release_if_unused(node)
         else:
             node.lookups += 1
             self._journal.count(node)
@@ -180,19 +177,19 @@ class Union:
             if node is None or node.tabled:
                 known = self.tree.tables.forgotten(number, count)
                 if node is not None:
-                    self.tree.release_if_unused(node)
+                    self._forgetting.release_if_unused(node)
                 elif not known:
                     self._journal.forgotten(number, count)
             else:
                 if node.deleted or not self.tree.is_indexed(node):
                     node.lookups -= count
                     self._journal.count(node)
-                self.tree.release_if_unused(node)
+                self._forgetting.release_if_unused(node)
 
     def getattr(self, number: int, handle: int | None = None) -> Attributes:
         """What stat(2) shows."""
         with self.lock:
-            return self.tree.attributes(self.tree.node(number))
+            return attributes.shown(self.tree, self.tree.node(number))
 
     def attr_valid(self, number: int) -> float:
         """For how many seconds the kernel may keep a node's attributes."""
@@ -223,80 +220,16 @@ class Union:
             if changes.mode is not None and stat.S_ISLNK(node.kind):
                 raise failure(errno.EOPNOTSUPP)
             self._copy.copy_up(node, data=changes.size is not None, size=changes.size)
-            directory, name = self.tree.location(node)
-            # A chown drops set-uid and capabilities by itself in the file system below.
-            self._set_owner_and_mode(node, directory, name, changes)
-            if changes.size is not None:
-                self._truncate(node, directory, name, changes.size, handle)
-            if changes.kill_privileges and changes.uid is None and changes.gid is None:
-                self._kill_privileges(node)
-            if changes.kill_capabilities:
-                self._kill_capabilities(node)
-            if changes.atime_ns is not None or changes.mtime_ns is not None:
-                self._set_times(directory, name, changes)
+            attributes.change(self.tree, node, changes, self._writable(handle))
             self._changed(node)
-            return self.tree.attributes(node)
+            return attributes.shown(self.tree, node)
 
-    def _set_owner_and_mode(
-        self, node: Node, directory: int, name: bytes, changes: Changes
-    ) -> None:
-        owners = self.tree.owners
-        if changes.uid is None and changes.gid is None and changes.mode is None:
-            return
-        if owners.override is not None:
-            shown = self.tree.attributes(node)
-            uid = shown.uid if changes.uid is None else changes.uid
-            gid = shown.gid if changes.gid is None else changes.gid
-            mode = shown.mode if changes.mode is None else changes.mode
-            if changes.mode is None and node.is_regular:
-                mode = _without_privileges(mode)
-            owners.write_override(directory, name, uid, gid, mode)
-            return
-        if changes.uid is not None or changes.gid is not None:
-            uid = -1 if changes.uid is None else changes.uid
-            gid = -1 if changes.gid is None else changes.gid
-            syscalls.chown(directory, name, *owners.stored(uid, gid))
-        if changes.mode is not None:
-            syscalls.chmod(directory, name, stat.S_IMODE(changes.mode))
-
-    def _truncate(
-        self, node: Node, directory: int, name: bytes, size: int, handle: int | None
-    ) -> None:
-        if node.is_directory:
-            raise failure(errno.EISDIR)
-        opened = self.files.file(handle) if handle is not None else None
-        if handle is not None and opened is not None and opened.writable:
-            syscalls.ftruncate(self.files.descriptor(handle), size)
-        else:
-            syscalls.truncate(directory, name, size)
-
-    def _set_times(self, directory: int, name: bytes, changes: Changes) -> None:
-        now = time.time_ns()
-        atime, mtime = changes.atime_ns, changes.mtime_ns
-        if atime is None or mtime is None:
-            status = view.entry_status(directory, name) if name else os.stat(directory)
-            atime = status.st_atime_ns if atime is None else atime
-            mtime = status.st_mtime_ns if mtime is None else mtime
-        atime = now if atime == NOW else atime
-        mtime = now if mtime == NOW else mtime
-        syscalls.utimens(directory, name, (atime, mtime))
-
-    def _kill_privileges(self, node: Node) -> None:
-        """Drop set-uid and set-gid, as a write by somebody else does."""
-        if not node.is_regular:
-            return
-        directory, name = self.tree.location(node)
-        status = view.entry_status(directory, name) if name else os.stat(directory)
-        mode = _without_privileges(stat.S_IMODE(status.st_mode))
-        if mode != stat.S_IMODE(status.st_mode):
-            syscalls.chmod(directory, name, mode)
-
-    def _kill_capabilities(self, node: Node) -> None:
-        try:
-            syscalls.removexattr(*self.tree.location(node), b"security.capability")
-        except OSError as error:
-            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM):
-                raise
+    def _writable(self, handle: int | None) -> int:
+        """The descriptor behind a handle, if there is one that writes; else -1."""
+        if handle is None:
+            return -1
+        opened = self.files.file(handle)
+        return self.files.descriptor(handle) if opened is not None and opened.writable else -1
 
     def read_inode_flags(self, number: int, command: int) -> bytes:
         """What lsattr(1) asks; see syscalls.READ_INODE_FLAGS. Raises ENOTTY: there are none."""
@@ -382,13 +315,13 @@ class Union:
         """Delete a name of anything but a directory."""
         with self.lock:
             node = self._changes().unlink(self.tree.directory(parent), name)
-            self.tree.release_if_unused(node)
+            self._forgetting.release_if_unused(node)
 
     def rmdir(self, parent: int, name: bytes) -> None:
         """Delete an empty directory."""
         with self.lock:
             node = self._changes().rmdir(self.tree.directory(parent), name)
-            self.tree.release_if_unused(node)
+            self._forgetting.release_if_unused(node)
 
     def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
@@ -401,7 +334,7 @@ class Union:
             nodes = self._renaming.rename(source, name, goal, new_name, flags)
             for node in nodes:
                 if node is not None:
-                    self.tree.release_if_unused(node)
+                    self._forgetting.release_if_unused(node)
 
     # --- what a daemon asks that takes over ----------------------------------------------
 
@@ -415,7 +348,7 @@ class Union:
                 node = self.tree.find(directory, name)
             except OSError:
                 return None
-            self.tree.release_if_unused(node)
+            self._forgetting.release_if_unused(node)
             return node.id, node.ino, node.kind
 
     def inode_in_upper(self, parent: int, name: bytes) -> int:
@@ -488,7 +421,7 @@ class Union:
                 self._copy.copy_up(node, size=0 if flags & os.O_TRUNC else None)
             handle = self.files.open(node, flags | append)
             if kill_privileges and flags & os.O_TRUNC:
-                self._kill_privileges(node)
+                attributes.kill_privileges(self.tree, node)
             return handle
 
     def reopen(self, handle: int, number: int, flags: int) -> None:
@@ -535,7 +468,7 @@ class Union:
         try:
             if kill_privileges:
                 with self.lock:
-                    self._kill_privileges(opened.node)
+                    attributes.kill_privileges(self.tree, opened.node)
             done = syscalls.pwrite(opened.descriptor, data, offset)
             while done < len(data):
                 done += syscalls.pwrite(opened.descriptor, data[done:], offset + done)
@@ -548,7 +481,7 @@ class Union:
         with self.lock:
             node = self.files.release(handle)
             if node is not None:
-                self.tree.release_if_unused(node)
+                self._forgetting.release_if_unused(node)
 
     releasedir = release
 
@@ -621,44 +554,20 @@ class Union:
     def getxattr(self, number: int, attribute: bytes) -> bytes:
         """The value of an extended attribute. Raises ENODATA, EOPNOTSUPP."""
         with self.lock:
-            node = self.tree.node(number)
-            if attribute == LAYER_ATTRIBUTE:
-                return self._layer_of(node)
-            return syscalls.getxattr(*self.tree.location(node), self._stored_name(attribute))
-
-    def _layer_of(self, node: Node) -> bytes:
-        if node.in_upper:
-            return b"upper"
-        place = node.lowers[0] if isinstance(node, Directory) else node.lower
-        if place is None:
-            raise failure(errno.ENODATA)
-        return place.layer.path
-
-    def _stored_name(self, attribute: bytes) -> bytes:
-        hidden = attribute.startswith(_ACL_PREFIX) and self.options.noacl
-        if self.options.noxattrs or hidden or attribute == self.tree.owners.override:
-            raise failure(errno.EOPNOTSUPP)
-        return whiteout.escape_attribute(attribute)
+            return xattrs.get(self.tree, self.tree.node(number), attribute)
 
     def listxattr(self, number: int) -> list[bytes]:
         """The names of a node's extended attributes; none of the union's own."""
-        if self.options.noxattrs:
-            raise failure(errno.EOPNOTSUPP)
         with self.lock:
-            location = self.tree.location(self.tree.node(number))
-            shown = map(whiteout.unescape_attribute, syscalls.listxattr(*location))
-            names = [name for name in shown if name is not None]
-        if self.options.noacl:
-            names = [name for name in names if not name.startswith(_ACL_PREFIX)]
-        return [name for name in names if name != self.tree.owners.override]
+            return xattrs.names(self.tree, self.tree.node(number))
 
     def setxattr(self, number: int, attribute: bytes, value: bytes, flags: int = 0) -> None:
         """Set an extended attribute; `flags` are XATTR_CREATE and XATTR_REPLACE."""
         with self.lock:
             self._changes()
-            if attribute == LAYER_ATTRIBUTE:
+            if attribute == xattrs.LAYER:
                 raise failure(errno.EPERM)
-            stored = self._stored_name(attribute)
+            stored = xattrs.stored_name(self.tree, attribute)
             node = self.tree.node(number)
             self._copy.copy_up(node, data=False)
             syscalls.setxattr(*self.tree.location(node), stored, value, flags)
@@ -668,7 +577,7 @@ class Union:
         """Remove an extended attribute. Raises ENODATA."""
         with self.lock:
             self._changes()
-            stored = self._stored_name(attribute)
+            stored = xattrs.stored_name(self.tree, attribute)
             node = self.tree.node(number)
             if not node.in_upper:
                 syscalls.getxattr(*self.tree.location(node), stored)  # ENODATA before any copy
@@ -677,11 +586,6 @@ class Union:
             self._attribute_changed(node, attribute)
 
     def _attribute_changed(self, node: Node, attribute: bytes) -> None:
-        if isinstance(node, Directory) and attribute.startswith(_ACL_PREFIX):
+        if isinstance(node, Directory) and attribute.startswith(xattrs.ACL_PREFIX):
             node.default_acl = None
         self._changed(node)
-
-
-def _without_privileges(mode: int) -> int:
-    """A mode without set-uid and set-gid; the kernel asks only where the writer is a stranger."""
-    return mode & ~(stat.S_ISUID | stat.S_ISGID)

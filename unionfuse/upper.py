@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 from unionfuse import syscalls, view, whiteout
+from unionfuse.attributes import shown
 from unionfuse.copyup import CopyUp
 from unionfuse.node import WHITEOUT, Caller, Directory, Node
 from unionfuse.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
@@ -319,7 +320,7 @@ class Upper:
             self._tree.close_unnamed(node)
         self._tree.alias(node, parent, name)
         self._tree.journal.name(node)
-        self._tree.remember_links(node, view.entry_status(directory, name))
+        self._tree.links.remember_upper(node, view.entry_status(directory, name))
         self._changed(node)
 
     def keep_redirect(self, node: Node) -> None:
@@ -426,7 +427,7 @@ class Upper:
         self._tree.about_to_lose_last_name(node)
 
     def _keep_last_attributes(self, node: Node) -> None:
-        node.last = self._tree.attributes(node)
+        node.last = shown(self._tree, node)
         node.last.nlink = 0
 
     def _last_link(self, node: Node) -> bool:

@@ -98,7 +98,7 @@ class Lane:
             marks = survivor.marks(size) if survivor is not None else None
             self._loop.use_index(self._index, marks)
             self._loop.open_here(below=self._size_to_pass_through())
-        self._loop.use_tables(union.tree.tables, _shows_layers_as_they_are(options))
+        self._loop.use_tables(union.tree.tables, self._as_on_disk)
         self._methods = Requests(self, union).methods
         if survivor is not None:
             self._loop.stay_resident(_MAX_WRITE)

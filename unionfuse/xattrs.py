@@ -1,0 +1,53 @@
+"""Extended attributes: under what name each is stored, and which are shown.
+
+Callers hold the union's lock.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from unionfuse import syscalls, whiteout
+from unionfuse.node import Directory, Node
+from unionfuse.tree import Tree, failure
+
+LAYER = b"user.unionfuse.layer"
+"""Names the layer directory that a file comes from; shown only to who asks for it by name."""
+
+ACL_PREFIX = b"system.posix_acl_"
+
+
+def get(tree: Tree, node: Node, attribute: bytes) -> bytes:
+    """The value of an extended attribute. Raises ENODATA, EOPNOTSUPP."""
+    if attribute == LAYER:
+        return _layer_of(node)
+    return syscalls.getxattr(*tree.location(node), stored_name(tree, attribute))
+
+
+def names(tree: Tree, node: Node) -> list[bytes]:
+    """The names of a node's extended attributes; none of the union's own."""
+    if tree.options.noxattrs:
+        raise failure(errno.EOPNOTSUPP)
+    found = map(whiteout.unescape_attribute, syscalls.listxattr(*tree.location(node)))
+    return [name for name in found if name is not None and not _is_hidden(tree, name)]
+
+
+def stored_name(tree: Tree, attribute: bytes) -> bytes:
+    """What an attribute is called on disk. Raises EOPNOTSUPP for one that the mount has not."""
+    if tree.options.noxattrs or _is_hidden(tree, attribute):
+        raise failure(errno.EOPNOTSUPP)
+    return whiteout.escape_attribute(attribute)
+
+
+def _is_hidden(tree: Tree, attribute: bytes) -> bool:
+    without_acls = tree.options.noacl and attribute.startswith(ACL_PREFIX)
+    return without_acls or attribute == tree.owners.override
+
+
+def _layer_of(node: Node) -> bytes:
+    if node.in_upper:
+        return b"upper"
+    place = node.lowers[0] if isinstance(node, Directory) else node.lower
+    if place is None:
+        raise failure(errno.ENODATA)
+    return place.layer.path
