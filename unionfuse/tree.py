@@ -193,9 +193,7 @@ class Tree:
 
     def data_location(self, node: Node) -> tuple[int, bytes]:
         """Where a regular file's data lies: for a metacopy that is not where the node lies."""
-        if node.metacopy and node.lower is not None:
-            return self.redirects.data(node.lower)
-        if not node.in_upper and node.lower is not None:
+        if node.lower is not None and (node.metacopy or not node.in_upper):
             return self.redirects.data(node.lower)
         return self.location(node)
 
@@ -213,7 +211,6 @@ class Tree:
             found = view.scan(self.upper_directory(directory))
             changes = dict(found.kinds)
             changes.update(dict.fromkeys(found.whiteouts, WHITEOUT))
-            self._hide_marks(directory, changes)
             self.begin_changes(directory, below, changes)
         self.tables.open(directory.id, directory.in_upper)
         directory.lowers = tuple(below.places())
@@ -224,10 +221,6 @@ class Tree:
         directory.view = self._merging.view(directory)
         self.begin_changes(directory, directory.view, {})
         self.tables.open(directory.id, changed=True)
-
-    def _hide_marks(self, directory: Directory, changes: dict[bytes, int]) -> None:
-        for name in [name for name in changes if name.startswith(whiteout.WHITEOUT_PREFIX)]:
-            del changes[name]
 
     def begin_changes(
         self, directory: Directory, below: view.View, changes: dict[bytes, int]
