@@ -198,15 +198,16 @@ class IntentLog:
 
     def opened(self, handle: int) -> None:
         """This thread's request is going to be answered with a handle."""
-        slot: int | None = getattr(self._local, "slot", None)
-        if slot is not None:
-            self._words[self._word(slot) + _HANDLE] = handle
+        self._note(_HANDLE, handle)
 
     def moving(self, inode: int) -> None:
         """This thread's rename is about to move what has this number in upper."""
+        self._note(_MOVING, inode)
+
+    def _note(self, word: int, value: int) -> None:
         slot: int | None = getattr(self._local, "slot", None)
         if slot is not None:
-            self._words[self._word(slot) + _MOVING] = inode
+            self._words[self._word(slot) + word] = value
 
     # --- the end of a request ----------------------------------------------------------------
 

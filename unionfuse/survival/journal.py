@@ -67,11 +67,13 @@ class SharedJournal(Journal):
         self._by_name: dict[tuple[int, bytes], int] = {}  # of the lost
         self._by_inode: dict[int, int] = {}  # of the lost, files only
         self._replay()
+        self._find_lost()
         self._backings = {handle.backing for handle in self.handles()} - {0}
 
     # --- reading -----------------------------------------------------------------------------
 
     def _replay(self) -> None:
+        """Find the records that count. Raises TakeOverError where that makes no sense."""
         data, unpack = self._bytes, _RECORD.unpack_from
         at, end = self._start, self._words[Word.END + self._half]
         if not at <= end <= at + HALF or end % 8:
@@ -97,8 +99,12 @@ class SharedJournal(Journal):
                 known[number] = at
                 self._live += size
             at += size
+
+    def _find_lost(self) -> None:
+        """Note what nobody has asked for yet, by what will lead to it."""
+        data = self._bytes
         for number, at in self._at.items():
-            header, _, _, inode, parent = unpack(data, at)
+            header, _, _, inode, parent = _RECORD.unpack_from(data, at)
             kind, length = header >> 32 & 0xFF, header >> 40 & 0xFFFF
             self._lost.add(number)
             if kind == _GONE:
@@ -108,7 +114,6 @@ class SharedJournal(Journal):
             self._by_name[parent, name if kind == _NAME else name[1:]] = number
             if header >> 56 & 0xF != stat.S_IFDIR >> 12:
                 self._by_inode[inode] = number
-
         for number, aliases in self._aliases.items():
             for alias in aliases:
                 self._by_name.setdefault(alias, number)
@@ -138,7 +143,7 @@ class SharedJournal(Journal):
     def doubtful(self) -> Iterator[tuple[int, int, bytes, int]]:
         """(id, parent, name, inode number) of nodes that may or may not have lost their name."""
         for number, at in list(self._at.items()):
-            if self._words[at // 8] >> 32 & 0xFF == _GOING:
+            if self._kind(at) == _GOING:
                 place = self.place(number)
                 assert place is not None
                 yield number, *place, self._words[at // 8 + 3]
@@ -295,7 +300,7 @@ class SharedJournal(Journal):
     def gone(self, node: Node) -> None:
         at = self._at.get(node.id)
         if at is not None and self._kind(at) == _GOING:
-            self._words[at // 8] = self._words[at // 8] & ~(0xFF << 32) | _GONE << 32
+            self._become(at, _GONE)
 
     def keep(self, node: Node) -> None:
         self._descriptors.keep(descriptor_name(node.id), node.unnamed)
@@ -382,7 +387,7 @@ class SharedJournal(Journal):
         place = self.place(number)
         if place is not None and self._by_name.get(place) == number:
             del self._by_name[place]
-        self._words[at // 8] = self._words[at // 8] & ~(0xFF << 32) | _GONE << 32
+        self._become(at, _GONE)
 
     def _write(self, node: Node, kind: int, parent: int, payload: bytes) -> None:
         lookups = max(0, node.lookups)
@@ -393,9 +398,11 @@ class SharedJournal(Journal):
             self._kill(old)
 
     def _kill(self, at: int) -> None:
-        header = self._words[at // 8]
-        self._words[at // 8] = header & ~(0xFF << 32)
-        self._live -= header & 0xFFFFFFFF
+        self._become(at, _DEAD)
+        self._live -= self._words[at // 8] & 0xFFFFFFFF
+
+    def _become(self, at: int, kind: int) -> None:
+        self._words[at // 8] = self._words[at // 8] & ~(0xFF << 32) | kind << 32
 
     def _append(
         self, kind: int, type_: int, number: int, lookups: int, inode: int, parent: int, data: bytes

@@ -64,6 +64,13 @@ def written(name: str, value: Stack | Wish) -> int:
     return descriptor
 
 
+def keep_stack(stack: Stack, store: Descriptors) -> None:
+    """Have the next daemon, and whoever looks, find this stack."""
+    record = written(STACK, stack)
+    store.keep("stack", record)
+    os.close(record)
+
+
 def write(descriptor: int, value: Stack | Wish) -> None:
     import json  # here: not every daemon that takes over needs it
 
@@ -114,9 +121,7 @@ def restack(union: Union, stack: Stack, wish: Wish, store: Descriptors) -> None:
             store.keep(kept_name(layer.key), layer.descriptor)
         for key in set(stack.keys) - set(keys):
             store.let_go(kept_name(key))
-        record = written(STACK, Stack(keys, wish.paths, union.tree.inodes.devices(), True))
-        store.keep("stack", record)
-        os.close(record)
+        keep_stack(Stack(keys, wish.paths, union.tree.inodes.devices(), True), store)
 
 
 def kept_name(key: int) -> str:

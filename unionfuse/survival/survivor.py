@@ -195,13 +195,8 @@ class Survivor:
         self._stack = stacking.Stack([layer.key for layer in stack.layers], paths_now, [])
         self._wish = stacking.written(stacking.WISH, stacking.Wish([], False, stacking.DONE))
         self.keep("wish", self._wish)
-        self._keep_stack()
+        stacking.keep_stack(self._stack, self._keeping)
         return stack
-
-    def _keep_stack(self) -> None:
-        record = stacking.written(stacking.STACK, self._stack)
-        self.keep("stack", record)
-        os.close(record)
 
     def refresh(self, union: Union, fuse: int) -> None:
         """Tell the kernel of other layers, where the daemon before this one could not."""
@@ -209,7 +204,7 @@ class Survivor:
             return
         stacking.refresh(fuse, union, self.journal)
         self._stack = self._stack._replace(changed=False)
-        self._keep_stack()
+        stacking.keep_stack(self._stack, self._keeping)
         wish = stacking.read_wish(self._wish)
         if wish is not None:
             stacking.write(self._wish, wish._replace(answer=stacking.DONE))
