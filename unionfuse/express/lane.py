@@ -439,7 +439,7 @@ class Lane:
             found = self._union.directory_in_upper(node)
             if found is not None:
                 directory, inode, alone = found
-                links = 0 if alone else 1  # see Tree.attributes
+                links = 0 if alone else 1  # see attributes.shown
                 self._loop.show(node, os.dup(directory), inode, links, alone)
 
     def forgotten(self, node: int) -> None:
