@@ -531,10 +531,6 @@ class Tree:
         assert self.index is not None
         return not node.in_upper or self.index.status(node.record).st_ino == node.ino
 
-    def new_inode(self, node: Node, status: os.stat_result) -> None:
-        """Give a node that upper just got its inode number."""
-        node.ino = self.inodes.of(status)
-
     def close_unnamed(self, node: Node) -> None:
         """Close the descriptor of a deleted node."""
         if node.unnamed >= 0:

@@ -94,7 +94,7 @@ class Upper:
         node = Node(stat.S_IFREG)
         node.in_upper = True
         node.unnamed = os.open(syscalls.proc_path(descriptor), os.O_PATH | os.O_CLOEXEC)
-        self._tree.new_inode(node, os.fstat(descriptor))
+        node.ino = self._tree.inodes.of(os.fstat(descriptor))
         self._tree.number(node)
         self._tree.nameless(node)
         return node, descriptor
@@ -267,7 +267,7 @@ class Upper:
         else:
             node = Node(stat.S_IFMT(status.st_mode))
         node.in_upper = True
-        self._tree.new_inode(node, status)
+        node.ino = self._tree.inodes.of(status)
         self.record(parent, name, node.kind)
         self._tree.adopt(node, parent, name)
         if isinstance(node, Directory):
