@@ -657,7 +657,10 @@ cdef class Tables:
         pthread_mutex_unlock(&self.mutex)
         cdef bint is_right = self.stat_pinned(block, position, out + ATTR_AT)
         pthread_mutex_lock(&self.mutex)
-        if is_right and self.answers(block) and not is_taken(block, position):
+        if (
+            is_right and self.answers(block) and not is_taken(block, position)
+            and not has_extra(block, key)
+        ):
             count_lookup(block, position)
             memset(out, 0, ATTR_AT)
             (<uint64_t *>out)[0] = block.first + position
@@ -667,12 +670,12 @@ cdef class Tables:
         return how
 
     cdef Block *pinned(self, uint64_t number, uint32_t *position) noexcept nogil:
-        """The directory of a node that is not taken, pinned; NULL for none."""
+        """The directory of a node that is answered for and not taken, pinned; NULL for none."""
         pthread_mutex_lock(&self.mutex)
         cdef Block *block = self.block_of(number)
         if block != NULL:
             position[0] = <uint32_t>(number - block.first)
-            if is_taken(block, position[0]):
+            if not block.ready or is_taken(block, position[0]):
                 block = NULL
             else:
                 block.pins += 1
@@ -748,7 +751,7 @@ cdef class Tables:
             name = &block.names[number - block.first]
             inside = self.find(number)
             if not name.kind & TAKEN and (
-                held or name.lookups > count or not name.kind & MADE
+                held or block.ready and (name.lookups > count or not name.kind & MADE)
             ):
                 how = FOUND
                 if name.lookups < MANY and name.lookups:

@@ -198,6 +198,21 @@ def test_nothing_is_answered_before_all_is_said(filled: Filled) -> None:
     assert filled.lookup(b"top") is not None and filled.lookup(b"absent") is not None
 
 
+def test_what_an_earlier_daemon_gave_ids_to_is_not_answered_before_all_is_said(
+    filled: Filled,
+) -> None:
+    top, link = filled.number(b"top"), filled.number(b"link")
+    filled.tables.count(top)
+    forget = Opcode.FORGET, top, struct.pack("=Q", 1)
+    assert filled.ask(Opcode.GETATTR, top, bytes(16)) is None
+    assert filled.ask(Opcode.READLINK, link) is None
+    assert filled.ask(*forget) is None and filled.tables.lookups(top) == 1
+    filled.tables.open(D, changed=False)
+    assert filled.ask(Opcode.GETATTR, top, bytes(16)) is not None
+    assert filled.ask(Opcode.READLINK, link) is not None
+    assert filled.ask(*forget) == () and filled.tables.lookups(top) == 0
+
+
 def test_lookup_shows_what_the_topmost_layer_has(filled: Filled) -> None:
     filled.tables.open(D, changed=False)
     answer = filled.lookup(b"top")
