@@ -9,8 +9,10 @@ they are wanted, and never kept. A name that is not in it does not exist.
 `take` a node, or `ask` for a name, and they are the union's to tell from then on. Until it is
 taken, a node's lookups are counted here.
 
-One mutex guards everything and is never held over a system call: a directory whose layers are
-looked at is pinned, and what was found counts only if nothing was taken meanwhile.
+One mutex guards everything. Nothing is done under it that may wait, and no Python object is made:
+the garbage collector might run, close a file, and let go of the interpreter's lock to a thread that
+wants the mutex. A directory whose layers are looked at is pinned, and what was found counts only if
+nothing was taken meanwhile.
 """
 
 from libc.errno cimport ENODATA, errno
@@ -261,16 +263,17 @@ cdef void put_extra(uint64_t *extra, uint32_t mask, uint64_t key) noexcept nogil
     extra[slot] = key
 
 
-cdef int add_extra(Block *block, uint64_t key) except -1:
+cdef bint add_extra(Block *block, uint64_t key) noexcept nogil:
+    """Have a name be the union's to tell; False: all are, since there is no memory."""
     cdef uint32_t i, size = block.extra_mask + 1 if block.extra else 0
     cdef uint64_t *bigger
     if has_extra(block, key):
-        return 0
+        return True
     if (block.extra_count + 1) * 2 > size:
         bigger = <uint64_t *>calloc(size * 2 or 8, sizeof(uint64_t))
         if not bigger:
             block.closed = True
-            raise MemoryError
+            return False
         for i in range(size):
             if block.extra[i]:
                 put_extra(bigger, (size * 2) - 1, block.extra[i])
@@ -278,7 +281,7 @@ cdef int add_extra(Block *block, uint64_t key) except -1:
         block.extra, block.extra_mask = bigger, (size * 2 or 8) - 1
     put_extra(block.extra, block.extra_mask, key or 1)
     block.extra_count += 1
-    return 0
+    return True
 
 
 cdef void count_lookup(Block *block, uint32_t position) noexcept nogil:
@@ -444,26 +447,31 @@ cdef class Tables:
 
     def dropped(self):
         """The directories whose names had ids and that are gone since this was last asked."""
-        cdef uint64_t i
+        cdef uint64_t i, count
+        cdef uint64_t *gone
         pthread_mutex_lock(&self.mutex)
-        found = [self.gone[i] for i in range(self.gone_count)]
-        self.gone_count = 0
+        gone, count = self.gone, self.gone_count
+        self.gone, self.gone_count, self.gone_room = NULL, 0, 0
         pthread_mutex_unlock(&self.mutex)
-        return found
+        try:
+            return [gone[i] for i in range(count)]
+        finally:
+            free(gone)
 
     def ask(self, uint64_t directory, bytes name):
         """A name in a directory, new or not, is the union's to tell from now on."""
         cdef Block *block
         cdef uint64_t key = XXH3_64bits_withSeed(<const char *>name, len(name), directory)
+        cdef bint has_room = True
         pthread_mutex_lock(&self.mutex)
-        try:
-            block = self.find(directory)
-            if block != NULL:
-                block.changed = True
-                # Its node is not taken by that: it may live on under another name.
-                add_extra(block, key)
-        finally:
-            pthread_mutex_unlock(&self.mutex)
+        block = self.find(directory)
+        if block != NULL:
+            block.changed = True
+            # Its node is not taken by that: it may live on under another name.
+            has_room = add_extra(block, key)
+        pthread_mutex_unlock(&self.mutex)
+        if not has_room:
+            raise MemoryError
 
     def ask_all(self, uint64_t directory):
         """All names in a directory are the union's to tell from now on."""
@@ -586,14 +594,17 @@ cdef class Tables:
         """(directory's node id, name) of a node; None where no name has this id."""
         cdef Block *block
         cdef Name *name
-        found = None
+        cdef char text[256]
+        cdef size_t length = 0
+        cdef uint64_t directory = 0
         pthread_mutex_lock(&self.mutex)
         block = self.block_of(number)
         if block != NULL:
             name = &block.names[number - block.first]
-            found = block.directory, block.text[name.at:name.at + name.length]
+            directory, length = block.directory, name.length
+            memcpy(text, block.text + name.at, length)
         pthread_mutex_unlock(&self.mutex)
-        return found
+        return (directory, text[:length]) if block != NULL else None
 
     def lookups(self, uint64_t number):
         """How many lookups of a node are counted here."""
@@ -610,18 +621,28 @@ cdef class Tables:
 
     def counted(self):
         """The nodes that the kernel knows and that are not taken."""
-        cdef uint64_t i
+        cdef uint64_t i, known = 0, count = 0
+        cdef uint64_t *found
         cdef uint32_t position
         cdef Block *block
-        found = []
         pthread_mutex_lock(&self.mutex)
         for i in range(self.numbered):
-            block = self.by_number[i]
-            for position in range(block.count):
-                if block.names[position].lookups and not is_taken(block, position):
-                    found.append(block.first + position)
+            known += self.by_number[i].known
+        found = <uint64_t *>malloc((known + 1) * sizeof(uint64_t))
+        if found != NULL:
+            for i in range(self.numbered):
+                block = self.by_number[i]
+                for position in range(block.count):
+                    if block.names[position].lookups and not is_taken(block, position):
+                        found[count] = block.first + position
+                        count += 1
         pthread_mutex_unlock(&self.mutex)
-        return found
+        if found == NULL:
+            raise MemoryError
+        try:
+            return [found[i] for i in range(count)]
+        finally:
+            free(found)
 
     def size(self):
         """(directories held, directories in layers that are open)."""
