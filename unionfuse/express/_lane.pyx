@@ -195,7 +195,8 @@ cdef uint32_t DELETED = 0xFFFFFFFF
 cdef size_t MAX_WRITE = 1 << 20
 cdef size_t BUFFER = MAX_WRITE + 8192  # the largest request: max_write and its headers
 cdef size_t HEADROOM = 256  # bytes before a payload
-cdef size_t PAYLOAD = (1 << 20) + 4096  # what the kernel wants: max_write and a page
+# What the kernel wants: max_write and a page. No reply is longer: `Thread.out` may be this small.
+cdef size_t PAYLOAD = MAX_WRITE + 4096
 cdef enum:
     DEPTH = 8  # requests of one queue that are under way
     WAKE = 1 << 20  # user_data of the eventfd
@@ -1178,7 +1179,7 @@ cdef class Loop:
         if opcode == READDIRPLUS and size >= sizeof(fuse_read_in):
             got = self.tables.readdir(
                 node, (<const fuse_read_in *>body).offset,
-                min((<const fuse_read_in *>body).size, BUFFER), self.valid, thread.out
+                min((<const fuse_read_in *>body).size, PAYLOAD), self.valid, thread.out
             )
         elif opcode == READLINK:
             got = self.tables.readlink(node, thread.out, 4096)
@@ -1237,7 +1238,7 @@ cdef class Loop:
             return self.fail(reply, EINVAL)
         if not node.flags & DIRECTORY or (plus and self.dirty[directory] & LISTING):
             return FOR_PYTHON
-        room = wanted.size if wanted.size < BUFFER else BUFFER
+        room = min(wanted.size, PAYLOAD)
         if not self.seek(thread, directory, wanted.offset, &at):
             return self.fail(reply, EIO)
         start = at
@@ -1311,7 +1312,7 @@ cdef class Loop:
         cdef ssize_t got
         if size < sizeof(fuse_read_in):
             return self.fail(reply, EINVAL)
-        if wanted.size > BUFFER:
+        if wanted.size > PAYLOAD:
             return self.fail(reply, EINVAL)
         if wanted.fh & NODE_BIT:
             return self.read_node(thread, wanted.fh & ~NODE_BIT, wanted, reply)
