@@ -543,11 +543,14 @@ cdef class Loop:
         return bool(node and self.shown[node % SHOWN].node == node)
 
     cdef void end_showing(self, Shown *shown) noexcept:
-        if lane_swap_place(&shown.node, 0):
-            with nogil:
-                while lane_load(&shown.looking):
-                    pass  # somebody who began before
-            close(shown.directory)
+        # Taken down first: while we wait another thread may put another directory here.
+        cdef int directory = shown.directory
+        cdef bint shows = lane_swap_place(&shown.node, 0) != 0
+        with nogil:
+            while lane_load(&shown.looking):
+                pass  # somebody who began before, be it with what another thread has just ended
+        if shows:
+            close(directory)
 
     def counts(self):
         """Requests by opcode: (answered here, handed to Python)."""
