@@ -250,6 +250,8 @@ cdef struct Thread:
     int entry_count
     Place places[16]
     int pipe[2]  # zeros for none
+    int wake  # eventfd of a ring, 0 for none; a reply may come when the ring has ended
+    uint64_t woken  # what is read from it
     uint64_t here[64]  # requests answered here, by opcode
     uint64_t python[64]  # requests handed to Python
 
@@ -266,6 +268,8 @@ cdef void free_thread(Thread *thread) noexcept:
     if thread.pipe[1]:
         close(thread.pipe[0])
         close(thread.pipe[1])
+    if thread.wake > 0:
+        close(thread.wake)
     free(thread)
 
 
@@ -746,28 +750,30 @@ cdef class Loop:
         """
         cdef Thread *thread = self.add_thread()
         cdef lane_ring ring
-        cdef uint64_t which, woken = 0
+        cdef uint64_t which
         cdef int result, failure, wake, at
         lane_stay_on(queue)
-        failure = lane_ring_open(&ring, 4 * DEPTH)
-        wake = eventfd(0, 0o2000000)  # EFD_CLOEXEC
-        if failure or wake < 0:
-            return failure or errno
+        wake = thread.wake = eventfd(0, 0o2000000)  # EFD_CLOEXEC
+        if wake < 0:
+            return errno
         self.make_entries(thread, wake, queue)
+        failure = lane_ring_open(&ring, 4 * DEPTH)
+        if failure:
+            return failure
         with nogil:
             for at in range(DEPTH):
                 if not self.resume(thread, &thread.entries[at]):
                     lane_ring_command(
                         &ring, self.fd, LANE_REGISTER, thread.entries[at].buffers, 0, queue, at
                     )
-            lane_ring_read(&ring, wake, &woken, WAKE)
+            lane_ring_read(&ring, wake, &thread.woken, WAKE)
             self.commit(thread, &ring, queue)
             failure = self.enter(thread, &ring, 0)
             lane_add(&self.ready_rings, 1)
             while failure == 0 and not self.stopping:
                 while failure == 0 and lane_ring_pop(&ring, &which, &result):
                     if which == WAKE:
-                        lane_ring_read(&ring, wake, &woken, WAKE)
+                        lane_ring_read(&ring, wake, &thread.woken, WAKE)
                     elif result >= 0:
                         thread.entries[which].left = False
                         self.serve_entry(thread, &thread.entries[which])
@@ -784,7 +790,6 @@ cdef class Loop:
                 if failure == 0:
                     failure = self.enter(thread, &ring, 1)
             lane_ring_close(&ring)
-        close(wake)
         return failure
 
     cdef void commit(self, Thread *thread, lane_ring *ring, int queue) noexcept nogil:
@@ -849,6 +854,8 @@ cdef class Loop:
                 entry.header = <lane_header *>calloc(1, sizeof(lane_header))
                 entry.room = <char *>malloc(HEADROOM + PAYLOAD)
             if not entry.header or not entry.room:
+                free(entry.header)
+                free(entry.room)
                 raise MemoryError
             entry.wake = wake
             entry.buffers[0].iov_base, entry.buffers[0].iov_len = entry.header, sizeof(lane_header)
