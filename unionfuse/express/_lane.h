@@ -1,11 +1,10 @@
 /* What the compiled loop of the express lane needs of the system: io_uring without a library,
- * atomic counters, splice, and what stat(2) says in FUSE's words. For _lane.pyx alone.
+ * atomic counters, splice, and files by descriptor. For _lane.pyx alone.
  */
 #define XXH_INLINE_ALL
 #include <fcntl.h>
-#include <sys/stat.h>
 #include <xxhash.h>
-#include <linux/fuse.h>
+#include "_wire.h"
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/uio.h>
@@ -205,20 +204,7 @@ static int lane_open(int directory, const char *name) {
 static int lane_stat_directory(int directory, struct fuse_attr *attr) {
     struct stat status;
     if (fstat(directory, &status)) return errno;
-    memset(attr, 0, sizeof *attr);
-    attr->size = status.st_size;
-    attr->blocks = status.st_blocks;
-    attr->atime = status.st_atim.tv_sec;
-    attr->mtime = status.st_mtim.tv_sec;
-    attr->ctime = status.st_ctim.tv_sec;
-    attr->atimensec = status.st_atim.tv_nsec;
-    attr->mtimensec = status.st_mtim.tv_nsec;
-    attr->ctimensec = status.st_ctim.tv_nsec;
-    attr->mode = status.st_mode;
-    attr->nlink = status.st_nlink;
-    attr->uid = status.st_uid;
-    attr->gid = status.st_gid;
-    attr->blksize = status.st_blksize;
+    wire_attributes(&status, attr);
     return 0;
 }
 static int lane_is_absent(int directory, const char *name) {

@@ -18,6 +18,9 @@ from posix.types cimport off_t
 from posix.unistd cimport close, pread, read, write
 
 from unionfuse._tables cimport ABSENT, BELOW, FOUND, Tables
+from unionfuse._wire cimport (
+    ATTR_AT, ENTRY_SIZE, RECORD_SIZE, fuse_attr, fuse_dirent, record_length,
+)
 
 cdef extern from "_lane.h":
     struct fuse_in_header:
@@ -32,9 +35,6 @@ cdef extern from "_lane.h":
         uint32_t len
         int32_t error
         uint64_t unique
-    struct fuse_attr:
-        uint64_t ino
-        uint32_t nlink
     struct fuse_read_in:
         uint64_t fh
         uint64_t offset
@@ -51,11 +51,6 @@ cdef extern from "_lane.h":
     struct fuse_getxattr_in:
         uint32_t size
         uint32_t padding
-    struct fuse_dirent:
-        uint64_t ino
-        uint64_t off
-        uint32_t namelen
-        uint32_t type
     struct fuse_forget_one:
         uint64_t nodeid
         uint64_t nlookup
@@ -149,9 +144,6 @@ cdef enum:
 cdef enum:
     HEADER = 40
     OUT_HEADER = 16
-    ENTRY_SIZE = 128
-    ATTR_AT = 40  # in a fuse_entry_out
-    RECORD_SIZE = 152
     NAME_MAX = 255
 
 cdef enum:
@@ -1062,10 +1054,14 @@ cdef class Loop:
         )
         if record == NULL:
             return self.fail(reply, EIO)
+        memcpy(thread.out + 16, record + ATTR_AT, ENTRY_SIZE - ATTR_AT)
+        return self.attributes(thread, reply)
+
+    cdef int attributes(self, Thread *thread, Reply *reply) noexcept nogil:
+        """Answer with the attributes that stand in `out` behind a fuse_attr_out's header."""
         memset(thread.out, 0, 16)
         (<uint64_t *>thread.out)[0] = self.valid
-        memcpy(thread.out + 16, record + ATTR_AT, ENTRY_SIZE - ATTR_AT)
-        reply.data, reply.length = thread.out, 16 + ENTRY_SIZE - ATTR_AT
+        reply.data, reply.length = thread.out, 16 + sizeof(fuse_attr)
         return ANSWERED
 
     cdef int answer_shown(
@@ -1097,20 +1093,14 @@ cdef class Loop:
         attr.ino = shown.inode
         if shown.links:
             attr.nlink = shown.links
-        memset(thread.out, 0, 16)
-        (<uint64_t *>thread.out)[0] = self.valid
-        reply.data, reply.length = thread.out, 16 + sizeof(fuse_attr)
-        return ANSWERED
+        return self.attributes(thread, reply)
 
     cdef int miss_shown(
         self, Thread *thread, const Shown *shown, const char *name, Reply *reply
     ) noexcept nogil:
         if not lane_is_absent(shown.directory, name):
             return FOR_PYTHON
-        memset(thread.out, 0, ENTRY_SIZE)
-        (<uint64_t *>thread.out)[2] = self.valid
-        reply.data, reply.length = thread.out, ENTRY_SIZE
-        return ANSWERED
+        return self.absent(thread, reply)
 
     cdef int readlink(self, uint64_t node, Reply *reply) noexcept nogil:
         cdef const lane_node *link = &self.nodes[node]
@@ -1180,12 +1170,9 @@ cdef class Loop:
         if not self.shows_tables:
             return FOR_PYTHON
         if opcode == GETATTR:
-            memset(thread.out, 0, 16)
             if self.tables.getattr(node, thread.out + 16) != FOUND:
                 return FOR_PYTHON
-            (<uint64_t *>thread.out)[0] = self.valid
-            reply.data, reply.length = thread.out, 16 + ENTRY_SIZE - ATTR_AT
-            return ANSWERED
+            return self.attributes(thread, reply)
         if opcode == READDIRPLUS and size >= sizeof(fuse_read_in):
             got = self.tables.readdir(
                 node, (<const fuse_read_in *>body).offset,
@@ -1241,7 +1228,7 @@ cdef class Loop:
         cdef const lane_node *node = &self.nodes[directory]
         cdef const fuse_read_in *wanted = <const fuse_read_in *>body
         cdef uint64_t at, end = node.offset + node.length, start, cookie = 0
-        cdef size_t room, used = 0, length
+        cdef size_t room, used = 0, length, whole
         cdef const char *record
         cdef const fuse_dirent *entry
         if size < sizeof(fuse_read_in):
@@ -1257,7 +1244,7 @@ cdef class Loop:
             if record == NULL:
                 return self.fail(reply, EIO)
             entry = <const fuse_dirent *>(record + ENTRY_SIZE)
-            length = (RECORD_SIZE + entry.namelen + 7) & ~<size_t>7
+            whole = length = record_length(entry.namelen)
             if not plus:
                 length -= ENTRY_SIZE
             if used + length > room:
@@ -1268,7 +1255,7 @@ cdef class Loop:
                 memcpy(thread.out + used, record, length)
                 self.limit(thread.out + used)
             used += length
-            at += (RECORD_SIZE + entry.namelen + 7) & ~<uint64_t>7
+            at += whole
             cookie = entry.off
         if used == 0 and at < end:
             return self.fail(reply, EINVAL)
@@ -1302,7 +1289,7 @@ cdef class Loop:
             entry = <const fuse_dirent *>(record + ENTRY_SIZE)
             if entry.off > cookie:
                 break
-            at += (RECORD_SIZE + entry.namelen + 7) & ~<uint64_t>7
+            at += record_length(entry.namelen)
         offset[0] = at
         return True
 

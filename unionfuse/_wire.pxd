@@ -1,0 +1,24 @@
+"""FUSE's wire format, as far as both compiled modules put it together."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+
+cdef extern from "_wire.h":
+    struct fuse_attr:
+        uint64_t ino
+        uint32_t mode
+        uint32_t nlink
+    struct fuse_dirent:
+        uint64_t ino
+        uint64_t off
+        uint32_t namelen
+        uint32_t type
+
+cdef enum:
+    ENTRY_SIZE = 128  # struct fuse_entry_out
+    ATTR_AT = 40  # in it
+    RECORD_SIZE = 152  # struct fuse_direntplus without the name
+
+cdef inline size_t record_length(size_t name) noexcept nogil:
+    """How long the record of READDIRPLUS of a name of this length is."""
+    return (RECORD_SIZE + name + 7) & ~<size_t>7
