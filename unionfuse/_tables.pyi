@@ -1,7 +1,5 @@
 from collections.abc import Sequence
 
-def read_names(directory: int) -> tuple[dict[bytes, int], list[bytes]]: ...
-
 class Tables:
     def __init__(self, layers: Sequence[int], descriptors: int = 1024) -> None: ...
     def add(

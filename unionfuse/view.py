@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from unionfuse import whiteout
-from unionfuse._tables import read_names
+from unionfuse._scan import read_names
 from unionfuse.layer import Place
 
 if TYPE_CHECKING:

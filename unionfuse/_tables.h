@@ -1,0 +1,40 @@
+/* What tables of merged directories need of the system. For _tables.pyx alone. */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/openat2.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <sys/syscall.h>
+#include <sys/xattr.h>
+#include <unistd.h>
+#include "_wire.h"
+
+/* A directory below a layer's root, entered without crossing mounts or following links. */
+static int tables_open(int root, const char *path) {
+    struct open_how how;
+    memset(&how, 0, sizeof how);
+    how.flags = O_PATH | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW;
+    how.resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV;
+    return syscall(SYS_openat2, root, path, &how, sizeof how);
+}
+
+/* lstat of a name as a struct fuse_attr; 0 or an errno. */
+static int tables_stat(int directory, const char *name, uint64_t *device, struct fuse_attr *out) {
+    struct stat status;
+    if (fstatat(directory, name, &status, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT)) return errno;
+    *device = status.st_dev;
+    wire_attributes(&status, out);
+    return 0;
+}
+
+static int tables_getxattr(int directory, const char *name, const char *attribute) {
+    char path[32 + 256];
+    snprintf(path, sizeof path, "/proc/self/fd/%d/%s", directory, name);
+    return lgetxattr(path, attribute, 0, 0) < 0 ? errno : 0;
+}
+
+static int tables_set_once(int *where, int value) {
+    int none = -1;
+    return __atomic_compare_exchange_n(where, &none, value, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+}
+static int tables_load(int *where) { return __atomic_load_n(where, __ATOMIC_SEQ_CST); }
