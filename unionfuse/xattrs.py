@@ -6,6 +6,8 @@ Callers hold the union's lock.
 from __future__ import annotations
 
 import errno
+import functools
+import os
 
 from unionfuse import syscalls, whiteout
 from unionfuse.node import Directory, Node
@@ -16,12 +18,29 @@ LAYER = b"user.unionfuse.layer"
 
 ACL_PREFIX = b"system.posix_acl_"
 
+_LABEL = b"security.selinux"
+
 
 def get(tree: Tree, node: Node, attribute: bytes) -> bytes:
     """The value of an extended attribute. Raises ENODATA, EOPNOTSUPP."""
     if attribute == LAYER:
         return _layer_of(node)
-    return syscalls.getxattr(*tree.location(node), stored_name(tree, attribute))
+    try:
+        return syscalls.getxattr(*tree.location(node), stored_name(tree, attribute))
+    except OSError as error:
+        if error.errno == errno.ENODATA and attribute == _LABEL:
+            raise failure(unlabelled()) from None
+        raise
+
+
+@functools.cache
+def unlabelled() -> int:
+    """The errno for a file without a label of SELinux.
+
+    `ls -l` asks for the label of each file, and no longer once it has heard that the file system
+    has none (EOPNOTSUPP): so it is told, unless this machine has SELinux.
+    """
+    return errno.ENODATA if os.path.exists("/sys/fs/selinux") else errno.EOPNOTSUPP
 
 
 def names(tree: Tree, node: Node) -> list[bytes]:

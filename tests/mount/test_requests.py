@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,38 @@ def test_a_file_that_was_written_is_asked_for_once(workshop: Workshop) -> None:
         assert os.stat(path).st_size == 4
     assert counts.pop("GETATTR") <= 2  # one of them of the directory
     assert os.stat(path).st_mtime_ns == os.stat(tree.upper / "d/new").st_mtime_ns
+
+
+def test_listing_again_asks_for_no_extended_attribute(workshop: Workshop) -> None:
+    """`ls -l` wants the label and the ACL of each file: the kernel keeps ACLs alone."""
+    names = [f"d/{number}" for number in range(NUMBER)]
+    tree = workshop(dict.fromkeys(names, "x"), options={"stats": None})
+    (tree / "d/new").write_bytes(b"")
+    subprocess.run(["ls", "-lR", tree.root], check=True, capture_output=True)
+    with tree.asked() as counts:
+        subprocess.run(["ls", "-lR", tree.root], check=True, capture_output=True)
+    assert counts.get("GETXATTR", 0) < 5, counts
+
+
+@pytest.mark.doors
+def test_a_label_is_kept_though_most_files_have_none(workshop: Workshop) -> None:
+    """What an absent one is answered depends on the machine; a host with SELinux wants ENODATA."""
+    label = {"security.selinux": b"a:b:c"}
+    tree = workshop({"d/with": File(data="x", xattrs=label), "d/without": ""})
+    absent = errno.ENODATA if os.path.exists("/sys/fs/selinux") else errno.EOPNOTSUPP
+    (tree / "d/new").write_bytes(b"")
+    for _ in range(2):
+        assert os.getxattr(tree / "d/with", "security.selinux") == b"a:b:c"
+        for name in ("d/without", "d/new", "d"):
+            with pytest.raises(OSError) as caught:
+                os.getxattr(tree / name, "security.selinux")
+            assert caught.value.errno == absent
+            with pytest.raises(OSError) as caught:
+                os.getxattr(tree / name, "security.other")
+            assert caught.value.errno == errno.ENODATA
+    for name in ("d/without", "d/new", "d"):
+        os.setxattr(tree / name, "security.selinux", b"new")
+        assert os.getxattr(tree / name, "security.selinux") == b"new"
 
 
 def seen(path: Path) -> tuple[int, ...]:

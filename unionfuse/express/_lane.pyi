@@ -13,7 +13,12 @@ def can_use_rings() -> bool: ...
 
 class Loop:
     def __init__(
-        self, fd: int, handler: Handler, valid: int = 1 << 30, xattrs: bool = True
+        self,
+        fd: int,
+        handler: Handler,
+        valid: int = 1 << 30,
+        xattrs: bool = True,
+        unlabelled: int = ...,
     ) -> None: ...
     def use_index(self, index: LookupIndex, marks: Buffer | None = None) -> None: ...
     @staticmethod

@@ -289,6 +289,7 @@ cdef class Loop:
             reply as bytes, an errno as int, or None where a reply comes later or never.
         valid: for how many seconds the kernel may keep an answer of the index.
         xattrs: whether absent extended attributes may be answered from the index.
+        unlabelled: the errno for a `security.selinux` that is not there.
     """
 
     cdef int fd
@@ -297,6 +298,7 @@ cdef class Loop:
     cdef size_t resident  # bytes of each buffer for requests; 0: as they are touched
     cdef uint64_t valid, forever
     cdef bint xattrs
+    cdef int unlabelled
     cdef const char *base
     cdef const lane_slot *slots
     cdef const lane_node *nodes
@@ -332,9 +334,11 @@ cdef class Loop:
     cdef int *descriptors  # by handle: where READ reads, plus one; 0 is for Python to say
     cdef uint64_t handles
 
-    def __cinit__(self, int fd, handler, uint64_t valid=1 << 30, bint xattrs=True):
+    def __cinit__(
+        self, int fd, handler, uint64_t valid=1 << 30, bint xattrs=True, int unlabelled=ENODATA
+    ):
         self.fd, self.handler, self.valid, self.forever = fd, handler, valid, 1 << 30
-        self.xattrs = xattrs
+        self.xattrs, self.unlabelled = xattrs, unlabelled
         self.handles = 1 << 16
         self.descriptors = <int *>calloc(self.handles, sizeof(int))
         if not self.descriptors:
@@ -1128,6 +1132,12 @@ cdef class Loop:
         # What the union itself makes up: see user.unionfuse.layer.
         if size >= 8 + 15 and memcmp(body + 8, b"user.unionfuse.", 15) == 0:
             return FOR_PYTHON
+        return self.no_xattr(body, size, reply)
+
+    cdef int no_xattr(self, const char *body, size_t size, Reply *reply) noexcept nogil:
+        """Answer that an extended attribute is not there."""
+        if size == 8 + 17 and memcmp(body + 8, b"security.selinux", 17) == 0:
+            return self.fail(reply, self.unlabelled)
         return self.fail(reply, ENODATA)
 
     cdef int forget(self, uint64_t node, const uint64_t *count) noexcept nogil:
@@ -1183,7 +1193,7 @@ cdef class Loop:
         elif opcode == GETXATTR and self.is_often_asked(body, size):
             if self.tables.getxattr(node, body + sizeof(fuse_getxattr_in)) != ABSENT:
                 return FOR_PYTHON
-            return self.fail(reply, ENODATA)
+            return self.no_xattr(body, size, reply)
         else:
             return FOR_PYTHON
         if got < 0:

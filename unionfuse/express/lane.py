@@ -24,6 +24,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from unionfuse import xattrs
 from unionfuse.express import passthrough, protocol
 from unionfuse.express._lane import NODE_HANDLE, Loop, can_use_rings
 from unionfuse.express.messages import MALFORMED, Call
@@ -88,7 +89,8 @@ class Lane:
         self._lock = threading.Lock()  # of the fields above; never held across a call
         self._survivor = survivor
         valid = min(int(options.timeout), protocol.FOREVER)
-        self._loop = Loop(fuse, self._serve, valid, not (options.noxattrs or options.noacl))
+        with_xattrs = not (options.noxattrs or options.noacl)
+        self._loop = Loop(fuse, self._serve, valid, with_xattrs, xattrs.unlabelled())
         if options.debug:
             self._loop.trace_to(self._trace)
         self._as_on_disk = _shows_layers_as_they_are(options)
