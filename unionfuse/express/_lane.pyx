@@ -15,26 +15,19 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memchr, memcmp, memcpy, memset
 from posix.types cimport off_t
-from posix.unistd cimport close, pread, read, write
+from posix.unistd cimport close, pread, read
 
 from unionfuse._tables cimport ABSENT, BELOW, FOUND, Tables
 from unionfuse._wire cimport (
     ATTR_AT, ENTRY_SIZE, RECORD_SIZE, fuse_attr, fuse_dirent, record_length,
 )
+from unionfuse.express._ring cimport (
+    DEPTH, ENTRY, HEADER, HEADROOM, MAX_WRITE, OUT_HEADER, PAYLOAD, WAKE, Entry, Queue, await_wake,
+    commit, enter, free_queue, fuse_in_header, fuse_out_header, has_left, iovec, offer, open_queue,
+    put_reply, request_in, ring, ring_close, ring_map, ring_open, ring_pop, ring_stay_on, wake_up,
+)
 
 cdef extern from "_lane.h":
-    struct fuse_in_header:
-        uint32_t len
-        uint32_t opcode
-        uint64_t unique
-        uint64_t nodeid
-        uint32_t uid
-        uint32_t gid
-        uint32_t pid
-    struct fuse_out_header:
-        uint32_t len
-        int32_t error
-        uint64_t unique
     struct fuse_read_in:
         uint64_t fh
         uint64_t offset
@@ -57,9 +50,6 @@ cdef extern from "_lane.h":
     struct fuse_batch_forget_in:
         uint32_t count
         uint32_t dummy
-    struct iovec:
-        void *iov_base
-        size_t iov_len
     struct lane_node:
         uint32_t record
         uint32_t parent
@@ -71,35 +61,7 @@ cdef extern from "_lane.h":
     struct lane_slot:
         uint32_t tag
         uint32_t record
-    struct lane_header:
-        char in_out[128]
-        char op_in[128]
-        uint64_t flags
-        uint64_t commit_id
-        uint32_t payload_size
-    struct lane_note:
-        uint64_t saved
-        uint64_t answered
-        uint64_t committed
-        uint32_t size
-        uint32_t arguments
-    struct lane_ring:
-        int fd
-    int LANE_REGISTER, LANE_COMMIT
-    int lane_ring_open(lane_ring *ring, unsigned entries) nogil
-    void lane_ring_close(lane_ring *ring) nogil
-    void lane_ring_command(
-        lane_ring *ring, int fuse, int operation, iovec *buffers, uint64_t commit_id, int queue,
-        uint64_t user_data) nogil
-    void lane_ring_read(lane_ring *ring, int fd, void *buffer, uint64_t user_data) nogil
-    int lane_ring_enter(lane_ring *ring, unsigned least) nogil
-    char *lane_map_rings(int fd, size_t size) nogil
     int munmap(void *address, size_t size) nogil
-    void lane_note_id(uint64_t *place, uint64_t id) nogil
-    int lane_ring_pop(lane_ring *ring, uint64_t *user_data, int *result) nogil
-    int lane_take(int *flag) nogil
-    void lane_give(int *flag) nogil
-    void lane_stay_on(int cpu) nogil
     int lane_add(int *counter, int by) nogil
     int lane_load(int *counter) nogil
     int lane_swap(int *counter, int value) nogil
@@ -112,7 +74,6 @@ cdef extern from "_lane.h":
     int lane_open(int directory, const char *name) nogil
     int lane_stat_directory(int directory, fuse_attr *attr) nogil
     int lane_is_absent(int directory, const char *name) nogil
-    int eventfd(unsigned count, int flags) nogil
     int mlock(const void *address, size_t length) nogil
     ssize_t writev(int fd, const iovec *iov, int count) nogil
     uint64_t XXH3_64bits_withSeed(const void *data, size_t length, uint64_t seed) nogil
@@ -142,8 +103,6 @@ cdef enum:
     OPCODES = 64  # counters; what is above shares the last one
 
 cdef enum:
-    HEADER = 40
-    OUT_HEADER = 16
     NAME_MAX = 255
 
 cdef enum:
@@ -184,24 +143,9 @@ cdef enum:
     LISTING = 2  # a name in it leads to a node that is CHANGED
 
 cdef uint32_t DELETED = 0xFFFFFFFF
-cdef size_t MAX_WRITE = 1 << 20
 cdef size_t BUFFER = MAX_WRITE + 8192  # the largest request: max_write and its headers
-cdef size_t HEADROOM = 256  # bytes before a payload
-# What the kernel wants: max_write and a page. No reply is longer: `Thread.out` may be this small.
-cdef size_t PAYLOAD = MAX_WRITE + 4096
-cdef enum:
-    DEPTH = 8  # requests of one queue that are under way
-    WAKE = 1 << 20  # user_data of the eventfd
-    PAGE = 4096
 cdef size_t MEMORY = 16  # directories whose place a thread remembers
 cdef double STATFS_VALID = 0.05  # seconds
-
-# An entry in memory that outlives us: a page for header and note, a page of headroom, the payload,
-# and a copy of the request, since the reply is put together where the request was.
-cdef size_t SAVED = (1 << 18) + 4096
-cdef size_t ENTRY = 2 * 4096 + PAYLOAD + SAVED
-cdef size_t IN_PLACE = 2 * 4096 + (1 << 16)  # of it, from the beginning
-cdef uint64_t RESEND = <uint64_t>1 << 63
 
 cdef struct Reply:
     int error
@@ -220,63 +164,36 @@ cdef struct Shown:
     int directory
     int looking  # threads that use it now
 
-# One request of a ring: it is the kernel's, ours, or waits for a reply from another thread.
-cdef struct Entry:
-    lane_header *header
-    char *room  # headroom for header and arguments, then the payload
-    iovec buffers[2]
-    uint64_t pending  # `unique` of a request whose reply comes later; 0 for none
-    int replied  # the reply is in the buffers
-    lane_note *note  # for daemons to come; NULL for none
-    char *saved  # a copy of the request
-    bint left  # it is what an earlier daemon left
-    uint64_t committing
-    int wake  # eventfd of the ring's thread
-
 # What belongs to one thread.
 cdef struct Thread:
     char *request  # one request, header included
     char *out  # where replies are put together
     Entry *entry  # where the request came from; NULL: from /dev/fuse
-    Entry entries[8]
-    int entry_count
+    Queue queue  # of io_uring, where it has one
     Place places[16]
     int pipe[2]  # zeros for none
-    int wake  # eventfd of a ring, 0 for none; a reply may come when the ring has ended
-    uint64_t woken  # what is read from it
     uint64_t here[64]  # requests answered here, by opcode
     uint64_t python[64]  # requests handed to Python
 
 
 cdef void free_thread(Thread *thread) noexcept:
-    if thread.entry_count:  # its other buffers are those of the entries
-        for i in range(thread.entry_count):
-            if thread.entries[i].note == NULL:
-                free(thread.entries[i].header)
-                free(thread.entries[i].room)
+    if thread.queue.count:
+        free_queue(&thread.queue)  # its other buffers are those of the entries
     else:
         free(thread.request)
         free(thread.out)
     if thread.pipe[1]:
         close(thread.pipe[0])
         close(thread.pipe[1])
-    if thread.wake > 0:
-        close(thread.wake)
     free(thread)
-
-
-cdef void wake_up(Entry *entry) noexcept nogil:
-    """Have the ring's thread look for replies."""
-    cdef uint64_t one = 1
-    write(entry.wake, &one, 8)
 
 
 def can_use_rings():
     """Whether this process may make the kind of io_uring that FUSE needs."""
-    cdef lane_ring ring
-    cdef int failure = lane_ring_open(&ring, 4)
+    cdef ring tried
+    cdef int failure = ring_open(&tried, 4)
     if failure == 0:
-        lane_ring_close(&ring)
+        ring_close(&tried)
     return failure == 0
 
 
@@ -642,7 +559,7 @@ cdef class Loop:
         out.error = -reply.error
         out.unique = unique
         if entry != NULL:
-            self.put_in_entry(entry, &out, reply)
+            put_reply(entry, &out, reply.data, reply.length)
             return
         if self.resident:
             self.touch(reply)
@@ -708,9 +625,9 @@ cdef class Loop:
     cdef Entry *pending_entry(self, uint64_t unique) noexcept:
         """The entry of a ring that waits for the reply to a request; NULL for none."""
         for i in range(self.thread_count):
-            for j in range(self.threads[i].entry_count):
-                if self.threads[i].entries[j].pending == unique:
-                    return &self.threads[i].entries[j]
+            for j in range(self.threads[i].queue.count):
+                if self.threads[i].queue.entries[j].pending == unique:
+                    return &self.threads[i].queue.entries[j]
         return NULL
 
     # --- FUSE over io_uring -------------------------------------------------------------------
@@ -718,7 +635,7 @@ cdef class Loop:
     @staticmethod
     def size_of_rings(int queues):
         """Bytes of memory for the buffers of so many rings."""
-        return queues * DEPTH * ENTRY
+        return <size_t>queues * DEPTH * ENTRY
 
     def share_rings(self, int descriptor, int queues, bint takes_over):
         """Have the buffers of the rings in a memory that outlives this process.
@@ -730,7 +647,7 @@ cdef class Loop:
         Raises OSError where they cannot be where the kernel expects them.
         """
         self.rings_size, self.takes_over = self.size_of_rings(queues), takes_over
-        self.rings = lane_map_rings(descriptor, self.rings_size)
+        self.rings = ring_map(descriptor, self.rings_size)
         if not self.rings:
             raise OSError(errno, "the buffers of io_uring cannot be mapped at their address")
 
@@ -738,173 +655,58 @@ cdef class Loop:
         """How many rings have told the kernel of all their entries."""
         return lane_add(&self.ready_rings, 0)
 
-    def run_ring(self, int queue):
+    def run_ring(self, int cpu):
         """Serve the requests of one CPU; run it in a thread for each, once INIT is answered.
 
         The kernel sends what is asked on that CPU here. FORGET, INTERRUPT and notifications keep
         to /dev/fuse. Returns the errno that ended it: ENOTCONN after an unmount.
         """
         cdef Thread *thread = self.add_thread()
-        cdef lane_ring ring
+        cdef Queue *queue = &thread.queue
+        cdef Entry *entry
         cdef uint64_t which
-        cdef int result, failure, wake, at
-        lane_stay_on(queue)
-        wake = thread.wake = eventfd(0, 0o2000000)  # EFD_CLOEXEC
-        if wake < 0:
-            return errno
-        self.make_entries(thread, wake, queue)
-        failure = lane_ring_open(&ring, 4 * DEPTH)
+        cdef int result, failure, at
+        ring_stay_on(cpu)
+        failure = open_queue(queue, self.fd, cpu, self.rings)
         if failure:
             return failure
         with nogil:
             for at in range(DEPTH):
-                if not self.resume(thread, &thread.entries[at]):
-                    lane_ring_command(
-                        &ring, self.fd, LANE_REGISTER, thread.entries[at].buffers, 0, queue, at
-                    )
-            lane_ring_read(&ring, wake, &thread.woken, WAKE)
-            self.commit(thread, &ring, queue)
-            failure = self.enter(thread, &ring, 0)
+                entry = &queue.entries[at]
+                if self.takes_over and has_left(entry):
+                    self.serve_entry(thread, entry)
+                elif not entry.left:
+                    offer(queue, at)
+            await_wake(queue)
+            commit(queue)
+            failure = enter(queue, 0)
             lane_add(&self.ready_rings, 1)
             while failure == 0 and not self.stopping:
-                while failure == 0 and lane_ring_pop(&ring, &which, &result):
+                while failure == 0 and ring_pop(&queue.system, &which, &result):
                     if which == WAKE:
-                        lane_ring_read(&ring, wake, &thread.woken, WAKE)
-                    elif result >= 0:
-                        thread.entries[which].left = False
-                        self.serve_entry(thread, &thread.entries[which])
-                    elif thread.entries[which].left and result != -ENOTCONN:
-                        # It had been answered: nothing was left to commit.
-                        thread.entries[which].left = False
-                        lane_ring_command(
-                            &ring, self.fd, LANE_REGISTER, thread.entries[which].buffers, 0,
-                            queue, which
-                        )
+                        await_wake(queue)
+                        continue
+                    entry = &queue.entries[which]
+                    if result >= 0:
+                        entry.left = False
+                        self.serve_entry(thread, entry)
+                    elif entry.left and result != -ENOTCONN:
+                        entry.left = False
+                        offer(queue, which)  # it had been answered: nothing was left to commit
                     else:
                         failure = -result
-                self.commit(thread, &ring, queue)
+                commit(queue)
                 if failure == 0:
-                    failure = self.enter(thread, &ring, 1)
-            lane_ring_close(&ring)
+                    failure = enter(queue, 1)
+            ring_close(&queue.system)
         return failure
 
-    cdef void commit(self, Thread *thread, lane_ring *ring, int queue) noexcept nogil:
-        """Give the kernel the replies that there are."""
-        cdef Entry *entry
-        cdef int at
-        for at in range(DEPTH):
-            entry = &thread.entries[at]
-            if lane_take(&entry.replied):
-                entry.committing = entry.header.commit_id
-                lane_ring_command(
-                    ring, self.fd, LANE_COMMIT, entry.buffers, entry.committing, queue, at
-                )
-
-    cdef int enter(self, Thread *thread, lane_ring *ring, unsigned least) noexcept nogil:
-        cdef Entry *entry
-        cdef int at, failure = lane_ring_enter(ring, least)
-        if failure:
-            return 0 if failure == EINTR else failure
-        for at in range(DEPTH):
-            entry = &thread.entries[at]
-            if entry.note != NULL and entry.committing:
-                lane_note_id(&entry.note.committed, entry.committing)
-            entry.committing = 0
-        return 0
-
-    cdef bint resume(self, Thread *thread, Entry *entry) noexcept nogil:
-        """Go on with the request that an earlier daemon had in an entry; False for none.
-
-        The note tells how far it came. What was answered is committed as it is: the kernel may
-        have it already, and says so. What was not is served again, from the copy.
-        """
-        cdef uint64_t current = entry.header.commit_id
-        if not self.takes_over or not current or entry.note.committed == current:
-            return False
-        if entry.note.answered == current:
-            entry.left = True
-            lane_give(&entry.replied)
-            return True
-        if (
-            entry.note.saved != current
-            and (<const fuse_in_header *>entry.header.in_out).unique != current
-        ):
-            return False  # it never came here as a whole
-        entry.left = True
-        self.serve_entry(thread, entry)
-        return True
-
-    cdef int make_entries(self, Thread *thread, int wake, int queue) except -1:
-        cdef Entry *entry
-        cdef char *place
-        for at in range(DEPTH):
-            entry = &thread.entries[at]
-            if self.rings:
-                place = self.rings + ENTRY * <size_t>(queue * DEPTH + at)
-                entry.header = <lane_header *>place
-                entry.note = <lane_note *>(place + sizeof(lane_header))
-                entry.room = place + 2 * PAGE - HEADROOM
-                entry.saved = place + 2 * PAGE + PAYLOAD
-                self.touch_entry(place)
-            else:
-                entry.header = <lane_header *>calloc(1, sizeof(lane_header))
-                entry.room = <char *>malloc(HEADROOM + PAYLOAD)
-            if not entry.header or not entry.room:
-                free(entry.header)
-                free(entry.room)
-                raise MemoryError
-            entry.wake = wake
-            entry.buffers[0].iov_base, entry.buffers[0].iov_len = entry.header, sizeof(lane_header)
-            entry.buffers[1].iov_base = entry.room + HEADROOM
-            entry.buffers[1].iov_len = PAYLOAD
-            thread.entry_count += 1
-        return 0
-
-    cdef void touch_entry(self, char *place) noexcept nogil:
-        """Have in place what the kernel writes most: see stay_resident."""
-        cdef volatile char *page = place
-        cdef size_t at = 0
-        while at < IN_PLACE:
-            page[at] = page[at]
-            at += PAGE
-
     cdef void serve_entry(self, Thread *thread, Entry *entry) noexcept nogil:
-        """Put header, arguments and payload in one piece, as /dev/fuse has them, and serve it."""
-        cdef const fuse_in_header *header = <const fuse_in_header *>entry.header.in_out
-        cdef size_t arguments = header.len - HEADER - entry.header.payload_size
-        if header.len < HEADER + entry.header.payload_size or arguments > 128:
-            arguments = 0
-        cdef size_t size = HEADER + arguments + entry.header.payload_size
-        cdef lane_note *note = entry.note
+        cdef size_t size
         thread.entry = entry
         thread.out = entry.room + HEADROOM  # where the kernel takes the reply from
-        if note != NULL and note.saved == entry.header.commit_id:  # by an earlier daemon
-            arguments, size = note.arguments, note.size
-            thread.request = thread.out - arguments - HEADER
-            memcpy(thread.request, entry.saved, size)
-        else:
-            thread.request = thread.out - arguments - HEADER
-            memcpy(thread.request + HEADER, entry.header.op_in, arguments)
-            memcpy(thread.request, header, HEADER)
-            if note != NULL and size <= SAVED:
-                memcpy(entry.saved, thread.request, size)
-                note.arguments, note.size = <uint32_t>arguments, <uint32_t>size
-                lane_note_id(&note.saved, entry.header.commit_id)
-        if entry.left:
-            (<fuse_in_header *>thread.request).unique |= RESEND
+        thread.request = request_in(entry, &size)
         self.serve(thread, size)
-
-    cdef void put_in_entry(
-        self, Entry *entry, const fuse_out_header *out, const Reply *reply
-    ) noexcept nogil:
-        if reply.length and reply.data != entry.room + HEADROOM:
-            memcpy(entry.room + HEADROOM, reply.data, min(reply.length, PAYLOAD))
-        memcpy(entry.header.in_out, out, OUT_HEADER)
-        (<fuse_out_header *>entry.header.in_out).unique &= ~RESEND
-        entry.header.payload_size = <uint32_t>min(reply.length, PAYLOAD)
-        if entry.note != NULL:
-            lane_note_id(&entry.note.answered, entry.header.commit_id)
-        lane_give(&entry.replied)
 
     # --- answers ------------------------------------------------------------------------------
 
