@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import tarfile
@@ -81,6 +82,13 @@ class Registry:
         self.process.terminate()
         self.process.wait(10)
         self.log.close()
+
+    def forget(self, path: str, digest: str) -> None:
+        """Lose a blob of the repository `path`, as a disk would."""
+        algorithm, _, digits = digest.partition(":")
+        data = self.root / "data/docker/registry/v2"
+        shutil.rmtree(data / "repositories" / path / "_layers" / algorithm / digits)
+        shutil.rmtree(data / "blobs" / algorithm / digits[:2] / digits)
 
     def _wait(self) -> None:
         host, _, port = self.host.partition(":")

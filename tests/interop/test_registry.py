@@ -11,6 +11,8 @@ from harness.command import Command, make_command, make_image
 from harness.registry import OciLayout, Registry, layer_tar, raw_digest, sha256, skopeo
 from harness.tokens import TokenServer
 from unionimage import config
+from unionimage.changeset import compression
+from unionimage.digest import Digest
 from unionimage.errors import UserError
 from unionimage.progress import Silent
 from unionimage.reference import Reference
@@ -284,6 +286,47 @@ def test_a_layer_is_compressed_once(registry: Registry, command: Command) -> Non
     second = command("push", f"{registry.host}/once:2")
     assert "Pushed" in first and "Layer already exists" in second
     assert first.rpartition("digest: ")[2] == second.rpartition("digest: ")[2]
+
+
+def test_what_the_registry_has_is_not_compressed_again(
+    registry: Registry, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when image, layer and blob were gone in between, and unless the registry lost it."""
+    name = f"{registry.host}/again:1"
+    compressed: list[str] = []
+    compressor = compression.compressor
+
+    def count(form: str) -> compression.Compressor:
+        compressed.append(form)
+        return compressor(form)
+
+    monkeypatch.setattr(compression, "compressor", count)
+
+    def pushed() -> tuple[int, Digest]:
+        compressed.clear()
+        with command.store() as store, Session(config.Config()) as session:
+            reference = Reference.parse(name)
+            digest = push(store, session, store.image(name), reference, Silent()).digest
+        return len(compressed), digest
+
+    make_image(command, name, [BIG, BASE])
+    archive = str(tmp_path / "image.tar")
+    command("save", "-o", archive, name)
+    count_first, first = pushed()
+    assert count_first == 2
+    for lost, expected in ((False, 0), (True, 1)):
+        command("rmi", name)
+        command("prune", "-af")
+        assert not list((command.root / "diff").iterdir())
+        assert not list((command.root / "blobs/sha256").iterdir())
+        command("load", "-i", archive)
+        if lost:
+            raw = skopeo("inspect", "--raw", "--tls-verify=false", f"docker://{name}")
+            registry.forget("again", json.loads(raw)["layers"][0]["digest"])
+        assert pushed() == (expected, first)
+    other = Command(tmp_path / "other", command.environment)
+    other("pull", name)
+    assert other.image_id(name) == command.image_id(name)
 
 
 def test_a_large_blob_is_sent_in_chunks(

@@ -2,7 +2,6 @@
 
 import io
 import json
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -189,8 +188,7 @@ def test_manifests_and_indexes() -> None:
         Platform("linux", "arm", "v6"),
     ]
     entries = tuple(
-        replace(Descriptor(OCI_MANIFEST, Digest.of(b"%d" % n), 9), platform=one)
-        for n, one in enumerate(platforms)
+        Descriptor(OCI_MANIFEST, Digest.of(b"%d" % n), 9, one) for n, one in enumerate(platforms)
     )
     for media_type in (OCI_INDEX, DOCKER_LIST):
         index = Index(media_type, entries)

@@ -235,6 +235,28 @@ def test_a_newer_store_is_not_touched(root: Path) -> None:
         Store.open(root)
 
 
+def test_an_older_store_knows_its_compressed_layers(root: Path) -> None:
+    with Store.open(root) as store:
+        image = add_image(store, layer_tar("a"))
+        with store.lease("test") as lease:
+            form = lease.compress_layer(image.diff_ids[0], "gzip")
+    database = sqlite3.connect(root / "store.db", isolation_level=None)
+    database.execute("DROP TABLE forms")
+    database.execute("PRAGMA user_version = 3")
+    database.close()
+    with Store.open(root) as store:
+        assert store.known_forms(image.diff_ids[0], "gzip") == [form]
+        assert store.known_forms(image.diff_ids[0], "zstd") == []
+        store.delete_image(store.image(image.id))
+        store.collect()
+        assert store.find_layer(image.diff_ids[0]) is None
+        assert store.known_forms(image.diff_ids[0], "gzip") == [form]
+        with store.database.write() as database:
+            database.execute("UPDATE forms SET seen = 0")
+        store.collect()
+        assert store.known_forms(image.diff_ids[0], "gzip") == []
+
+
 def test_many_commands_at_once(root: Path) -> None:
     """Loads, removals and collections of the same image, side by side in several processes."""
     with Store.open(root) as store:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from unionimage.image_config import History, ImageConfig, RunConfig
@@ -41,7 +40,7 @@ def commit(
         UserError: a change is wrong, or a file changed while it was read.
     """
     base = parent.config if parent else ImageConfig(Platform.host())
-    config = replace(base, run=with_changes(run or base.run, changes), author=author or base.author)
+    config = base._replace(run=with_changes(run or base.run, changes), author=author or base.author)
     layer = lease.commit_upper(
         upper,
         parent.diff_ids if parent else (),
@@ -51,7 +50,7 @@ def commit(
     step = History(format_time(newest), created_by, author, message)
     config = config.with_step(step, layer.diff_id if layer else None)
     return lease.add_image(
-        replace(config, comment=message), names=names, parent=parent.id if parent else None
+        config._replace(comment=message), names=names, parent=parent.id if parent else None
     )
 
 

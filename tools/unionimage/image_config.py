@@ -8,18 +8,24 @@ Sources: OCI image-spec v1.1 (config.md); docker image spec v1.2 (Healthcheck, O
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from unionimage.digest import Digest, chain_ids
 from unionimage.errors import BadContent
 from unionimage.json_object import NO_MAP, dump, load_object, member, put, string_map, strings
 from unionimage.spec import Platform
 
+_HEALTH_KEYS = (
+    ("interval", "Interval"),
+    ("timeout", "Timeout"),
+    ("start_period", "StartPeriod"),
+    ("start_interval", "StartInterval"),
+    ("retries", "Retries"),
+)
 
-@dataclass(frozen=True, slots=True)
-class Healthcheck:
+
+class Healthcheck(NamedTuple):
     """Docker's HEALTHCHECK; times in nanoseconds, 0 means: the default."""
 
     test: tuple[str, ...]
@@ -29,30 +35,40 @@ class Healthcheck:
     start_interval: int = 0
     retries: int = 0
 
-    _KEYS = (
-        ("interval", "Interval"),
-        ("timeout", "Timeout"),
-        ("start_period", "StartPeriod"),
-        ("start_interval", "StartInterval"),
-        ("retries", "Retries"),
-    )
-
     @classmethod
     def from_object(cls, table: Mapping[str, Any]) -> Healthcheck:
         what = "config: Healthcheck"
-        numbers = {name: member(table, key, int, 0, what) for name, key in cls._KEYS}
+        numbers = {name: member(table, key, int, 0, what) for name, key in _HEALTH_KEYS}
         return cls(strings(table, "Test", what), **numbers)
 
     def to_object(self) -> dict[str, Any]:
         table: dict[str, Any] = {"Test": list(self.test)} if self.test else {}
-        for name, key in self._KEYS:
+        for name, key in _HEALTH_KEYS:
             if getattr(self, name):
                 table[key] = getattr(self, name)
         return table
 
 
-@dataclass(frozen=True, slots=True)
-class RunConfig:
+_KNOWN_TO_RUN = frozenset(
+    [
+        "User",
+        "ExposedPorts",
+        "Env",
+        "Entrypoint",
+        "Cmd",
+        "Volumes",
+        "WorkingDir",
+        "Labels",
+        "StopSignal",
+        "StopTimeout",
+        "Shell",
+        "OnBuild",
+        "Healthcheck",
+    ]
+)
+
+
+class RunConfig(NamedTuple):
     """The `config` of an image: how a container of it runs.
 
     `entrypoint`, `cmd` and `shell` are None where they are not set; an empty tuple is set, to
@@ -66,31 +82,13 @@ class RunConfig:
     cmd: tuple[str, ...] | None = None
     volumes: tuple[str, ...] = ()
     working_dir: str = ""
-    labels: Mapping[str, str] = field(default_factory=lambda: NO_MAP, hash=False)
+    labels: Mapping[str, str] = NO_MAP
     stop_signal: str = ""
     stop_timeout: int | None = None
     shell: tuple[str, ...] | None = None
     on_build: tuple[str, ...] = ()
     healthcheck: Healthcheck | None = None
-    extra: Mapping[str, Any] = field(default_factory=lambda: NO_MAP, hash=False)
-
-    _KNOWN = frozenset(
-        [
-            "User",
-            "ExposedPorts",
-            "Env",
-            "Entrypoint",
-            "Cmd",
-            "Volumes",
-            "WorkingDir",
-            "Labels",
-            "StopSignal",
-            "StopTimeout",
-            "Shell",
-            "OnBuild",
-            "Healthcheck",
-        ]
-    )
+    extra: Mapping[str, Any] = NO_MAP
 
     @classmethod
     def from_object(cls, table: Mapping[str, Any]) -> RunConfig:
@@ -116,7 +114,7 @@ class RunConfig:
             shell=command("Shell"),
             on_build=strings(table, "OnBuild", what),
             healthcheck=Healthcheck.from_object(health) if health else None,
-            extra=MappingProxyType({k: v for k, v in table.items() if k not in cls._KNOWN}),
+            extra=MappingProxyType({k: v for k, v in table.items() if k not in _KNOWN_TO_RUN}),
         )
 
     def to_object(self) -> dict[str, Any]:
@@ -147,8 +145,7 @@ class RunConfig:
         return {name: value for name, _, value in (entry.partition("=") for entry in self.env)}
 
 
-@dataclass(frozen=True, slots=True)
-class History:
+class History(NamedTuple):
     """One step of how an image was made. `created` is RFC 3339 or empty."""
 
     created: str = ""
@@ -178,8 +175,25 @@ class History:
         return table
 
 
-@dataclass(frozen=True, slots=True)
-class ImageConfig:
+_KNOWN = frozenset(
+    [
+        "architecture",
+        "variant",
+        "os",
+        "os.version",
+        "rootfs",
+        "history",
+        "config",
+        "created",
+        "author",
+        "comment",
+    ]
+)
+# What docker's old builder wrote about the container a layer came from; wrong after a change.
+_DROPPED = frozenset(["container", "container_config", "id", "parent", "throwaway"])
+
+
+class ImageConfig(NamedTuple):
     """The image configuration; the digest of its JSON is the image id.
 
     Attributes:
@@ -191,28 +205,11 @@ class ImageConfig:
     platform: Platform
     diff_ids: tuple[Digest, ...] = ()
     history: tuple[History, ...] = ()
-    run: RunConfig = field(default_factory=RunConfig)
+    run: RunConfig = RunConfig()
     created: str = ""
     author: str = ""
     comment: str = ""
-    extra: Mapping[str, Any] = field(default_factory=lambda: NO_MAP, hash=False)
-
-    _KNOWN = frozenset(
-        [
-            "architecture",
-            "variant",
-            "os",
-            "os.version",
-            "rootfs",
-            "history",
-            "config",
-            "created",
-            "author",
-            "comment",
-        ]
-    )
-    # What docker's old builder wrote about the container a layer came from; wrong after a change.
-    _DROPPED = frozenset(["container", "container_config", "id", "parent", "throwaway"])
+    extra: Mapping[str, Any] = NO_MAP
 
     @classmethod
     def from_json(cls, data: bytes) -> ImageConfig:
@@ -239,9 +236,7 @@ class ImageConfig:
             member(table, "created", str, "", what),
             member(table, "author", str, "", what),
             member(table, "comment", str, "", what),
-            MappingProxyType(
-                {k: v for k, v in table.items() if k not in cls._KNOWN | cls._DROPPED}
-            ),
+            MappingProxyType({k: v for k, v in table.items() if k not in _KNOWN | _DROPPED}),
         )
 
     def to_json(self) -> bytes:
@@ -264,12 +259,11 @@ class ImageConfig:
 
     def with_step(self, step: History, diff_id: Digest | None) -> ImageConfig:
         """The config after one more step; `diff_id` None means that the step made no layer."""
-        step = replace(step, empty_layer=diff_id is None)
+        step = step._replace(empty_layer=diff_id is None)
         history = self.history
         if not history and self.diff_ids:  # an image without history: docker shows such steps empty
             history = tuple(History(comment="unknown step") for _ in self.diff_ids)
-        return replace(
-            self,
+        return self._replace(
             diff_ids=self.diff_ids if diff_id is None else (*self.diff_ids, diff_id),
             history=(*history, step),
             created=step.created or self.created,

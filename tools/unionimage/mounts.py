@@ -12,8 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from unionfuse import syscalls
 from unionimage.config import DRIVERS
@@ -31,8 +31,7 @@ Start = Callable[[Sequence[str]], tuple[int, str]]
 """Runs the mount program with these words; its exit code, and what it said on stderr."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(NamedTuple):
     """A mount of a chain.
 
     Attributes:

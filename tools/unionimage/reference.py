@@ -7,7 +7,7 @@ library/). Names are kept in full and shown in their familiar form.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from unionimage.digest import Digest
 from unionimage.errors import UserError
@@ -23,8 +23,7 @@ _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\Z")
 _HEX_ID = re.compile(r"[0-9a-f]{64}\Z")
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Reference:
+class Reference(NamedTuple):
     """A name in a registry. `tag` and `digest` may each be None; then it names a repository.
 
     Attributes:
@@ -85,7 +84,7 @@ class Reference:
     def with_default_tag(self) -> Reference:
         """`:latest` is added where there is neither a tag nor a digest."""
         if self.tag is None and self.digest is None:
-            return replace(self, tag=DEFAULT_TAG)
+            return self._replace(tag=DEFAULT_TAG)
         return self
 
     def __str__(self) -> str:

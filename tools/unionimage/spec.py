@@ -11,8 +11,7 @@ schema 2.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from unionimage.digest import Digest
 from unionimage.errors import BadContent
@@ -58,8 +57,7 @@ def compression_of(media_type: str) -> str:
     raise BadContent(f"layers of type {media_type!r} are not supported")
 
 
-@dataclass(frozen=True, slots=True)
-class Platform:
+class Platform(NamedTuple):
     """What an image runs on. Empty strings mean: not said."""
 
     os: str
@@ -136,15 +134,14 @@ def host_architecture() -> tuple[str, str]:
     return normal_architecture(os.uname().machine)
 
 
-@dataclass(frozen=True, slots=True)
-class Descriptor:
+class Descriptor(NamedTuple):
     """Names a blob: its type, digest and size in bytes."""
 
     media_type: str
     digest: Digest
     size: int
     platform: Platform | None = None
-    annotations: Mapping[str, str] = field(default_factory=lambda: NO_MAP, hash=False)
+    annotations: Mapping[str, str] = NO_MAP
     urls: tuple[str, ...] = ()
 
     @classmethod
@@ -184,14 +181,13 @@ class Descriptor:
         return table
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(NamedTuple):
     """An image manifest, OCI or docker schema 2 (`media_type` says which)."""
 
     media_type: str
     config: Descriptor
     layers: tuple[Descriptor, ...]
-    annotations: Mapping[str, str] = field(default_factory=lambda: NO_MAP, hash=False)
+    annotations: Mapping[str, str] = NO_MAP
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:
@@ -227,13 +223,12 @@ class Manifest:
         return dump(table)
 
 
-@dataclass(frozen=True, slots=True)
-class Index:
+class Index(NamedTuple):
     """An OCI image index or docker manifest list: one manifest for each platform."""
 
     media_type: str
     manifests: tuple[Descriptor, ...]
-    annotations: Mapping[str, str] = field(default_factory=lambda: NO_MAP, hash=False)
+    annotations: Mapping[str, str] = NO_MAP
 
     @classmethod
     def from_json(cls, data: bytes) -> Index:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -125,7 +124,7 @@ def _load_docker(lease: Lease, source: Source, table: dict[str, Any]) -> Image:
 
 
 def _named(image: Image, names: Sequence[Reference]) -> Image:
-    return replace(image, names=tuple(names))
+    return image._replace(names=tuple(names))
 
 
 def _references(names: Sequence[str]) -> list[Reference]:
@@ -167,7 +166,7 @@ def _load_index(
         raise BadContent(f"blob {named.digest} is not the index it should be")
     if not every_platform:
         return [_load_manifest(lease, source, index.select(Platform.host()), named, tags)]
-    nameless = replace(named, annotations={})
+    nameless = named._replace(annotations={})
     images = [
         _load_manifest(lease, source, one, nameless, {})
         for one in index.images()

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 from unionimage.changeset import tar
 from unionimage.digest import CHUNK, Digest, Readable
@@ -41,8 +40,7 @@ _ONE_NAME = "org.opencontainers.image.ref.name"
 _FULL_NAME = "io.containerd.image.name"
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """An image to save, and the names it has in the archive."""
 
     image: Image
@@ -135,7 +133,7 @@ def _save_layout(store: Store, wanted: Sequence[Wanted], sink: _Sink, report: Re
             named = platforms.of(store, name)
             described = layout.image(one.image) if named is None else layout.platforms(named)
             annotations = {_FULL_NAME: str(name), _ONE_NAME: str(name)}
-            listed.append(replace(described, annotations=annotations))
+            listed.append(described._replace(annotations=annotations))
     sink.add("index.json", Index(OCI_INDEX, tuple(listed)).to_json())
 
 
@@ -156,7 +154,7 @@ class _Layout:
         for blob in (self._store.blobs.read(image.id), data):
             self._blob(blob)
         described = Descriptor.of(manifest.media_type, data)
-        return replace(described, platform=image.config.platform)
+        return described._replace(platform=image.config.platform)
 
     def platforms(self, named: Platforms) -> Descriptor:
         """The images of all platforms that a name stands for, and their index."""

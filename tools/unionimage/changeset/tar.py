@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from unionimage.changeset.limits import Limits
@@ -28,25 +27,47 @@ _ZEROS = bytes(BLOCK)
 _XATTR = b"SCHILY.xattr."
 _MAX_EXTENDED = 1 << 20
 _MAX_PATH = 4096
+_NO_XATTRS: Mapping[bytes, bytes] = {}
 
 
-@dataclass(slots=True)
 class Entry:
     """One entry. `kind` is one of this module's constants; `size` counts payload bytes."""
 
-    name: bytes
-    kind: int
-    mode: int = 0o644
-    uid: int = 0
-    gid: int = 0
-    size: int = 0
-    mtime_ns: int = 0
-    link: bytes = b""
-    major: int = 0
-    minor: int = 0
-    xattrs: Mapping[bytes, bytes] = field(default_factory=dict)
-    sparse: list[tuple[int, int]] | None = None
-    real_size: int = 0
+    __slots__ = (
+        *("name", "kind", "mode", "uid", "gid", "size", "mtime_ns", "link", "major", "minor"),
+        *("xattrs", "sparse", "real_size"),
+    )
+
+    def __init__(
+        self,
+        name: bytes,
+        kind: int,
+        mode: int = 0o644,
+        uid: int = 0,
+        gid: int = 0,
+        size: int = 0,
+        mtime_ns: int = 0,
+        link: bytes = b"",
+        major: int = 0,
+        minor: int = 0,
+        xattrs: Mapping[bytes, bytes] = _NO_XATTRS,
+    ) -> None:
+        self.name, self.kind, self.mode = name, kind, mode
+        self.uid, self.gid = uid, gid
+        self.size, self.mtime_ns = size, mtime_ns
+        self.link = link
+        self.major, self.minor = major, minor
+        self.xattrs = xattrs
+        self.sparse: list[tuple[int, int]] | None = None
+        self.real_size = 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Entry) and all(
+            getattr(self, name) == getattr(other, name) for name in self.__slots__
+        )
+
+    def __repr__(self) -> str:
+        return f"Entry({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"
 
 
 class Recorder(Protocol):

@@ -18,7 +18,6 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from unionfuse import syscalls, whiteout
@@ -56,7 +55,6 @@ class Fingerprint(NamedTuple):
     hash: int
 
 
-@dataclass(slots=True)
 class Unpacked:
     """What came out of an archive.
 
@@ -69,11 +67,12 @@ class Unpacked:
         fingerprints: of the files that were asked for.
     """
 
-    entries: int = 0
-    size: int = 0
-    replaced: dict[int, int] = field(default_factory=dict)
-    doubtful: bool = False
-    fingerprints: list[Fingerprint] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.entries = 0
+        self.size = 0
+        self.replaced: dict[int, int] = {}
+        self.doubtful = False
+        self.fingerprints: list[Fingerprint] = []
 
 
 def unpack(

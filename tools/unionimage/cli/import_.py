@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 
 from unionimage.cli.common import (
     add_layer_options,
@@ -56,5 +55,5 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{args.file}: the tar is empty")
         step = History(created, comment=message)
         config = config.with_step(step, layer.diff_id)
-        print(lease.add_image(replace(config, created=created), names=names).id)
+        print(lease.add_image(config._replace(created=created), names=names).id)
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from unionimage.errors import UserError
@@ -154,14 +153,12 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-@dataclass
 class _Expression:
     """A pipeline: commands joined by `|`, each given the result before it as its last argument."""
 
-    text: str
-    variables: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.variables: list[str] = []
         self._tokens = self._scan()
         for position, (_, token) in enumerate(self._tokens):
             if token == ":=":

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from typing import Any
 
 from unionimage.digest import Digest, chain_ids
 from unionimage.store import Image, Layer
 
 
-@dataclass
 class Node:
     """A layer on the layers above it in the tree: a chain.
 
@@ -21,12 +19,13 @@ class Node:
         users: images that have it.
     """
 
-    chain_id: Digest | None
-    layer: Layer | None
-    size: int
-    images: list[Image] = field(default_factory=list)
-    users: int = 0
-    children: dict[Digest, Node] = field(default_factory=dict)
+    def __init__(self, chain_id: Digest | None, layer: Layer | None, size: int) -> None:
+        self.chain_id = chain_id
+        self.layer = layer
+        self.size = size
+        self.images: list[Image] = []
+        self.users = 0
+        self.children: dict[Digest, Node] = {}
 
 
 def show_tree(images: list[Image], form: str | None) -> None:
@@ -34,7 +33,9 @@ def show_tree(images: list[Image], form: str | None) -> None:
     root = tree_of(images)
     top = list(root.children.values())
     if root.images:
-        top.append(Node(None, None, 0, root.images, len(root.images)))
+        nameless = Node(None, None, 0)
+        nameless.images, nameless.users = root.images, len(root.images)
+        top.append(nameless)
     if form == "json":
         print(json.dumps([_object(node) for node in top], indent=2))
         return

@@ -10,7 +10,6 @@ import json
 import posixpath
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from types import MappingProxyType
 
 from unionimage.dockerfile.instructions import (
@@ -53,41 +52,41 @@ def apply(run: RunConfig, instruction: Instruction, cmd_is_own: bool) -> tuple[R
     """
     match instruction:
         case Env(pairs):
-            return replace(run, env=with_variables(run.env, pairs)), _joined("ENV", pairs)
+            return run._replace(env=with_variables(run.env, pairs)), _joined("ENV", pairs)
         case Label(pairs):
             labels = MappingProxyType({**run.labels, **dict(pairs)})
-            return replace(run, labels=labels), _joined("LABEL", pairs)
+            return run._replace(labels=labels), _joined("LABEL", pairs)
         case Maintainer(name):
             return run, f"MAINTAINER {name}"
         case Workdir(path):
             path = absolute(run, path)
-            return replace(run, working_dir=path), f"WORKDIR {path}"
+            return run._replace(working_dir=path), f"WORKDIR {path}"
         case User(user):
-            return replace(run, user=user), f"USER {user}"
+            return run._replace(user=user), f"USER {user}"
         case Expose(ports):
             ports = tuple(port for each in ports for port in _ports(each))
             known = dict.fromkeys((*run.exposed_ports, *ports))
-            return replace(run, exposed_ports=tuple(known)), f"EXPOSE {_listed(ports)}"
+            return run._replace(exposed_ports=tuple(known)), f"EXPOSE {_listed(ports)}"
         case Volume(paths):
             known = dict.fromkeys((*run.volumes, *paths))
-            return replace(run, volumes=tuple(known)), f"VOLUME {_listed(paths)}"
+            return run._replace(volumes=tuple(known)), f"VOLUME {_listed(paths)}"
         case Cmd(command):
             words = command_line(run, command)
-            return replace(run, cmd=words), f"CMD {_quoted(words)}"
+            return run._replace(cmd=words), f"CMD {_quoted(words)}"
         case Entrypoint(command):
             words = command_line(run, command)
             cmd = run.cmd if cmd_is_own else None
-            return replace(run, entrypoint=words, cmd=cmd), f"ENTRYPOINT {_quoted(words)}"
+            return run._replace(entrypoint=words, cmd=cmd), f"ENTRYPOINT {_quoted(words)}"
         case Shell(words):
-            return replace(run, shell=words), f"SHELL {_listed(words)}"
+            return run._replace(shell=words), f"SHELL {_listed(words)}"
         case StopSignal(signal):
             _check_signal(signal)
-            return replace(run, stop_signal=signal), f"STOPSIGNAL {signal}"
+            return run._replace(stop_signal=signal), f"STOPSIGNAL {signal}"
         case Healthcheck():
             health = HealthcheckConfig(**instruction._asdict())
-            return replace(run, healthcheck=health), f"HEALTHCHECK {_health_text(instruction)}"
+            return run._replace(healthcheck=health), f"HEALTHCHECK {_health_text(instruction)}"
         case Onbuild(trigger):
-            return replace(run, on_build=(*run.on_build, trigger)), f"ONBUILD {trigger}"
+            return run._replace(on_build=(*run.on_build, trigger)), f"ONBUILD {trigger}"
     raise TypeError(f"{type(instruction).__name__} is not an instruction about the config alone")
 
 

@@ -11,7 +11,6 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -276,12 +275,12 @@ class StageBuild:
         base = self.plan.base
         if base.stage >= 0:
             origin = self.build.stages[base.stage]
-            self.config = replace(origin.config, run=replace(origin.config.run, on_build=()))
+            self.config = origin.config._replace(run=origin.config.run._replace(on_build=()))
             self._trail = origin._trail
         else:
             identity = "scratch" if base.image is None else base.image.id
             self._trail = key_of("base", identity, str(self.plan.platform))
-            self.config = replace(self.plan.start, run=replace(self.plan.start.run, on_build=()))
+            self.config = self.plan.start._replace(run=self.plan.start.run._replace(on_build=()))
 
     def _one(self, step: Step) -> None:
         with _at(step):
@@ -313,7 +312,7 @@ class StageBuild:
             created=made.created, created_by=step.created_by, comment=COMMENT, author=step.author
         )
         # The comment of a base that was committed or imported is about that base.
-        config = replace(self.config, run=step.run, author=step.author, comment="")
+        config = self.config._replace(run=step.run, author=step.author, comment="")
         self.config = config.with_step(history, made.diff_id)
         self._trail = key_of(key, made.diff_id)
         self.done += 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from unionimage.dockerfile import config
@@ -342,7 +341,7 @@ class _StageState:
         else:
             self.start = origin
         self.platform = self.start.platform
-        self.run = replace(self.start.run, on_build=())
+        self.run = self.start.run._replace(on_build=())
         self.author = self.start.author
         self.triggers = [
             (command._replace(line=stage.line, end_line=stage.line), instruction)
@@ -363,7 +362,7 @@ class _StageState:
     @property
     def end(self) -> ImageConfig:
         """The config that a stage built on this one starts from; its layers are not known yet."""
-        return replace(self.start, run=self.run, author=self.author)
+        return self.start._replace(run=self.run, author=self.author)
 
     @property
     def variables(self) -> dict[str, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from dataclasses import replace
 
 from unionimage.changeset import tar
 from unionimage.digest import Readable
@@ -45,10 +44,10 @@ def squash(kitchen: Kitchen, base: ImageConfig, built: ImageConfig, now: str) ->
     layer = kitchen.lease.begin().commit_upper(upper, base.diff_ids)
     steps = len(base.history)
     history = tuple(
-        step if number < steps else replace(step, empty_layer=True)
+        step if number < steps else step._replace(empty_layer=True)
         for number, step in enumerate(built.history)
     )
-    merged_config = replace(built, diff_ids=base.diff_ids, history=history)
+    merged_config = built._replace(diff_ids=base.diff_ids, history=history)
     note = History(
         created=now, comment=f"merge {len(added)} layers onto {base.chain_id or 'scratch'}"
     )

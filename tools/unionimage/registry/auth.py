@@ -16,10 +16,10 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlencode, urlsplit
 
+from unionimage.json_object import NO_MAP
 from unionimage.registry.credentials import Credential
 from unionimage.registry.errors import RegistryError, printable
 from unionimage.registry.transport import Transport, is_loopback, status_error
@@ -33,12 +33,11 @@ _PARAMETER = re.compile(rf'\s*({_TOKEN})\s*=\s*("(?:[^"\\]|\\.)*"|[^\s,"]+)\s*')
 _SCHEME = re.compile(rf"\s*({_TOKEN})(?=\s|,|$)")
 
 
-@dataclass(frozen=True)
-class Challenge:
+class Challenge(NamedTuple):
     """One entry of a WWW-Authenticate header: the scheme in lower case and its parameters."""
 
     scheme: str
-    parameters: Mapping[str, str] = field(default_factory=dict)
+    parameters: Mapping[str, str] = NO_MAP
 
 
 def parse_challenges(header: str) -> list[Challenge]:
@@ -66,12 +65,14 @@ def parse_challenges(header: str) -> list[Challenge]:
     return challenges
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """A bearer token and the `time.monotonic()` after which it is not used any more."""
 
-    text: str = field(repr=False)
+    text: str
     expires: float
+
+    def __repr__(self) -> str:
+        return "Token(…)"
 
 
 class Authorizer:

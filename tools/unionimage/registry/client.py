@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 from unionimage.digest import CHUNK, MAX_JSON, Digest, Readable
@@ -46,8 +46,7 @@ def no_progress(count: int) -> None:
     """Take no notice of the bytes that moved."""
 
 
-@dataclass(frozen=True)
-class RawManifest:
+class RawManifest(NamedTuple):
     """A manifest or index as the registry gave it; `digest` is of exactly these bytes."""
 
     media_type: str

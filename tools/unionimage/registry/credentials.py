@@ -10,13 +10,12 @@ import base64
 import binascii
 import json
 import os
-import shutil
-import subprocess
-import tempfile
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unionimage.registry.errors import RegistryError, printable
+
+if TYPE_CHECKING:
+    import subprocess
 
 DOCKER_HUB = "docker.io"
 DOCKER_HUB_KEY = "https://index.docker.io/v1/"
@@ -24,14 +23,16 @@ TOKEN_USER = "<token>"  # what helpers store as the name when the secret is an i
 HELPER_TIMEOUT = 60  # seconds: a helper may ask the person something
 
 
-@dataclass(frozen=True)
-class Credential:
+class Credential(NamedTuple):
     """A name with a password, or a token in its place; none of the secrets shows in repr()."""
 
     username: str = ""
-    password: str = field(default="", repr=False)
-    identity_token: str = field(default="", repr=False)
-    registry_token: str = field(default="", repr=False)
+    password: str = ""
+    identity_token: str = ""
+    registry_token: str = ""
+
+    def __repr__(self) -> str:
+        return f"Credential({self.username!r}, …)"
 
 
 class CredentialFile:
@@ -117,6 +118,8 @@ class CredentialFile:
 
     def _write(self, config: dict[str, Any]) -> None:
         """Replace the file in one step, readable by its owner only; a symlink to it is kept."""
+        import tempfile
+
         path = os.path.realpath(self.path)
         folder = os.path.dirname(path)
         try:
@@ -181,6 +184,9 @@ def _helper(config: dict[str, Any], host: str) -> str | None:
 
 
 def _run_helper(helper: str, action: str, text: str) -> subprocess.CompletedProcess[bytes]:
+    import shutil
+    import subprocess
+
     program = f"docker-credential-{helper}"
     if "/" in helper or shutil.which(program) is None:
         raise RegistryError(

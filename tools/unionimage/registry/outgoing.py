@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from unionimage.digest import Digest, Readable
 from unionimage.spec import (
@@ -39,8 +39,7 @@ LAYER_TYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """How the image shall look in the registry; None: as it came, else OCI with gzip."""
 
     manifest_type: str | None = None
@@ -72,16 +71,32 @@ class Outgoing:
             return [layer.digest for layer in self.original[1].layers]
         return self.image.diff_ids
 
+    def known(self, position: int) -> list[Descriptor]:
+        """The blobs that a layer may be in a registry as, so far as they are known already.
+
+        They need not be in the store: `layer` makes sure of one.
+        """
+        if self.original is not None:
+            return [self.original[1].layers[position]]
+        compression, media_type = self._form()
+        diff_id = self.image.diff_ids[position]
+        if compression == "none":
+            return [Descriptor(media_type, diff_id, self.store.layer(diff_id).tar_size)]
+        known = self.store.known_forms(diff_id, compression)
+        return [Descriptor(media_type, digest, size) for digest, size in known]
+
     def layer(self, position: int) -> Descriptor:
         """The blob of a layer; compresses it if it has none yet."""
-        if self.original is not None:
-            return self.original[1].layers[position]
-        compression = self.wanted.compression or "gzip"
+        compression, media_type = self._form()
+        if self.original is not None or compression == "none":
+            return self.known(position)[0]
         diff_id = self.image.diff_ids[position]
-        media_type = LAYER_TYPES[self.wanted.manifest_type or OCI_MANIFEST, compression]
-        if compression == "none":
-            return Descriptor(media_type, diff_id, self.store.layer(diff_id).tar_size)
         return Descriptor(media_type, *self.lease.compress_layer(diff_id, compression))
+
+    def _form(self) -> tuple[str, str]:
+        """Compression and media type of layers that do not leave as they came."""
+        compression = self.wanted.compression or "gzip"
+        return compression, LAYER_TYPES[self.wanted.manifest_type or OCI_MANIFEST, compression]
 
     def open_layer(self, position: int, blob: Descriptor) -> AbstractContextManager[Readable]:
         """The bytes of a layer's blob; an uncompressed one may exist only as its files.

@@ -7,8 +7,7 @@ come; what is there is not fetched, and what a broken pull left is continued.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from unionimage.digest import Digest
 from unionimage.errors import BadContent, UserError
@@ -24,8 +23,7 @@ from unionimage.store import Image, Lease, Store, platforms
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class Pulled:
+class Pulled(NamedTuple):
     """What a pull did. `digest` is of what the tag points at, be it a manifest or an index."""
 
     reference: Reference
@@ -34,8 +32,7 @@ class Pulled:
     is_new: bool
 
 
-@dataclass(frozen=True)
-class _Found:
+class _Found(NamedTuple):
     """An image in a repository, chosen for a platform, with its config verified."""
 
     repository: Repository
@@ -134,7 +131,7 @@ def pull_all(
     if not tags:
         raise RegistryError(reference.familiar_repository, "has no tags", "check the name")
     for tag in tags:
-        yield pull(store, session, replace(reference, tag=tag, digest=None), report, platform)
+        yield pull(store, session, reference._replace(tag=tag, digest=None), report, platform)
 
 
 def _unchanged(

@@ -1,14 +1,15 @@
 """Push: an image from the store into a registry.
 
 A blob that the repository has is skipped, one that another repository of the same registry has is
-mounted from there, all others are sent, side by side. Layers made here are compressed now, once.
+mounted from there, all others are sent, side by side. Layers made here are compressed now, and
+only where the registry has none of the forms that they were seen in.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from unionimage.digest import Digest
 from unionimage.progress import Reporter, Task
@@ -22,8 +23,7 @@ from unionimage.store import Image, Lease, Store
 from unionimage.store.platforms import Platforms
 
 
-@dataclass(frozen=True)
-class Pushed:
+class Pushed(NamedTuple):
     """What a push did."""
 
     reference: Reference
@@ -71,7 +71,7 @@ def push_platforms(
         described = []
         for image in named.images:
             report.line(f"Platform: {image.config.platform}")
-            described.append(replace(sending.image(image, None)[1], platform=image.config.platform))
+            described.append(sending.image(image, None)[1]._replace(platform=image.config.platform))
         data = named.data
         media_type = named.index.media_type
         if {one.digest for one in described} != {one.digest for one in named.index.manifests}:
@@ -143,18 +143,40 @@ class _Sources:
 def _push_layer(
     made: Outgoing, repository: Repository, sources: _Sources, position: int, task: Task
 ) -> Descriptor:
+    known = made.known(position)
+    there = _find_there(made, repository, sources, position, known, task)
+    if there is not None:
+        return there
     blob = made.layer(position)
-    if repository.has_blob(blob.digest):
-        task.done("Layer already exists")
-        return blob
-    for source in sources.of(made.image.diff_ids[position]):
-        if repository.mount(blob.digest, source):
-            task.done(f"Mounted from {source}")
-            return blob
+    if blob not in known:
+        there = _find_there(made, repository, sources, position, [blob], task)
+        if there is not None:
+            return there
     task.status("Pushing", blob.size)
     repository.upload(blob.digest, blob.size, lambda: made.open_layer(position, blob), task.advance)
     task.done("Pushed")
     return blob
+
+
+def _find_there(
+    made: Outgoing,
+    repository: Repository,
+    sources: _Sources,
+    position: int,
+    blobs: list[Descriptor],
+    task: Task,
+) -> Descriptor | None:
+    """The first of these blobs that the repository has, or can take over from another one."""
+    for blob in blobs:
+        if repository.has_blob(blob.digest):
+            task.done("Layer already exists")
+            return blob
+    for source in sources.of(made.image.diff_ids[position]):
+        for blob in blobs:
+            if repository.mount(blob.digest, source):
+                task.done(f"Mounted from {source}")
+                return blob
+    return None
 
 
 def _push_config(repository: Repository, manifest: bytes, image: Image) -> None:
@@ -178,7 +200,7 @@ def _explain(error: RegistryStatusError, reference: Reference) -> RegistryError:
 def tags_to_push(image_names: Iterable[Reference], reference: Reference) -> list[Reference]:
     """Every local tag of the repository that `reference` names, in order."""
     same = {
-        replace(name, digest=None)
+        name._replace(digest=None)
         for name in image_names
         if (name.registry, name.path) == (reference.registry, reference.path) and name.tag
     }

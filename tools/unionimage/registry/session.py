@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -100,18 +99,40 @@ class Session:
         self, work: Callable[[Job], Result], jobs: Iterable[Job], workers: int = SIDE_BY_SIDE
     ) -> list[Result]:
         """`work` on every job, some at once; the first failure stops all and is raised."""
-        with ThreadPoolExecutor(workers, thread_name_prefix="registry") as pool:
-            futures: list[Future[Result]] = [pool.submit(work, job) for job in jobs]
-            try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    if future.exception() is not None:
-                        future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                self.stop()
-                raise
-            return [future.result() for future in futures]
+        left = list(enumerate(jobs))[::-1]
+        results: dict[int, Result] = {}
+        problems: list[BaseException] = []
+
+        def worker() -> None:
+            while left and not problems:
+                try:
+                    number, job = left.pop()
+                except IndexError:  # another has just taken the last one
+                    return
+                try:
+                    results[number] = work(job)
+                except BaseException as error:
+                    problems.append(error)
+                    self.stop()
+
+        threads = [
+            threading.Thread(target=worker, name=f"registry {number}")
+            for number in range(min(workers, len(left)) - 1)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            worker()  # this thread is one of them
+            for thread in threads:
+                thread.join()
+        except BaseException as error:  # an interrupt while the others went on
+            problems.append(error)
+            self.stop()
+            for thread in threads:
+                thread.join()
+        if problems:
+            raise problems[0]
+        return [results[number] for number in sorted(results)]
 
     def _pause(self, seconds: float) -> None:
         if self.stopped.wait(seconds):

@@ -17,8 +17,7 @@ import json
 import shlex
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urlsplit
 
 from unionimage.digest import CHUNK, MAX_JSON, Digest
@@ -37,8 +36,7 @@ LONGEST_LINE = 1 << 20
 MOST_NOISE = 1 << 20
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """Where to copy to: `ssh://[USER@]HOST[:PORT]`."""
 
     host: str
@@ -76,8 +74,7 @@ class Target:
         return self.host
 
 
-@dataclass(frozen=True)
-class Copied:
+class Copied(NamedTuple):
     """What a copy moved."""
 
     image_id: Digest

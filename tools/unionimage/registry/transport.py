@@ -12,8 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 from unionfuse import __version__
@@ -38,8 +37,7 @@ BUSY = 10  # times the stall limit that an answer to what was sent may take
 SLOWEST = 64  # bytes a second over a whole stall limit; less counts as a stall
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """How patient a transfer is: seconds to connect, seconds without a byte, tries, first pause."""
 
     connect: float = 10.0
@@ -61,7 +59,7 @@ class Limits:
             raise RegistryError(
                 "UNIONFUSE_REGISTRY_TIMEOUT", f"{text!r} is no number of seconds", "unset it"
             )
-        return cls(connect=min(stall, cls.connect), stall=stall)
+        return cls(connect=min(stall, cls().connect), stall=stall)
 
 
 def is_loopback(host: str) -> bool:
@@ -75,7 +73,6 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-@dataclass
 class Transport:
     """A connection pool to one registry, `HOST[:PORT]`.
 
@@ -85,13 +82,19 @@ class Transport:
     `scheme` is given: http or https.
     """
 
-    host: str
-    insecure: bool = False
-    limits: Limits = field(default_factory=Limits.from_environment)
-    sleep: Callable[[float], None] = time.sleep
-    scheme: str | None = None
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        host: str,
+        insecure: bool = False,
+        limits: Limits | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        scheme: str | None = None,
+    ) -> None:
+        self.host = host
+        self.insecure = insecure
+        self.limits = limits or Limits.from_environment()
+        self.sleep = sleep
+        self.scheme = scheme
         self.lenient = self.insecure or is_loopback(self.host)
         self.aborted = False
         self._pool = _pool(self.host, self.lenient)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from unionimage.store.store import Store
 
 
-@dataclass(slots=True)
 class Problem:
     """Something that is damaged.
 
@@ -42,10 +40,11 @@ class Problem:
         remedy: what else to do.
     """
 
-    what: str
-    images: list[str] = field(default_factory=list)
-    repaired: bool = False
-    remedy: str = ""
+    def __init__(self, what: str, images: Sequence[str] = (), remedy: str = "") -> None:
+        self.what = what
+        self.images = list(images)
+        self.repaired = False
+        self.remedy = remedy
 
 
 def check(store: Store, *, repair: bool = False) -> Iterator[Problem]:
@@ -133,7 +132,7 @@ class _Checker:
         except UserError:
             if not layer.recipe or not self._store.layer_blobs(layer.diff_id):
                 raise
-            return self._unpack(replace(layer, recipe=False))
+            return self._unpack(layer._replace(recipe=False))
 
     def _unpack(self, layer: Layer) -> Path:
         fresh = self._lease.scratch()

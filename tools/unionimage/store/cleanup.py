@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +16,9 @@ if TYPE_CHECKING:
     from unionimage.store.store import Store
 
 _PARTIAL_DAYS = 7
+_FORM_DAYS = 180
 
 
-@dataclass(slots=True)
 class Freed:
     """What a collection removed.
 
@@ -28,9 +27,10 @@ class Freed:
         size: bytes of their files and of blobs.
     """
 
-    layers: list[Digest]
-    blobs: int
-    size: int
+    def __init__(self) -> None:
+        self.layers: list[Digest] = []
+        self.blobs = 0
+        self.size = 0
 
 
 # What is used: by images, by holds on images and on layers (leases and mounts have such).
@@ -50,7 +50,7 @@ _USED_BLOBS = """
 def collect(store: Store) -> Freed:
     """Remove what nothing uses: rows first, in one transaction, then files."""
     end_dead_leases(store)
-    freed = Freed([], 0, 0)
+    freed = Freed()
     with store.database.write() as database:
         for diff_id, size in database.execute(
             f"SELECT diff_id, size FROM layers WHERE diff_id NOT IN ({_USED_LAYERS})"
@@ -65,6 +65,10 @@ def collect(store: Store) -> Freed:
         ).fetchall()
         database.executemany(
             "DELETE FROM blobs WHERE digest = ?", [(digest,) for digest, _ in blobs]
+        )
+        database.execute(
+            "DELETE FROM forms WHERE seen < ? AND diff_id NOT IN (SELECT diff_id FROM layers)",
+            (time.time() - _FORM_DAYS * 86400,),
         )
         freed.blobs = len(blobs)
         freed.size += sum(size for _, size in blobs)

@@ -315,6 +315,10 @@ class Lease:
         database.execute(
             "INSERT OR IGNORE INTO layer_blobs VALUES (?, ?, ?)", (diff_id, digest, compression)
         )
+        database.execute(
+            "INSERT OR REPLACE INTO forms VALUES (?, ?, ?, ?, ?)",
+            (diff_id, compression, digest, size, time.time()),
+        )
 
     def add_layer_blob(
         self, stream: Readable, layer: Layer, digest: Digest, size: int | None = None

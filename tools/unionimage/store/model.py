@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from unionimage.digest import Digest
 from unionimage.reference import Reference
@@ -17,8 +16,7 @@ if TYPE_CHECKING:
     from unionimage.store.blobs import Blobs
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(NamedTuple):
     """An unpacked layer.
 
     Attributes:
@@ -37,8 +35,20 @@ class Layer:
     directory: Path
 
 
-@dataclass(frozen=True)
-class Image:
+class _Image(NamedTuple):
+    id: Digest
+    manifest_digest: Digest | None
+    parent: Digest | None
+    created: str
+    added: float
+    used: float
+    names: tuple[Reference, ...]
+    digests: tuple[Reference, ...]
+    layers: tuple[Layer, ...]
+    blobs: Blobs
+
+
+class Image(_Image):
     """An image in the store.
 
     Attributes:
@@ -50,17 +60,6 @@ class Image:
         layers: base first.
         blobs: where its config and manifest are read from.
     """
-
-    id: Digest
-    manifest_digest: Digest | None
-    parent: Digest | None
-    created: str
-    added: float
-    used: float
-    names: tuple[Reference, ...]
-    digests: tuple[Reference, ...]
-    layers: tuple[Layer, ...]
-    blobs: Blobs = field(repr=False, compare=False)
 
     @property
     def diff_ids(self) -> tuple[Digest, ...]:

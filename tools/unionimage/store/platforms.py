@@ -7,7 +7,6 @@ What is noted ends when the name gets to another image, or goes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from unionimage.digest import Digest
@@ -20,12 +19,12 @@ if TYPE_CHECKING:
     from unionimage.store.store import Store
 
 
-@dataclass(frozen=True, slots=True)
 class Platforms:
     """What a name stands for. `images` are those of `index` that are here, in its order."""
 
-    data: bytes
-    images: tuple[Image, ...]
+    def __init__(self, data: bytes, images: tuple[Image, ...]) -> None:
+        self.data = data
+        self.images = images
 
     @property
     def index(self) -> Index:

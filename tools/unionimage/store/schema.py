@@ -130,6 +130,20 @@ MIGRATIONS = (
     ) WITHOUT ROWID;
     CREATE INDEX index_images_by_image ON index_images (image);
     """,
+    """
+    -- Every compressed form that a layer was seen in. Outlives blob and layer: before a
+    -- push compresses it again, the registry is asked whether it has one of them.
+    CREATE TABLE forms (
+        diff_id TEXT NOT NULL,
+        compression TEXT NOT NULL,
+        digest TEXT NOT NULL,
+        size INTEGER NOT NULL,
+        seen REAL NOT NULL,
+        PRIMARY KEY (diff_id, digest)
+    ) WITHOUT ROWID;
+    INSERT INTO forms SELECT diff_id, compression, digest, size, strftime('%s', 'now')
+        FROM layer_blobs JOIN blobs USING (digest);
+    """,
 )
 
 

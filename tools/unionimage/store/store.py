@@ -130,6 +130,18 @@ class Store:
         )
         return {compression: (Digest(digest), size) for compression, digest, size in rows}
 
+    def known_forms(self, diff_id: Digest, compression: str) -> list[tuple[Digest, int]]:
+        """Digest and size of compressed forms that a layer was seen in, the latest first.
+
+        Their blobs need not be here. A few at most.
+        """
+        rows = self.database.rows(
+            "SELECT digest, size FROM forms WHERE diff_id = ? AND compression = ?"
+            " ORDER BY seen DESC LIMIT 3",
+            (diff_id, compression),
+        )
+        return [(Digest(digest), size) for digest, size in rows]
+
     def layer_of_blob(self, digest: Digest) -> Digest | None:
         """The diffID of a layer blob that is here."""
         row = self.database.row("SELECT diff_id FROM layer_blobs WHERE digest = ?", (digest,))
