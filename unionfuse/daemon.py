@@ -230,7 +230,10 @@ def _take_over(options: MountOptions, survivor: Survivor, ready: Callable[[], No
             paths = syscalls.proc_path(upper), syscalls.proc_path(work)
             options = options._replace(upperdir=paths[0], workdir=paths[1])
         union = _open_union(options, survivor)
-        return _serve(channel, union, options, survivor.mount, ready, survivor)
+        try:
+            return _serve(channel, union, options, survivor.mount, ready, survivor)
+        finally:
+            union.close()
     except (LayerError, TakeOverError) as error:
         log.error("this daemon cannot go on: %s", error)
         survivor.gives_up(str(error))

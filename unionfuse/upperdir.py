@@ -73,7 +73,7 @@ class UpperDirectory:
         self._check_strangers(workdir)
         self._workdir = workdir
         self.work = self._prepare_staging(workdir)
-        self.marker = Marker(self._dialect(options))
+        self.marker = Marker(self._dialect(options), (self.work, self.staging_name()))
         self.privileged = self.marker.prefix == TRUSTED
         self._open_index()
         self.device = os.stat(self.descriptor).st_dev

@@ -178,11 +178,16 @@ class Marker:
 
     Arguments:
         prefix: `trusted.overlay.` or, without privilege, `user.overlay.`.
+        shelf: a directory descriptor and a name in it, free: for a whiteout that the others are
+            links of, which costs no inode each (ovl_whiteout in fs/overlayfs/dir.c does so, too).
+            None: each is a device of its own.
     """
 
-    def __init__(self, prefix: bytes) -> None:
+    def __init__(self, prefix: bytes, shelf: tuple[int, bytes] | None = None) -> None:
         self.prefix = prefix
         self.devices = True  # until mknod of 0:0 is refused
+        self._shelf = shelf
+        self._shelved = False
 
     def set(self, directory: int, name: bytes, key: bytes, value: bytes) -> None:
         """Set the overlay's xattr `key` on a file or directory."""
@@ -204,6 +209,8 @@ class Marker:
         """Create a whiteout in device form; False where that is refused, now and for ever."""
         if not self.devices:
             return False
+        if self._shelf is not None and self._link_device(*self._shelf, directory, name):
+            return True
         try:
             syscalls.mknod(directory, name, stat.S_IFCHR, 0)
         except OSError as error:
@@ -211,6 +218,24 @@ class Marker:
                 raise
             self.devices = False
         return self.devices
+
+    def _link_device(self, holder: int, kept: bytes, directory: int, name: bytes) -> bool:
+        """Give the whiteout that is kept one more name; False: it has to be done otherwise."""
+        try:
+            if not self._shelved:
+                syscalls.mknod(holder, kept, stat.S_IFCHR, 0)
+                self._shelved = True
+            syscalls.link(holder, kept, directory, name)
+            return True
+        except OSError as error:
+            if error.errno == errno.EMLINK:  # it has as many as it may: the next is another one
+                syscalls.unlink(holder, kept)
+                self._shelved = False
+            elif error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL, errno.EXDEV):
+                self._shelf = None
+            else:
+                raise
+            return False
 
     def make_whiteout(self, directory: int, name: bytes) -> None:
         """Create a whiteout under a free name of the staging directory.

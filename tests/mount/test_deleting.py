@@ -46,6 +46,22 @@ def test_whiteouts_are_the_kernels(workshop: Workshop) -> None:
     assert names(tree.upper / "d") == ["base"], "a name that was only in upper leaves no whiteout"
 
 
+@pytest.mark.on("overlay", "unionfuse")
+def test_whiteouts_share_an_inode(workshop: Workshop) -> None:
+    tree = workshop({"d/a": "1", "d/b": "2", "d/c": "3", "d/e": Dir(), "f": "4"})
+    (tree / "d/b").write_text("in upper")
+    for name in ("d/a", "d/b", "d/c", "f"):
+        os.unlink(tree / name)
+    os.rmdir(tree / "d/e")
+    found = [os.lstat(tree.upper / name) for name in ("d/a", "d/b", "d/c", "d/e", "f")]
+    assert len({status.st_ino for status in found}) == 1
+    (tree / "d/a").write_text("again")
+    os.rename(tree / "d/a", tree / "d/c")
+    expected = tree.snapshot()
+    tree.remount("overlay")
+    assert_equal(tree.snapshot(), expected)
+
+
 def test_rmdir_of_merged_directories(workshop: Workshop) -> None:
     tree = workshop(*STACK)
     with pytest.raises(OSError) as caught:

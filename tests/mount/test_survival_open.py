@@ -57,6 +57,14 @@ def test_open_and_deleted_files_go_on(workshop: Workshop) -> None:
     assert sorted(os.listdir(tree.root)) == ["low", "named", "only-mine"]
 
 
+def test_the_last_of_several_daemons_leaves_nothing_in_work(workshop: Workshop) -> None:
+    tree = workshop({"f": "x", "g": "y"}, options={"keeper": "on", "volatile": None})
+    tree.kill_daemon()
+    (tree / "f").unlink()
+    tree.remount()  # it ended cleanly: volatile does not say otherwise
+    assert os.listdir(tree.root) == ["g"]
+
+
 def test_a_lower_hard_link_is_one_file_after_a_kill(workshop: Workshop) -> None:
     tree = workshop({"a": "data", "b": HardLink("a"), "c": HardLink("a")}, options={"keeper": "on"})
     with open(tree / "a", "a") as opened:
