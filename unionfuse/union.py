@@ -351,6 +351,14 @@ class Union:
             self._forgetting.release_if_unused(node)
             return node.id, node.ino, node.kind
 
+    def shows(self, parent: int, name: bytes) -> bool:
+        """Whether there is anything under a name."""
+        with self.lock:
+            try:
+                return self.tree.exists(self.tree.directory(parent), name)
+            except OSError:
+                return False
+
     def inode_in_upper(self, parent: int, name: bytes) -> int:
         """The st_ino that upper itself has under a name; 0 where there is nothing."""
         directory = self.tree.directory(parent)

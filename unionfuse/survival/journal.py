@@ -51,7 +51,7 @@ class SharedJournal(Journal):
     def __init__(self, memory: SharedMemory, descriptors: Descriptors) -> None:
         """Read what is there already. Raises TakeOverError where it makes no sense."""
         self._memory = memory
-        self._bytes, self._words = memory.bytes, memory.words
+        self._bytes, self._words, self._notes = memory.bytes, memory.words, memory.notes
         self._descriptors = descriptors
         self._half = self._words[Word.HALF]
         self._at: dict[int, int] = {}  # id -> offset of its record
@@ -61,7 +61,6 @@ class SharedJournal(Journal):
         self._old_tables: list[tuple[int, int]] = []  # (first id, directory) of an earlier daemon's
         self._first_own = self._words[Word.FRESH_ID]  # ids before it are an earlier daemon's
         self._named_inside: set[int] = set()  # directories of lost nodes
-        self._live = 0  # bytes of records that count
         self._lost: set[int] = set()  # ids that nobody has asked this daemon for
         self._forgotten: set[int] = set()  # of the lost, those that the kernel has dropped, too
         self._by_name: dict[tuple[int, bytes], int] = {}  # of the lost
@@ -74,7 +73,7 @@ class SharedJournal(Journal):
 
     def _replay(self) -> None:
         """Find the records that count. Raises TakeOverError where that makes no sense."""
-        data, unpack = self._bytes, _RECORD.unpack_from
+        data, unpack, live = self._bytes, _RECORD.unpack_from, 0
         at, end = self._start, self._words[Word.END + self._half]
         if not at <= end <= at + HALF or end % 8:
             raise TakeOverError("its journal is damaged")
@@ -86,19 +85,21 @@ class SharedJournal(Journal):
                 raise TakeOverError("its journal is damaged")
             if kind == _TABLE:
                 self._tables[parent] = at
-                self._live += size
+                live += size
             elif kind == _ALIAS:
                 start = at + _RECORD.size
                 alias = parent, bytes(data[start : start + length])
                 self._aliases.setdefault(number, {})[alias] = at
-                self._live += size
+                live += size
             elif kind:
                 known = self._handles if kind == _OPEN else self._at
                 if number in known:
-                    self._kill(known[number])
+                    self._become(known[number], _DEAD)
+                    live -= self._words[known[number] // 8] & 0xFFFFFFFF
                 known[number] = at
-                self._live += size
+                live += size
             at += size
+        self._write_here(live)
 
     def _find_lost(self) -> None:
         """Note what nobody has asked for yet, by what will lead to it."""
@@ -311,7 +312,7 @@ class SharedJournal(Journal):
     def count(self, node: Node) -> None:
         at = self._at.get(node.id)
         if at is not None:
-            self._words[at // 8 + 2] = max(0, node.lookups)
+            self._notes.set_lookups(at, max(0, node.lookups))
 
     def forgotten(self, number: int, lookups: int) -> None:
         at = self._at.get(number)
@@ -398,36 +399,25 @@ class SharedJournal(Journal):
             self._kill(old)
 
     def _kill(self, at: int) -> None:
-        self._become(at, _DEAD)
-        self._live -= self._words[at // 8] & 0xFFFFFFFF
+        self._notes.kill(at)
 
     def _become(self, at: int, kind: int) -> None:
-        self._words[at // 8] = self._words[at // 8] & ~(0xFF << 32) | kind << 32
+        self._notes.become(at, kind)
 
     def _append(
         self, kind: int, type_: int, number: int, lookups: int, inode: int, parent: int, data: bytes
     ) -> int:
-        size = (_RECORD.size + len(data) + 7) & ~7
-        at = self._room(size)
-        if at + size > self._start + HALF - _SCRATCH:
-            return self._overflow()
-        length = 0 if kind == _TABLE else len(data)
-        header = size | kind << 32 | length << 40 | type_ << 56
-        _RECORD.pack_into(self._bytes, at, header, number, lookups, inode, parent)
-        if data:
-            self._bytes[at + _RECORD.size : at + _RECORD.size + len(data)] = data
-        self._words[Word.END + self._half] = at + size
-        self._live += size
-        return at
-
-    def _room(self, size: int) -> int:
-        """Where a record of `size` bytes goes."""
-        end = self._words[Word.END + self._half]
-        full = end + size > self._start + HALF - _SCRATCH and not self._words[Word.FULL]
-        if full or end - self._start > 2 * self._live + _GARBAGE:
+        append, long = self._notes.append, kind == _TABLE
+        at = append(kind, type_, number, lookups, inode, parent, data, long)
+        if not at and not self._words[Word.FULL]:
             self._compact()
-            end = self._words[Word.END + self._half]
-        return end
+            at = append(kind, type_, number, lookups, inode, parent, data, long)
+        return at or self._overflow()
+
+    def _write_here(self, live: int) -> None:
+        """Write to the half that counts, of which so many bytes do."""
+        limit = self._start + HALF - _SCRATCH
+        self._notes.use_half(Word.END + self._half, self._start, limit, _GARBAGE, live)
 
     def _overflow(self) -> int:
         """Where records go that nobody will read: no daemon can take over any more."""
@@ -468,5 +458,5 @@ class SharedJournal(Journal):
                 end += size
         self._words[Word.END + self._half] = end
         self._words[Word.HALF] = self._half
-        self._live = end - self._start
+        self._write_here(end - self._start)
         self._memory.give_back(old, (old_end - old + 4095) & ~4095)

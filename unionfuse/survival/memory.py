@@ -21,6 +21,7 @@ import sys
 
 from unionfuse import syscalls
 from unionfuse.journal import FIRST_FRESH_ID
+from unionfuse.survival._notes import Notes
 
 SLOT = 4096
 SLOTS = 192
@@ -57,6 +58,7 @@ class SharedMemory:
 
     Attributes:
         bytes, words: the same memory, byte by byte and in words of 8 bytes.
+        notes: writes to it what each change needs.
         descriptor: the memfd.
     """
 
@@ -65,6 +67,7 @@ class SharedMemory:
         self._map = mmap.mmap(descriptor, _SIZE)
         self.bytes = memoryview(self._map)
         self.words = self.bytes.cast("Q")
+        self.notes = Notes(self.bytes, SLOT)
 
     @classmethod
     def create(cls) -> SharedMemory:
@@ -149,6 +152,7 @@ class SharedMemory:
             syscalls.fallocate(self.descriptor, 0x3, offset, length)  # PUNCH_HOLE, KEEP_SIZE
 
     def close(self) -> None:
+        self.notes.close()
         self.words.release()
         self.bytes.release()
         self._map.close()

@@ -102,13 +102,13 @@ class Settling:
         return True
 
     def _delete(self, intent: Intent) -> bool:
-        subject = intent.subjects[0]
-        return bool(subject.node) and not self._exists(intent.node, intent.names[0])
+        was_there = bool(intent.subjects[0][0])
+        return was_there and not self._exists(intent.node, intent.names[0])
 
     def _create(self, intent: Intent) -> None:
         name = intent.names[0]
         self._intents.drop(intent.slot)
-        if intent.subjects[0].node or not self._exists(intent.node, name):
+        if intent.subjects[0][0] or not self._exists(intent.node, name):
             self._abandon_handle(intent)
             return
         entry = self._union.lookup(intent.node, name)
@@ -134,7 +134,7 @@ class Settling:
 
     def _mark(self, intent: Intent) -> bool:
         name = intent.names[0]
-        was_there = bool(intent.subjects[0].node)
+        was_there = bool(intent.subjects[0][0])
         try:
             self._union.getxattr(intent.node, name)
             is_there = True

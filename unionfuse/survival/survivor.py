@@ -133,7 +133,7 @@ class Survivor:
         """Have each request that must not be done twice done once."""
         for opcode in GUARDED:
             if opcode in methods:
-                methods[opcode] = self._intents.guarded(methods[opcode])
+                methods[opcode] = self._intents.guarded(opcode, methods[opcode])
 
     # --- the end -----------------------------------------------------------------------------
 
