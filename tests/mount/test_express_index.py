@@ -280,6 +280,19 @@ def test_io_uring_gives_the_same_tree_and_takes_all_changes(
     assert_equal(tree.snapshot(), plain.snapshot())
 
 
+def test_long_names_are_found_over_io_uring(workshop: Workshop, uring: None) -> None:
+    """The name lies where the reply goes; what the loop cannot answer after all finds it whole."""
+    merged, linked = "m" * 60, "l" * 60
+    tree = workshop(
+        {f"{merged}/a": "a"},
+        {f"{merged}/b": "b", linked: "x", "other": HardLink(linked), "near": ""},
+        options={"uring": "on"},
+    )
+    assert (tree / "near").read_text() == ""  # the loop has a table of the root from here on
+    assert (tree / linked).stat().st_nlink == 2
+    assert sorted(os.listdir(tree / merged)) == ["a", "b"]
+
+
 def test_io_uring_costs_little_memory_when_idle(workshop: Workshop, uring: None) -> None:
     def anonymous(mode: str) -> int:
         tree = indexed(workshop, BASE, uring=mode)

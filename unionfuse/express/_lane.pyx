@@ -1008,19 +1008,20 @@ cdef class Loop:
     ) noexcept nogil:
         cdef int failure = self.check_name(name, size)
         cdef int how
+        # Not in `out`: over io_uring the name is there, which Python may have to read after all.
+        cdef char entry[ENTRY_SIZE]
         if failure:
             return self.fail(reply, failure)
         if name[0] == 46 and (size == 2 or (size == 3 and name[1] == 46)):  # "." and ".."
             return FOR_PYTHON
-        how = self.tables.lookup(
-            parent, name, size - 1, thread.out if self.shows_tables else NULL
-        )
+        how = self.tables.lookup(parent, name, size - 1, entry if self.shows_tables else NULL)
         if how == ABSENT:
             return self.absent(thread, reply)
         if how == BELOW and 0 < parent <= self.count:
             return self.lookup(thread, parent, name, size, reply)
         if how != FOUND:
             return FOR_PYTHON
+        memcpy(thread.out, entry, ENTRY_SIZE)
         self.limit(thread.out)
         reply.data, reply.length = thread.out, ENTRY_SIZE
         return ANSWERED
