@@ -24,6 +24,7 @@ cdef enum:
     TYPE = 0x0F  # of Name.kind: DT_*
     TAKEN = 0x80  # the union's
     MADE = 0x40  # the union has a node for it
+    CACHED = 0x20  # the kernel's page cache has its data, as far as it needs it
     DOTS = 2  # `.` and `..` have the cookies 1 and 2
 
 cdef struct Name:
@@ -31,7 +32,7 @@ cdef struct Name:
     uint32_t lookups
     uint32_t group
     uint8_t length
-    uint8_t kind  # DT_*, TAKEN and MADE
+    uint8_t kind  # DT_*, TAKEN, MADE and CACHED
 
 cdef struct Group:  # the places that have a name
     uint32_t first, count  # in Block.positions

@@ -33,6 +33,28 @@ static int tables_getxattr(int directory, const char *name, const char *attribut
     return lgetxattr(path, attribute, 0, 0) < 0 ? errno : 0;
 }
 
+/* A name opened for reading where it is a regular file with one name and data of its own; -1. */
+static int tables_open_file(int directory, const char *name, uint64_t device) {
+    int flags = O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK, fd;
+    char names[4096];
+    struct stat status;
+    ssize_t length;
+    fd = openat(directory, name, flags | O_NOATIME);
+    if (fd < 0 && errno == EPERM) fd = openat(directory, name, flags); /* not our file */
+    if (fd < 0) return -1;
+    if (fstat(fd, &status) || !S_ISREG(status.st_mode) || status.st_nlink != 1
+        || (uint64_t)status.st_dev != device)
+        goto refuse;
+    length = flistxattr(fd, names, sizeof names);
+    if (length < 0 && errno != EOPNOTSUPP) goto refuse;
+    /* A metacopy of overlayfs has its data in another layer. */
+    if (length > 0 && memmem(names, length, "overlay.metacopy", 16)) goto refuse;
+    return fd;
+refuse:
+    close(fd);
+    return -1;
+}
+
 static int tables_set_once(int *where, int value) {
     int none = -1;
     return __atomic_compare_exchange_n(where, &none, value, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);

@@ -38,6 +38,9 @@ cdef class Tables:
     ) noexcept nogil
     cdef ssize_t readlink(self, uint64_t number, char *out, size_t room) noexcept nogil
     cdef int getxattr(self, uint64_t number, const char *name) noexcept nogil
+    cdef bint is_openable(self, uint64_t number, bint *cached) noexcept nogil
+    cdef void note_cached(self, uint64_t number) noexcept nogil
+    cdef int open_file(self, uint64_t number) noexcept nogil
 
     cdef Block *held(self, uint64_t directory) except NULL
     cdef Block *pinned(self, uint64_t number, uint32_t *position) noexcept nogil

@@ -22,7 +22,7 @@ from libc.string cimport memcpy, memset
 from posix.unistd cimport close
 
 from unionfuse._block cimport (
-    DOTS, MADE, MANY, NOTHING, TAKEN, TYPE, Block, Name, Place, add_extra, count_listed,
+    CACHED, DOTS, MADE, MANY, NOTHING, TAKEN, TYPE, Block, Name, Place, add_extra, count_listed,
     count_lookup, fill_groups, fill_names, fill_places, free_block, has_extra, is_taken, name_key,
     position_of, record_size, topmost_place,
 )
@@ -38,12 +38,14 @@ cdef extern from "_tables.h" nogil:
     int tables_open(int root, const char *path)
     int tables_stat(int directory, const char *name, uint64_t *device, fuse_attr *out)
     int tables_getxattr(int directory, const char *name, const char *attribute)
+    int tables_open_file(int directory, const char *name, uint64_t device)
     int tables_set_once(int *where, int value)
     int tables_load(int *where)
     ssize_t readlinkat(int directory, const char *name, char *out, size_t room)
 
 cdef enum:
     DT_DIR = 4
+    DT_REG = 8
 
 
 cdef class Tables:
@@ -200,6 +202,7 @@ cdef class Tables:
         if name != NULL and name.kind & TAKEN and name.lookups:
             name.lookups = 0
             block.known -= 1
+            name.kind &= ~CACHED
             if unchanged:
                 name.kind &= ~TAKEN
             self.free_if_unused(block)
@@ -402,6 +405,43 @@ cdef class Tables:
             failure = tables_getxattr(directory, block.text + block.names[position].at, name)
         return ABSENT if self.is_still_so(block, position) and failure == ENODATA else ASK
 
+    cdef bint is_openable(self, uint64_t number, bint *cached) noexcept nogil:
+        """Whether a node is a regular file and as the layers have it; and if its data is cached."""
+        cdef Block *block
+        cdef bint is_right
+        cdef Name *name = self.locked_name(number, &block)
+        is_right = name != NULL and block.ready and name.kind & (TYPE | TAKEN) == DT_REG
+        cached[0] = is_right and name.kind & CACHED != 0
+        self.unlock()
+        return is_right
+
+    cdef void note_cached(self, uint64_t number) noexcept nogil:
+        """The kernel's page cache has a node's data, or will have it: until it is forgotten."""
+        cdef Block *block
+        cdef Name *name = self.locked_name(number, &block)
+        if name != NULL:
+            name.kind |= CACHED
+        self.unlock()
+
+    cdef int open_file(self, uint64_t number) noexcept nogil:
+        """A node's file, opened for reading; -1: only the union can, or there is an error."""
+        cdef uint32_t position
+        cdef int directory, descriptor = -1
+        cdef Place *place
+        cdef Block *block = self.pinned(number, &position)
+        if block == NULL:
+            return -1
+        place = topmost_place(block, position)
+        directory = self.open_place(block, place)
+        if directory >= 0 and block.names[position].kind & TYPE == DT_REG:
+            descriptor = tables_open_file(
+                directory, block.text + block.names[position].at, place.device
+            )
+        if not self.is_still_so(block, position) and descriptor >= 0:
+            close(descriptor)
+            return -1
+        return descriptor
+
     cdef Block *pinned(self, uint64_t number, uint32_t *position) noexcept nogil:
         """The directory of a node that is answered for and not taken, pinned until `is_still_so`;
         NULL for none."""
@@ -441,6 +481,7 @@ cdef class Tables:
             if 0 < name.lookups < MANY:
                 name.lookups -= <uint32_t>min(count, name.lookups)
                 if name.lookups == 0:
+                    name.kind &= ~CACHED
                     block.known -= 1
                     inside = find(&self.shelf, number)
                     if inside != NULL:

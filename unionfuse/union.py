@@ -43,6 +43,9 @@ class Watcher(Protocol):
 
     def changed(self, node: int) -> None: ...
 
+    def opens_by_itself(self, value: bool) -> None:
+        """Whether it may open files that the union does not hear of; if not, hand over those."""
+
 
 class Union:
     """One mounted union.

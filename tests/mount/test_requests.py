@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from harness.layers import File
@@ -81,6 +82,68 @@ def test_a_file_that_was_written_is_asked_for_once(workshop: Workshop) -> None:
         assert os.stat(path).st_size == 4
     assert counts.pop("GETATTR") <= 2  # one of them of the directory
     assert os.stat(path).st_mtime_ns == os.stat(tree.upper / "d/new").st_mtime_ns
+
+
+def test_a_small_file_of_a_layer_comes_with_its_open(workshop: Workshop) -> None:
+    """Its data is in the page cache when open(2) returns: nobody sends a READ."""
+    content = {f"d/{number}": b"%d" % number * (number * 350) for number in range(NUMBER)}
+    tree = workshop(content, options={"stats": None})
+    names = os.listdir(tree / "d")
+    assert len(names) == NUMBER
+    for repeated in range(2):
+        with tree.asked() as counts:
+            for name in content:
+                assert (tree / name).read_bytes() == content[name]
+        assert counts.get("READ", 0) == counts.get("GETATTR", 0) == 0, counts
+        assert counts["OPEN"] == NUMBER, repeated
+
+
+@pytest.mark.doors
+def test_a_file_that_was_read_is_written_and_read(workshop: Workshop) -> None:
+    """Pages that came with an open are not what shows once the file is another one."""
+    content = {f"d/{number}": b"old %d" % number * 200 for number in range(NUMBER)}
+    tree = workshop(content)
+
+    def read_on(path: Path) -> None:
+        while (found := path.read_bytes()) and not found.endswith(b"end"):
+            assert found.startswith((b"old", b"new"))
+
+    for name, old in content.items():
+        path = tree / name
+        held = os.open(path, os.O_RDONLY)
+        readers = [Thread(target=read_on, args=(path,)) for _ in range(2)]
+        for reader in readers:
+            reader.start()
+        with open(path, "r+b") as file:
+            file.write(b"new")
+        assert path.read_bytes() == b"new" + old[3:]
+        os.posix_fadvise(held, 0, 0, os.POSIX_FADV_DONTNEED)
+        assert os.pread(held, 10000, 0) == b"new" + old[3:]
+        with open(path, "ab") as file:
+            file.write(b"end")
+        for reader in readers:
+            reader.join(timeout=30)
+            assert not reader.is_alive()
+        os.unlink(path)
+        assert os.pread(held, 10000, 0) == b"new" + old[3:] + b"end"
+        os.close(held)
+
+
+@pytest.mark.doors
+def test_a_file_that_is_read_is_deleted_behind_the_reader(workshop: Workshop) -> None:
+    """Also one whose pages have gone from the cache."""
+    content = {"small": b"small" * 99, "large": bytes(range(256)) * 1000}
+    tree = workshop(content)
+    held = {name: os.open(tree / name, os.O_RDONLY) for name in content}
+    for name, data in content.items():
+        assert os.pread(held[name], 10, 0) == data[:10]
+        os.unlink(tree / name)
+    (tree / "small").write_bytes(b"another")
+    for name, data in content.items():
+        os.posix_fadvise(held[name], 0, 0, os.POSIX_FADV_DONTNEED)
+        assert os.pread(held[name], len(data) + 1, 0) == data
+        os.close(held[name])
+    assert (tree / "small").read_bytes() == b"another"
 
 
 def test_listing_again_asks_for_no_extended_attribute(workshop: Workshop) -> None:

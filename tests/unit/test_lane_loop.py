@@ -10,6 +10,7 @@ from harness.layers import File, HardLink, Symlink, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unionfuse._tables import Tables
 from unionfuse.express import protocol
 from unionfuse.express._lane import Loop
 from unionfuse.express.protocol import Opcode
@@ -162,8 +163,12 @@ def test_links_xattrs_and_the_rest(loop: Loop, index: LookupIndex) -> None:
     assert loop.answer_request(request(Opcode.INTERRUPT, 0, bytes(8))) == ()
 
 
-def test_files_are_opened_beside_one_that_python_has_shown(index: LookupIndex, base: Path) -> None:
+def test_files_are_opened_where_the_index_says_that_they_lie(
+    index: LookupIndex, base: Path
+) -> None:
+    layers = LayerStack.open([os.fsencode(base / "layer")])
     loop = loop_of(index)
+    loop.use_tables(Tables([layers.layers[0].descriptor]), attributes=True)
     loop.open_here(below=1 << 20)
     many = index.lookup(1, b"many")
     names = [name for name, *_ in listed(loop, many, 4096, plus=True) if len(name) > 5][:40]
@@ -171,10 +176,9 @@ def test_files_are_opened_beside_one_that_python_has_shown(index: LookupIndex, b
     for name in names:
         (base / "layer/many" / os.fsdecode(name)).write_bytes(name)
 
-    def opened(node: int) -> int:
-        error, body = loop.answer_request(request(Opcode.OPEN, node, bytes(8)))
-        assert error == 0
-        return int(protocol.OPEN_OUT.unpack(body)[0])
+    def opened(node: int) -> int | None:
+        answer = loop.answer_request(request(Opcode.OPEN, node, bytes(8)))
+        return int(protocol.OPEN_OUT.unpack(answer[1])[0]) if answer else None
 
     def read(node: int, handle: int) -> object:
         body = protocol.READ_IN.pack(handle, 0, 4096, 0, 0, 0, 0)
@@ -184,29 +188,36 @@ def test_files_are_opened_beside_one_that_python_has_shown(index: LookupIndex, b
         body = protocol.RELEASE_IN.pack(handle, 0, 0, 0)
         return loop.answer_request(request(Opcode.RELEASE, node, body))
 
-    first = nodes[names[0]]
-    handle = opened(first)
-    assert read(first, handle) is PYTHON  # nobody knows yet where it lies
     before = len(os.listdir("/proc/self/fd"))
-    loop.open_in(first, os.open(base / "layer/many", os.O_PATH))
     handles = {name: opened(node) for name, node in nodes.items()}
+    assert len(os.listdir("/proc/self/fd")) == before  # small ones are not kept open
     for name, node in nodes.items():
         assert read(node, handles[name]) == (0, name)
-    assert len(os.listdir("/proc/self/fd")) == before + 1 + len(nodes)
+    assert len(os.listdir("/proc/self/fd")) == before + len(nodes)
+    first, handle = nodes[names[0]], handles[names[0]]
+    assert opened(first) == handle
+    assert loop.opened_here(first) == 2
     copy = os.open(base / "layer/file", os.O_RDONLY)
     loop.changed(first, [many])
     loop.read_node_from(first, copy)  # as after a copy-up
     assert read(first, handle) == (0, b"x")
     loop.read_node_from(first, -1)
     assert read(first, handle) is PYTHON
+    assert release(first, handle) == (0, b"")
     for name, node in nodes.items():
-        assert release(node, handles[name]) == (0, b"")
-    assert release(first, handle) is PYTHON  # which has it open
+        assert release(node, handles[name]) == (PYTHON if node == first else (0, b""))
+    loop.read_node_from(first, -1, held=False)
     os.close(copy)
-    one = index.lookup(index.lookup(1, b"d"), b"one")
-    loop.open_in(one, os.open(base / "layer/d", os.O_PATH))
-    assert read(one, opened(one)) is PYTHON  # it has two names: which one is there?
-    assert len(os.listdir("/proc/self/fd")) <= before + 2  # the two directories
+    assert opened(first) is None  # it has changed
+    assert loop.opened_here(first) == 0
+    assert opened(index.lookup(index.lookup(1, b"d"), b"one")) is None  # it has two names
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert loop.open_no_more(True) == []
+    assert opened(nodes[names[1]]) is None
+    loop.open_no_more(False)
+    assert opened(nodes[names[1]]) is not None
+    assert loop.open_no_more(True) == [nodes[names[1]]]
+    layers.close()
 
 
 def test_forgets_of_indexed_nodes_need_nobody(loop: Loop, index: LookupIndex) -> None:

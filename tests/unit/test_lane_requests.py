@@ -51,9 +51,6 @@ class QuietLane:
     def has_no_capabilities(self, node: int, value: bool) -> None:
         pass
 
-    def open_beside(self, handle: int) -> None:
-        pass
-
     def union_handle(self, handle: int) -> int:
         return handle
 

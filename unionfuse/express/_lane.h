@@ -50,11 +50,6 @@ static long lane_most_files(void) { /* of those that this process may have open,
     struct rlimit limit;
     return getrlimit(RLIMIT_NOFILE, &limit) ? 0 : limit.rlim_cur / 8;
 }
-static int lane_open(int directory, const char *name) {
-    int flags = O_RDONLY | O_NOFOLLOW | O_CLOEXEC, fd;
-    fd = openat(directory, name, flags | O_NOATIME);
-    return fd < 0 && errno == EPERM ? openat(directory, name, flags) : fd; /* not our file */
-}
 
 static int lane_stat_directory(int directory, struct fuse_attr *attr) {
     struct stat status;

@@ -21,6 +21,10 @@ from unionfuse._tables cimport ABSENT, BELOW, FOUND, Tables
 from unionfuse._wire cimport (
     ATTR_AT, ENTRY_SIZE, RECORD_SIZE, fuse_attr, fuse_dirent, record_length,
 )
+from unionfuse.express._opens cimport (
+    ASK, OURS, SLOTS, Opened, Opens, begin_open, begin_reading, count_opens, end_open, end_opening,
+    end_reading, free_table, offer_file, open_table, stop_opening, swap_file,
+)
 from unionfuse.express._ring cimport (
     DEPTH, ENTRY, HEADER, HEADROOM, MAX_WRITE, OUT_HEADER, PAYLOAD, WAKE, Entry, Queue, await_wake,
     commit, enter, free_queue, fuse_in_header, fuse_out_header, has_left, iovec, offer, open_queue,
@@ -71,13 +75,19 @@ cdef extern from "_lane.h":
     long lane_most_files() nogil
     int lane_splice(
         int *ends, int fuse, uint64_t unique, int file, uint64_t offset, size_t size) nogil
-    int lane_open(int directory, const char *name) nogil
     int lane_stat_directory(int directory, fuse_attr *attr) nogil
     int lane_is_absent(int directory, const char *name) nogil
     int mlock(const void *address, size_t length) nogil
     ssize_t writev(int fd, const iovec *iov, int count) nogil
     uint64_t XXH3_64bits_withSeed(const void *data, size_t length, uint64_t seed) nogil
     double lane_clock() nogil
+
+cdef extern from "_opens.h":
+    int opens_lower(int root, const char *path) nogil
+    int64_t opens_size(int file) nogil
+    int opens_bring(int fuse, uint64_t node, int file, char *buffer, size_t size) nogil
+    void opens_mark(uint8_t *place, uint8_t bit) nogil
+    void opens_unmark(uint8_t *place, uint8_t bit) nogil
 
 # Opcodes answered here (enum fuse_opcode).
 cdef enum:
@@ -109,18 +119,14 @@ cdef enum:
     ACCESS_MODE = 3  # O_ACCMODE
     TRUNCATE = 0o1000  # O_TRUNC
     KEEP_CACHE_NOFLUSH = 1 << 1 | 1 << 5
-    BUSY = 256  # counters of reads that are under way
-    # What `files` has beside a descriptor plus one:
-    OURS = 1 << 30  # the loop has opened it
-    ASK = 1 << 29  # Python has it open, and reads it
-    DIRECTORIES = 32  # of layers, that the loop can open files in
+    BROUGHT = 32768  # bytes of a file that goes into the page cache as a whole when it is opened
+    PATH_MAX = 4096
+    INHERITED = 0xFFFF  # of a place in the index: it has the directory's own name
     SHOWN = 64  # directories of upper, that the loop answers for
     BARE = 4096  # new files, of which the loop knows that they have no capabilities
-    DESCRIPTOR_BITS = 20
-    LAYER_BITS = 12
 
 # A handle that the loop gave: this bit, and the node id. It stands for all opens of the node.
-cdef uint64_t NODE_BIT = <uint64_t>1 << 62
+cdef uint64_t NODE_BIT = <uint64_t>1 << 63
 NODE_HANDLE = NODE_BIT
 
 # How a request ended.
@@ -137,10 +143,11 @@ cdef enum:
     DIRECTORY = 8
     SYMLINK = 16
 
-# What Python has told us of a node of the index.
+# What has come to be known of a node of the index.
 cdef enum:
     CHANGED = 1  # its attributes, names or content differ from the index
     LISTING = 2  # a name in it leads to a node that is CHANGED
+    CACHED = 4  # the page cache has its data, as far as it needs it
 
 cdef uint32_t DELETED = 0xFFFFFFFF
 cdef size_t BUFFER = MAX_WRITE + 8192  # the largest request: max_write and its headers
@@ -233,13 +240,12 @@ cdef class Loop:
     cdef const unsigned char[:] view
     cdef bint opening
     cdef uint64_t open_size  # files of this size and more are for Python to open
-    cdef int *opens  # by node: how many opens the loop has answered
-    cdef int *files  # by node: the descriptor to read such opens from, plus one; 0 for none yet
-    cdef int opened_files  # how many of them the loop has opened
-    # By a hash of node and layer: node, layer and descriptor of a directory, in one number.
-    cdef uint64_t directories[32]
-    cdef int entering[32]  # how many threads are using one
-    cdef int busy[256]
+    cdef Opens opens
+    cdef void *own_opens  # NULL where the memory was given
+    cdef unsigned char[:] given_opens
+    cdef const char *places
+    cdef uint64_t places_length
+    cdef int layer_count
     cdef char *rings  # NULL where they end with us
     cdef size_t rings_size
     cdef bint takes_over
@@ -263,19 +269,17 @@ cdef class Loop:
 
     def __dealloc__(self):
         if self.opening:
-            for i in range(<int>self.count + 1):
-                if self.files[i] & OURS:
-                    close((self.files[i] & ~OURS) - 1)
-        for i in range(DIRECTORIES):
-            if self.directories[i]:
-                close(self.directories[i] & ((1 << DESCRIPTOR_BITS) - 1))
+            for i in range(SLOTS):
+                if self.opens.reading[i].file & OURS:
+                    close((self.opens.reading[i].file & ~OURS) - 1)
+            free_table(&self.opens)
+        free(self.own_opens)
         if self.rings:
             munmap(self.rings, self.rings_size)
         for i in range(SHOWN):
             if self.shown[i].node:
                 close(self.shown[i].directory)
         free(self.own_marks)
-        free(self.files)
         free(self.descriptors)
         for i in range(self.thread_count):
             free_thread(self.threads[i])
@@ -285,23 +289,20 @@ cdef class Loop:
 
         Arguments:
             marks: `size_of_marks` bytes, zeros or as another loop left them: what `changed` has
-                told, and how many opens of each node were answered here.
+                told.
         """
-        cdef char *memory
         sections = index.sections
         size = self.size_of_marks(index.count)
         if marks is not None:
             if len(marks) != size:
                 raise ValueError("marks of another size")
             self.marks = marks
-            memory = <char *>&self.marks[0]
+            self.dirty = &self.marks[0]
         else:
             self.own_marks = calloc(size, 1)
             if not self.own_marks:
                 raise MemoryError
-            memory = <char *>self.own_marks
-        self.opens = <int *>memory
-        self.dirty = <uint8_t *>memory + (<uint64_t>index.count + 1) * sizeof(int)
+            self.dirty = <uint8_t *>self.own_marks
         self.index = index
         self.view = index.map
         self.base = <const char *>&self.view[0]
@@ -312,12 +313,15 @@ cdef class Loop:
         self.records_length = sections["records"].length
         self.targets = self.base + <size_t>sections["targets"].offset
         self.targets_length = sections["targets"].length
+        self.places = self.base + <size_t>sections["places"].offset
+        self.places_length = sections["places"].length
+        self.layer_count = len(index.layers)
         self.count = index.count
 
     @staticmethod
     def size_of_marks(uint64_t count):
         """Bytes that are noted of an index of `count` nodes."""
-        return (count + 1) * (sizeof(int) + 1)
+        return count + 1
 
     def use_tables(self, Tables tables, bint attributes):
         """Answer from tables of merged directories from now on. Called before any thread runs.
@@ -346,10 +350,10 @@ cdef class Loop:
         """Ask Python about a node from now on, and about the listings that show it."""
         cdef uint64_t parent
         if 0 < node <= self.count:
-            self.dirty[node] |= CHANGED
+            opens_mark(&self.dirty[node], CHANGED)
         for parent in parents:
             if 0 < parent <= self.count:
-                self.dirty[parent] |= LISTING
+                opens_mark(&self.dirty[parent], LISTING)
 
     def is_changed(self, uint64_t node):
         """Whether Python is asked about a node."""
@@ -372,21 +376,58 @@ cdef class Loop:
         if handle < self.handles:
             self.descriptors[handle] = descriptor + 1
 
-    def open_here(self, uint64_t below):
-        """Answer OPEN for reading, of files that are as in the index and smaller than `below`.
+    @staticmethod
+    def size_of_opens():
+        """Bytes that are noted of open files."""
+        return SLOTS * sizeof(Opened)
 
-        Nothing is opened then. The file is opened when it is first read: here where its directory
-        is known (see `open_in`), as long as descriptors are not scarce; by Python otherwise.
+    def open_here(self, uint64_t below, unsigned char[:] opens=None):
+        """Answer OPEN for reading of files that are as in the index or a table, and smaller.
+
+        The whole of a small file is put into the page cache then, before the answer: no READ
+        comes. Another file stays open until the last RELEASE. Called before any thread runs.
+
+        Arguments:
+            below: bytes.
+            opens: `size_of_opens` bytes, zeros or as another loop left them.
         """
-        self.files = <int *>calloc(self.count + 1, sizeof(int))
-        if not self.files:
+        cdef void *memory
+        if opens is not None:
+            if len(opens) != self.size_of_opens():
+                raise ValueError("a memory of another size")
+            self.given_opens = opens
+            memory = &self.given_opens[0]
+        else:
+            memory = self.own_opens = calloc(SLOTS, sizeof(Opened))
+        if not memory or not open_table(&self.opens, memory):
             raise MemoryError
         self.open_size, self.opening = below, True
 
+    def open_no_more(self, bint value):
+        """Leave each OPEN to Python from now on, or no longer; returns the nodes that are open."""
+        if not self.opening:
+            return []
+        stop_opening(&self.opens, value)
+        return [
+            self.opens.opened[i].node for i in range(SLOTS) if self.opens.opened[i].count
+        ]
+
     def opened_here(self, uint64_t node):
         """How many opens of a node the loop has answered that are still open."""
-        # An addition, not a look: it comes after the mark that `changed` has just set.
-        return lane_add(&self.opens[node], 0) if self.opening and node <= self.count else 0
+        cdef uint64_t found = 0
+        if self.opening:
+            with nogil:
+                found = count_opens(&self.opens, node)
+        return found
+
+    def opened_elsewhere(self, uint64_t node):
+        """Python has opened a node: its data is not put into the page cache from now on."""
+        if 0 < node <= self.count:
+            opens_mark(&self.dirty[node], CACHED)
+        elif self.tables is not None:
+            with nogil:
+                self.tables.note_cached(node)
+        self.opened_here(node)  # nobody does now
 
     def read_node_from(self, uint64_t node, int descriptor, bint held=True):
         """READ of opens that the loop has answered reads this descriptor; -1 asks Python.
@@ -396,30 +437,12 @@ cdef class Loop:
         Arguments:
             held: Python has the file open, and has to be told of the last RELEASE.
         """
-        cdef int value = descriptor + 1 if descriptor >= 0 else ASK if held else 0
-        if self.opening and 0 < node <= self.count:
+        cdef int old, value = descriptor + 1 if descriptor >= 0 else ASK if held else 0
+        if self.opening:
             with nogil:
-                self.end_reading(node, lane_swap(&self.files[node], value))
-
-    def open_in(self, uint64_t node, int directory):
-        """Let the loop open files beside this node, of the same layer, in a directory.
-
-        Arguments:
-            directory: becomes the loop's.
-        """
-        cdef uint64_t key = self.directory_key(node), old
-        cdef uint64_t slot = key % DIRECTORIES
-        if not key or directory >> DESCRIPTOR_BITS:
-            close(directory)
-            return
-        with nogil:
-            old = lane_swap_place(
-                &self.directories[slot], key << DESCRIPTOR_BITS | <uint64_t>directory
-            )
-            while lane_load(&self.entering[slot]):
-                pass
-            if old:
-                close(old & ((1 << DESCRIPTOR_BITS) - 1))
+                old = swap_file(&self.opens, node, value)
+                if old & OURS:
+                    close((old & ~OURS) - 1)
 
     def show(self, uint64_t node, int directory, uint64_t inode, uint32_t links, bint alone):
         """Answer from a descriptor what is asked of a directory of upper after each change in it.
@@ -945,6 +968,8 @@ cdef class Loop:
     cdef int forget(self, uint64_t node, const uint64_t *count) noexcept nogil:
         """Nodes of the index need no counting until they change; those of tables count there."""
         if self.is_as_indexed(node):
+            if self.dirty[node] & CACHED:
+                opens_unmark(&self.dirty[node], CACHED)  # what the kernel forgets has no pages
             return SILENT
         if self.tables is not None and self.tables.forget(node, count[0], False) == FOUND:
             return SILENT
@@ -985,6 +1010,8 @@ cdef class Loop:
             if self.tables.getattr(node, thread.out + 16) != FOUND:
                 return FOR_PYTHON
             return self.attributes(thread, reply)
+        if opcode == OPEN:
+            return self.open(thread, node, body, size, reply)
         if opcode == READDIRPLUS and size >= sizeof(fuse_read_in):
             got = self.tables.readdir(
                 node, (<const fuse_read_in *>body).offset,
@@ -1152,18 +1179,22 @@ cdef class Loop:
     cdef int read_node(
         self, Thread *thread, uint64_t node, const fuse_read_in *wanted, Reply *reply
     ) noexcept nogil:
-        cdef int descriptor
-        cdef int how = FOR_PYTHON
-        if not self.opening or not 0 < node <= self.count:
+        cdef uint32_t slot
+        cdef int file = 0, descriptor, how = FOR_PYTHON
+        if not self.opening:
             return self.fail(reply, EINVAL)
-        lane_add(&self.busy[node % BUSY], 1)  # before the look: see end_reading
-        descriptor = lane_load(&self.files[node])
-        if descriptor == 0:
-            descriptor = self.open_file(node)
-        descriptor = (descriptor & ~OURS) - 1 if descriptor != ASK else -1
-        if descriptor >= 0:
-            how = self.read_file(thread, descriptor, wanted, reply)
-        lane_add(&self.busy[node % BUSY], -1)
+        slot = begin_reading(&self.opens, node, &file)
+        if not slot:
+            return FOR_PYTHON
+        if file == 0 and self.opens.our_files < lane_most_files():
+            descriptor = self.open_lower(node)
+            if descriptor >= 0:
+                file = offer_file(&self.opens, slot, descriptor)
+                if file != (descriptor + 1) | OURS:  # somebody was faster
+                    close(descriptor)
+        if file != 0 and file != ASK:
+            how = self.read_file(thread, (file & ~OURS) - 1, wanted, reply)
+        end_reading(&self.opens, slot)
         return how
 
     cdef int open(
@@ -1171,95 +1202,163 @@ cdef class Loop:
     ) noexcept nogil:
         cdef const fuse_open_in *wanted = <const fuse_open_in *>body
         cdef fuse_open_out *out = <fuse_open_out *>thread.out
-        cdef const char *record
+        cdef bint first = False
+        cdef uint32_t slot
         if size < sizeof(fuse_open_in):
             return self.fail(reply, EINVAL)
         if not self.opening or wanted.flags & (ACCESS_MODE | TRUNCATE):
             return FOR_PYTHON
-        record = self.record(<uint64_t>self.nodes[node].record * 8, self.records_length)
-        if record == NULL:
-            return self.fail(reply, EIO)
-        if (<const uint64_t *>(record + ATTR_AT))[1] >= self.open_size:
-            return FOR_PYTHON
-        lane_add(&self.opens[node], 1)
-        if self.dirty[node] & CHANGED:  # in between: Python may have looked before we counted
-            lane_add(&self.opens[node], -1)
+        slot = begin_open(&self.opens, node, &first)  # before the look: Python looks after it
+        if not slot or not self.open_counted(thread, node, slot, first):
             return FOR_PYTHON
         memset(out, 0, sizeof(fuse_open_out))
         out.fh, out.open_flags = NODE_BIT | node, KEEP_CACHE_NOFLUSH
         reply.data, reply.length = thread.out, sizeof(fuse_open_out)
         return ANSWERED
 
+    cdef bint open_counted(
+        self, Thread *thread, uint64_t node, uint32_t slot, bint first
+    ) noexcept nogil:
+        """Open a node, or bring what it has, unless it is there already; False: ask Python."""
+        cdef bint cached = False, is_open = self.is_openable(node, &cached)
+        cdef int descriptor = -1
+        cdef int64_t size = -1
+        if is_open and first and not cached:
+            descriptor = self.open_lower(node)
+            if descriptor >= 0:
+                size = opens_size(descriptor)
+            is_open = size >= 0 and <uint64_t>size < self.open_size
+            if is_open and size <= BROUGHT:
+                self.bring(thread, node, descriptor, size)
+            if descriptor >= 0 and (
+                not is_open or size <= BROUGHT or self.opens.our_files >= lane_most_files()
+            ):
+                close(descriptor)
+                descriptor = -1
+        end_opening(&self.opens, slot, first, descriptor, is_open)
+        return is_open
+
+    cdef bint is_openable(self, uint64_t node, bint *cached) noexcept nogil:
+        """Whether a node's file is the layer's, as far as can be told without a look at it."""
+        cdef const char *record
+        cdef uint8_t marks
+        if not 0 < node <= self.count:
+            return self.tables is not None and self.tables.is_openable(node, cached)
+        marks = self.dirty[node]
+        record = self.record(<uint64_t>self.nodes[node].record * 8, self.records_length)
+        cached[0] = marks & CACHED != 0
+        return (
+            not marks & CHANGED and record != NULL
+            and (<const uint64_t *>(record + ATTR_AT))[1] < self.open_size
+        )
+
+    cdef void bring(self, Thread *thread, uint64_t node, int file, size_t size) noexcept nogil:
+        if not opens_bring(self.fd, node, file, thread.out, size):
+            return
+        if 0 < node <= self.count:
+            opens_mark(&self.dirty[node], CACHED)
+        else:
+            self.tables.note_cached(node)
+
+    cdef int open_lower(self, uint64_t node) noexcept nogil:
+        """The file of a node in its layer, opened; -1 where only Python knows, or it fails."""
+        cdef char path[PATH_MAX]
+        cdef const char *found
+        if not 0 < node <= self.count:
+            return self.tables.open_file(node) if self.tables is not None else -1
+        # A file with several names may have another one in its layer; a metacopy is elsewhere.
+        if (
+            self.tables is None or self.dirty[node] & CHANGED
+            or self.nodes[node].flags & (HAS_LINKS | METACOPY | DIRECTORY | SYMLINK)
+            or self.nodes[node].layer >= min(self.layer_count, self.tables.layer_count)
+        ):
+            return -1
+        found = self.path_in_layer(node, path)
+        if found == NULL:
+            return -1
+        # The index counts from the base.
+        return opens_lower(
+            self.tables.layers[self.layer_count - 1 - self.nodes[node].layer], found
+        )
+
+    cdef const char *path_in_layer(self, uint64_t node, char *room) noexcept nogil:
+        """Where a node lies in its layer, put together at the end of PATH_MAX bytes; or NULL."""
+        cdef uint16_t layer = self.nodes[node].layer
+        cdef uint64_t at = PATH_MAX - 1
+        cdef const char *record
+        cdef const char *place
+        cdef size_t length
+        room[at] = 0
+        while True:
+            record = self.record(<uint64_t>self.nodes[node].record * 8, self.records_length)
+            node = self.nodes[node].parent
+            if record == NULL or not 0 < node <= self.count:
+                return NULL
+            length = (<const fuse_dirent *>(record + ENTRY_SIZE)).namelen
+            if not self.prepend(room, &at, record + RECORD_SIZE, length):
+                return NULL
+            place = self.place_of(node, layer, &length)
+            if place == NULL:
+                return NULL
+            if length != INHERITED:
+                if length and not self.prepend(room, &at, place, length):
+                    return NULL
+                return room + at
+
+    cdef bint prepend(
+        self, char *room, uint64_t *at, const char *name, size_t length
+    ) noexcept nogil:
+        """Put a name in front of a path that begins at `at`."""
+        if length == 0 or at[0] < length + 1:
+            return False
+        if room[at[0]]:
+            at[0] -= 1
+            room[at[0]] = 47  # a slash
+        at[0] -= length
+        memcpy(room + at[0], name, length)
+        return True
+
+    cdef const char *place_of(
+        self, uint64_t directory, uint16_t layer, size_t *length
+    ) noexcept nogil:
+        """The path that the index has for a directory in a layer; NULL where it has none."""
+        cdef uint64_t at = self.nodes[directory].places, end = self.places_length
+        cdef uint16_t count, size
+        cdef const char *place
+        if at > end or end - at < 2:
+            return NULL
+        count = (<const uint16_t *>(self.places + at))[0]
+        at += 2
+        while count and end - at >= 4:
+            place = self.places + at
+            size = (<const uint16_t *>place)[1]
+            length[0] = size
+            if size == INHERITED:
+                size = 0
+            if end - at - 4 < size:
+                return NULL
+            if (<const uint16_t *>place)[0] == layer:
+                return place + 4
+            at += 4 + size
+            count -= 1
+        return NULL
+
     cdef int release(
         self, Thread *thread, const char *body, size_t size, Reply *reply
     ) noexcept nogil:
         cdef const fuse_release_in *wanted = <const fuse_release_in *>body
-        cdef uint64_t node
-        cdef int found, done = ANSWERED
+        cdef int file, done = ANSWERED
         if size < sizeof(fuse_release_in) or not wanted.fh & NODE_BIT or not self.opening:
-            return FOR_PYTHON
-        node = wanted.fh & ~NODE_BIT
-        if not 0 < node <= self.count:
             return FOR_PYTHON
         if self.resident:
             # Answered before it is counted: if we die in between it does not come again, and one
             # open too many is counted. One too few would close a file that is open.
             self.send(thread.entry, (<const fuse_in_header *>thread.request).unique, reply)
             done = SILENT
-        if lane_add(&self.opens[node], -1) > 0:
-            return done
-        found = lane_load(&self.files[node])
-        if found & OURS and lane_replace(&self.files[node], found, 0) == found:
-            self.end_reading(node, found)
-            return done
-        return done if found == 0 else FOR_PYTHON  # which closes what it has opened for it
-
-    cdef void end_reading(self, uint64_t node, int old) noexcept nogil:
-        """Close what `files` had of a node, if it is ours, once nobody reads it."""
-        while lane_load(&self.busy[node % BUSY]):
-            pass  # a pread that began before
-        if old & OURS:
-            close((old & ~OURS) - 1)
-            lane_add(&self.opened_files, -1)
-
-    cdef uint64_t directory_key(self, uint64_t node) noexcept nogil:
-        """A number for the directory of a layer that has this node; 0 for none."""
-        if not 0 < node <= self.count or self.nodes[node].layer >> LAYER_BITS:
-            return 0
-        return <uint64_t>self.nodes[node].parent << LAYER_BITS | self.nodes[node].layer
-
-    cdef int open_file(self, uint64_t node) noexcept nogil:
-        """Open the lower file of a node; returns what `files` then has of it, 0 for nothing."""
-        cdef uint64_t key = self.directory_key(node), place
-        cdef uint64_t slot = key % DIRECTORIES
-        cdef const char *record
-        cdef const fuse_dirent *entry
-        cdef char name[256]
-        cdef int descriptor = -1, found
-        # A file with several names may have another one in its layer; a metacopy is elsewhere.
-        if self.nodes[node].flags & (HAS_LINKS | METACOPY | DIRECTORY | SYMLINK):
-            return 0
-        record = self.record(<uint64_t>self.nodes[node].record * 8, self.records_length)
-        if record == NULL or self.dirty[node] & CHANGED:
-            return 0
-        entry = <const fuse_dirent *>(record + ENTRY_SIZE)
-        if entry.namelen > NAME_MAX:
-            return 0
-        memcpy(name, record + RECORD_SIZE, entry.namelen)
-        name[entry.namelen] = 0
-        lane_add(&self.entering[slot], 1)  # before the look: see open_in
-        place = lane_load_place(&self.directories[slot])
-        if place and place >> DESCRIPTOR_BITS == key and self.opened_files < lane_most_files():
-            descriptor = lane_open(place & ((1 << DESCRIPTOR_BITS) - 1), name)
-        lane_add(&self.entering[slot], -1)
-        if descriptor < 0:
-            return 0
-        found = lane_replace(&self.files[node], 0, (descriptor + 1) | OURS)
-        if found:  # somebody was faster
-            close(descriptor)
-            return found
-        lane_add(&self.opened_files, 1)
-        return (descriptor + 1) | OURS
+        file = end_open(&self.opens, wanted.fh & ~NODE_BIT)
+        if file & OURS:
+            close((file & ~OURS) - 1)
+        return FOR_PYTHON if file and not file & OURS else done  # Python closes what it opened
 
     def keep_statfs(self, bytes answer):
         """Answer STATFS with these bytes for a moment: the kernel never caches it."""

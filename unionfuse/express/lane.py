@@ -99,8 +99,11 @@ class Lane:
             size = self._loop.size_of_marks(self._index.count)
             marks = survivor.marks(size) if survivor is not None else None
             self._loop.use_index(self._index, marks)
-            self._loop.open_here(below=self._size_to_pass_through())
         self._loop.use_tables(union.tree.tables, self._as_on_disk)
+        if self._as_on_disk:
+            size = self._loop.size_of_opens()
+            opens = survivor.opens(size) if survivor is not None else None
+            self._loop.open_here(self._size_to_pass_through(), opens)
         self._methods = Requests(self, union).methods
         if survivor is not None:
             self._loop.stay_resident(_MAX_WRITE)
@@ -374,6 +377,7 @@ class Lane:
         """(open_flags, backing id) for the reply to an OPEN."""
         with self._union.lock:  # a copy-up in between would change the file
             descriptor = self._union.files.descriptor(handle)
+            self._loop.opened_elsewhere(node)
             # The loop's own opens of the node go through the page cache.
             settled = self._union.is_settled(node) and not self._loop.opened_here(node)
             return self._passthrough.opened(node, handle, descriptor, settled)
@@ -408,14 +412,6 @@ class Lane:
             if handle.lent:
                 self._opened_nodes[handle.node] = handle.number
                 self._loop.read_node_from(handle.node, self._union.files.pin(handle.number))
-
-    def open_beside(self, handle: int) -> None:
-        """Let the loop open by itself what lies beside a file that it has answered an open of."""
-        node = handle & ~NODE_HANDLE
-        with self._union.lock:
-            place = self._union.lower_place(node)
-            if place is not None and self._index is not None:
-                self._loop.open_in(node, os.dup(place.layer.directory(place.path)))
 
     def released_here(self, handle: int) -> None:
         """The last open of a node that the loop has answered may be gone."""
@@ -473,15 +469,20 @@ class Lane:
                 self._loop.read_from(handle, -1)
         if self._loop.shows(node) and self._union.is_deleted(node):
             self._loop.hide(node)
-        if self._index is None or node > self._index.count:
-            return
-        if not self._loop.is_changed(node):
+        if self._index is not None and not self._loop.is_changed(node):
             self._loop.changed(node, [parent for parent, _ in self._index.names(node)])
         if self._loop.opened_here(node):
             # Open it while it can still be found; the file may be another one than before.
             with contextlib.suppress(OSError):
                 opened = self.union_handle(NODE_HANDLE | node)
                 self._loop.read_node_from(node, self._union.files.pin(opened))
+
+    def opens_by_itself(self, value: bool) -> None:
+        """Whether the loop may open files (see union.Watcher)."""
+        for node in self._loop.open_no_more(not value):
+            if not value:
+                with contextlib.suppress(OSError):
+                    self.union_handle(NODE_HANDLE | node)
 
 
 def _queues() -> int:

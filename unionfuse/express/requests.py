@@ -229,7 +229,6 @@ class Requests:
     def _read(self, call: Call) -> bytes:
         handle, offset, size, *_ = protocol.READ_IN.unpack_from(call.body)
         if handle & NODE_HANDLE:
-            self._lane.open_beside(handle)
             return self._union.read(self._lane.union_handle(handle), offset, min(size, 1 << 20))
         with self._union.lock:  # a copy-up in between would leave the loop with the old descriptor
             self._lane.read_directly(call.node, handle, self._union.files.pin(handle))

@@ -110,9 +110,13 @@ def restack(union: Union, stack: Stack, wish: Wish, store: Descriptors) -> None:
     with union.lock:
         layers, opened = _open(union, stack, wish.paths)
         try:
+            if union.watcher is not None:
+                union.watcher.opens_by_itself(False)
             _part_open_files(union, layers, wish.force)
             union.tree.leave_all_tables()
         except BaseException:
+            if union.watcher is not None:
+                union.watcher.opens_by_itself(True)
             for layer in opened:
                 os.close(layer.descriptor)
             raise

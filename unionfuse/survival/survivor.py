@@ -108,7 +108,14 @@ class Survivor:
 
     def marks(self, size: int) -> mmap.mmap:
         """Bytes that the next daemon will have as this one leaves them: zeros in a new mount."""
-        descriptor = self._kept_memory("marks", size, "the lookup index")
+        return self._kept_bytes("marks", size, "the lookup index")
+
+    def opens(self, size: int) -> mmap.mmap:
+        """The same, for what the compiled loop notes of open files."""
+        return self._kept_bytes("opens", size, "unionfuse")
+
+    def _kept_bytes(self, name: str, size: int, cause: str) -> mmap.mmap:
+        descriptor = self._kept_memory(name, size, cause)
         try:
             return mmap.mmap(descriptor, size)
         finally:
