@@ -223,8 +223,11 @@ def _answer(connection: socket.socket, tasks: Mapping[str, Task]) -> None:
 
 def prepare() -> None:
     """Import what a mount needs, so that the forks that follow have it and share it."""
-    for name in ("__main__", "daemon"):
+    from unionfuse.survival.keeping import Keeping
+
+    for name in ("__main__", "daemon", "survival.survivor"):
         importlib.import_module(f"unionfuse.{name}")
+    Keeping.share_memory = True
     gc.freeze()
 
 

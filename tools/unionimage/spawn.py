@@ -16,7 +16,7 @@ from typing import Any
 from unionfuse import spawner
 from unionimage.container.places import run_directory
 
-IMPORTS = ("mounts", "store")  # what a start imports late
+IMPORTS = ("mounts", "store", "container.inventory")  # what a start imports late
 PACKAGES = ("", "container", "store", "changeset")
 
 

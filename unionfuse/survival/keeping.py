@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import posix
 import signal
 import socket
 import sys
 from collections.abc import Sequence
+from typing import ClassVar
 
 from unionfuse import keeper, syscalls
 
@@ -38,7 +40,11 @@ class Keeping:
     Attributes:
         kept: what an earlier daemon left, by name; empty for the first.
         cwd: what relative paths on the command line are relative to.
+        share_memory: whether a keeper is to go on in the process that was forked, and not begin as
+            a program of its own: its pages are the spawner's, and those of all that it forked.
     """
+
+    share_memory: ClassVar[bool] = False
 
     def __init__(self, line: socket.socket, kept: dict[str, int], cwd: bytes) -> None:
         self._line = line
@@ -97,11 +103,17 @@ class Keeping:
                 syscalls.die_with_parent()  # who comes next must find nobody serving
             return cls(ours, stored, cwd)
         ours.close()
+        python = os.fsencode(sys.executable)
+        command = [python, b"-m", b"unionfuse", *map(os.fsencode, words)]
+        if cls.share_memory and not stored:
+            os.chdir("/")
+            posix.environ.clear()
+            posix.environ.update(os.environb)
+            held = (theirs.detach(), child, ready, cwd, log, mountpoint, b"", command)
+            os._exit(keeper.Keeper(*held).run())
         for descriptor in (theirs.fileno(), *([ready] if ready >= 0 else []), *stored.values()):
             os.set_inheritable(descriptor, True)
-        python = os.fsencode(sys.executable)
         numbers = [b"%d" % number for number in (theirs.fileno(), child, ready)]
-        command = [python, b"-m", b"unionfuse", *map(os.fsencode, words)]
         script = os.fsencode(keeper.__file__)
         kept = b",".join(b"%s=%d" % (os.fsencode(name), fd) for name, fd in stored.items())
         arguments = [*numbers, cwd, log, mountpoint, kept]
