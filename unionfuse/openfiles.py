@@ -12,6 +12,7 @@ takes to say "in use": reads and writes never wait for the union.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import resource
 import stat
@@ -24,6 +25,8 @@ from typing import Any
 from unionfuse import syscalls, view
 from unionfuse.node import Directory, Node
 from unionfuse.tree import Tree, failure
+
+log = logging.getLogger(__name__)
 
 
 class OpenFile:
@@ -223,11 +226,18 @@ class OpenFiles:
             self.end(opened)
 
     def published(self, node: Node) -> None:
-        """A node's file is upper's now: whoever reads the lower one goes on with the copy."""
+        """A node's file is upper's now: whoever reads the lower one goes on with the copy.
+
+        For whom that cannot be opened (EMFILE) goes on with the lower one, as on kernel overlayfs.
+        """
         for handle in self._readers.pop(node.id, ()):
             opened = self._file(handle)
             if opened.descriptor >= 0:
-                copy = self._open(node, os.O_RDONLY)
+                try:
+                    copy = self._open(node, os.O_RDONLY)
+                except OSError as error:
+                    log.warning("a reader keeps the file before its copy-up: %s", error.strerror)
+                    continue
                 with self._lock:
                     opened.replaced.append(opened.descriptor)
                     opened.descriptor = copy

@@ -5,9 +5,12 @@ union goes on working.
 """
 
 import errno
+import os
+import resource
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,3 +96,33 @@ def _fail_at_every_step(directory: Path, name: str, **options: Any) -> None:
         assert stack.work is not None and staging_files(stack.work) == [], where
         assert [fingerprint(layer) for layer in stack.lowers] == layers
         remove_tree(stack.base)
+
+
+def test_too_few_descriptors_for_the_readers_of_a_copy(directory: Path) -> None:
+    """A copy that is visible has been made, and who answers from the index has been told."""
+    union = Direct(Stack.make(directory / "few", LAYERS), indexed=True)
+    told = list[int]()
+    union.union.watcher = SimpleNamespace(changed=told.append)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with union.at("d/f") as entry:
+        handles = [union.union.open(entry.node, os.O_RDONLY) for _ in range(30)]
+        used, error = set(os.listdir("/proc/self/fd")), errno.EMFILE
+        free = [number for number in range(1000) if str(number) not in used]
+        for few in range(1, 25):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free[few], limits[1]))
+            try:
+                union.union.copy_up(entry.node)
+                error = 0
+            except OSError as caught:
+                assert caught.errno == error
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            in_upper = union.union.tree.nodes[entry.node].in_upper
+            assert in_upper == (entry.node in told) == (not error)
+            if not error:
+                break
+        assert not error
+        assert {union.union.read(handle, 0, 1 << 20) for handle in handles} == {union.read("d/f")}
+        for handle in handles:
+            union.union.release(handle)
+    union.close()
