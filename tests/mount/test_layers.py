@@ -147,6 +147,21 @@ def test_what_is_open_stays_open(workshop: Workshop) -> None:
     assert (tree / "f").read_text() == "and can be changed"
 
 
+def test_a_refused_change_leaves_nothing_open(workshop: Workshop) -> None:
+    tree = workshop({"top/x": ""}, {f"d{n}/e/f": "" for n in range(5)})
+    assert tree.daemon is not None
+    names = [f"d{n}/e/f" for n in range(5)] + ["top/x"]
+    opened = [os.open(tree / name, os.O_RDONLY) for name in names]
+    descriptors = []
+    for _ in range(3):
+        said = layers("remove", tree.root, tree.stack.lowers[0])
+        assert said.returncode == 1 and "is open" in said.stderr
+        descriptors.append(len(os.listdir(f"/proc/{tree.daemon.pid}/fd")))
+    for file in opened:
+        os.close(file)
+    assert descriptors[1:] == descriptors[:1] * 2
+
+
 def test_a_working_directory_inside(workshop: Workshop) -> None:
     tree = workshop(BASE)
     added = build(workshop.directory / "added", ADDED)

@@ -107,12 +107,14 @@ def restack(union: Union, stack: Stack, wish: Wish, store: Descriptors) -> None:
     if union.index is not None:
         reason = "the mount has a lookup index, which describes its layers"
         raise LayerError(b"layers", reason, "mount without lookup_index= to change them")
+    cache = DescriptorCache()
+    opened: list[Layer] = []
     with union.lock:
-        layers, opened = _open(union, stack, wish.paths)
         try:
+            layers = _open(union, stack, wish.paths, cache, opened)
             if union.watcher is not None:
                 union.watcher.opens_by_itself(False)
-            _part_open_files(union, layers, wish.force)
+            _part_open_files(union, LayerStack(layers, cache), wish.force)
             union.tree.leave_all_tables()
         except BaseException:
             if union.watcher is not None:
@@ -120,6 +122,8 @@ def restack(union: Union, stack: Stack, wish: Wish, store: Descriptors) -> None:
             for layer in opened:
                 os.close(layer.descriptor)
             raise
+        finally:
+            cache.close()
         keys = [layer.key for layer in layers]
         for layer in opened:
             store.keep(kept_name(layer.key), layer.descriptor)
@@ -133,13 +137,17 @@ def kept_name(key: int) -> str:
     return f"layer-{key}"
 
 
-def _open(union: Union, stack: Stack, paths: Sequence[str]) -> tuple[list[Layer], list[Layer]]:
-    """The layers of a new stack, and those of them that were opened for it."""
+def _open(
+    union: Union,
+    stack: Stack,
+    paths: Sequence[str],
+    cache: DescriptorCache,
+    opened: list[Layer],
+) -> list[Layer]:
+    """The layers of a new stack; those of them that are opened for it go into `opened`, too."""
     present = dict(zip(stack.paths, union.tree.stack.layers, strict=True))
     free = 1 + max(stack.keys)
-    cache = DescriptorCache()
     found: list[Layer] = []
-    opened: list[Layer] = []
     for number, path in enumerate(paths):
         here = present.pop(path, None)
         if here is not None:
@@ -150,14 +158,13 @@ def _open(union: Union, stack: Stack, paths: Sequence[str]) -> tuple[list[Layer]
             layer = Layer(os.fsencode(path), descriptor, number, protected, cache, key)
             opened.append(layer)
         found.append(layer)
-    return found, opened
+    return found
 
 
-def _part_open_files(union: Union, layers: Sequence[Layer], force: bool) -> None:
+def _part_open_files(union: Union, stack: LayerStack, force: bool) -> None:
     """Make open files that the new stack does not show what deleted files are."""
-    staying = {layer.key for layer in layers}
+    staying = {layer.key for layer in stack.layers}
     hidden = []
-    stack = LayerStack(layers, DescriptorCache())
     other = Tree(stack, union.tree.upper, union.options)
     for node in list(union.tree.nodes.values()):
         if not node.opened or isinstance(node, Directory) or node.lower is None or node.deleted:
@@ -168,7 +175,6 @@ def _part_open_files(union: Union, layers: Sequence[Layer], force: bool) -> None
             raise LayerError(node.lower.layer.path, f"/{path} of it is open", remedy)
         if not node.in_upper and not _is_same(union.tree, other, node):
             hidden.append(node)
-    stack.cache.close()
     for node in hidden:
         directory, name = union.tree.data_location(node)
         node.unnamed = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
