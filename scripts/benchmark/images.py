@@ -84,6 +84,7 @@ def main() -> int:
     cache.mkdir(parents=True, exist_ok=True)
     results = Results()
     with ExitStack() as stack:
+        stack.callback(_tell, results, Path(args.json))  # also when it is ended early
         registry = stack.enter_context(_registry(cache))
         tools = [_unionfuse(cache), _podman(cache), stack.enter_context(_docker(cache))]
         base = _base(cache)
@@ -104,13 +105,16 @@ def main() -> int:
                 seconds = _umoci(cache, base, number)
                 results.add(Row(1, False, UMOCI_ROW), "umoci", seconds)
             print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
+    return 0
+
+
+def _tell(results: Results, path: Path) -> None:
     print(_table(results))
     table = {
         str(row): {name: cell.samples for name, cell in peers.items()}
         for row, peers in results.cells.items()
     }
-    Path(args.json).write_text(json.dumps(table, indent=2))
-    return 0
+    path.write_text(json.dumps(table, indent=2))
 
 
 def _table(results: Results) -> str:

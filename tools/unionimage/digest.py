@@ -5,7 +5,6 @@ Source: OCI image-spec v1.1, descriptor.md (digests) and config.md (chainID).
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable
 from typing import Protocol
@@ -48,6 +47,8 @@ class Digest(str):
     @classmethod
     def of(cls, data: bytes) -> Digest:
         """The digest of these bytes."""
+        import hashlib  # with all of OpenSSL behind it; listings do without
+
         return cls.from_hex(hashlib.sha256(data).hexdigest())
 
     @classmethod
@@ -94,6 +95,8 @@ class VerifyingReader:
         size: int | None = None,
         what: str = "content",
     ) -> None:
+        import hashlib
+
         self._stream = stream
         self._hash = hashlib.sha256()
         self._expected = digest

@@ -9,7 +9,6 @@ Sources: Go's text/template; docker's "Format command and log output".
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,6 +69,8 @@ def show(rows: Sequence[Row], columns: Mapping[str, str], form: str | None) -> N
     if form is None or form == "table":
         print(table([[str(row[field]) for field in columns] for row in rows], [*columns.values()]))
     elif form == "json":
+        import json
+
         for row in rows:
             print(json.dumps(row, default=str, ensure_ascii=False))
     elif form.startswith("table "):
@@ -113,6 +114,8 @@ def _template_table(rows: Sequence[Row], columns: Mapping[str, str], form: str) 
 
 def show_objects(objects: Sequence[Any], form: str | None) -> None:
     """Print what `inspect` found: an indented JSON list, or one template line an object."""
+    import json
+
     if form is None or form == "table":
         print(json.dumps(objects, indent=4, ensure_ascii=False))
     elif form == "json":

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 
 def new_id() -> str:
@@ -39,33 +38,45 @@ def hide(path: Path, staging: Path) -> Path:
 def remove(path: Path) -> None:
     """Remove a file or a tree, also one whose directories are not writable; never follows links."""
     try:
-        if not stat.S_ISDIR(os.lstat(path).st_mode):
-            path.unlink()
-            return
+        is_tree = stat.S_ISDIR(os.lstat(path).st_mode)
     except FileNotFoundError:
         return
-    import shutil
-
-    shutil.rmtree(path, onerror=_make_writable)
-
-
-def _make_writable(function: Callable[..., Any], path: str, error: Any) -> None:
-    kind, value, _ = error
-    if issubclass(kind, FileNotFoundError):
+    if not is_tree:
+        path.unlink(missing_ok=True)
         return
-    if not issubclass(kind, PermissionError):
-        raise value
-    for one in (os.path.dirname(path), path):
-        if stat.S_ISDIR(os.lstat(one).st_mode):
-            os.chmod(one, 0o700)
-    if function in (os.open, os.lstat, os.scandir, os.listdir):
-        import shutil
+    parent = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _remove_tree(parent, path.name)
+    finally:
+        os.close(parent)
 
-        shutil.rmtree(path)
-    elif stat.S_ISDIR(os.lstat(path).st_mode):
-        os.rmdir(path)
-    else:
-        os.unlink(path)
+
+def _remove_tree(parent: int, name: str) -> None:
+    """As shutil.rmtree does it, which is slow to import; somebody else may be removing it too."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        try:
+            opened = os.open(name, flags, dir_fd=parent)
+        except PermissionError:
+            os.chmod(name, 0o700, dir_fd=parent)
+            opened = os.open(name, flags, dir_fd=parent)
+    except FileNotFoundError:
+        return
+    try:
+        with os.scandir(opened) as entries:
+            found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+        if found and os.geteuid() != 0:
+            os.fchmod(opened, 0o700)
+        for one, is_tree in found:
+            if is_tree:
+                _remove_tree(opened, one)
+            else:
+                with suppress(FileNotFoundError):
+                    os.unlink(one, dir_fd=opened)
+    finally:
+        os.close(opened)
+    with suppress(FileNotFoundError):
+        os.rmdir(name, dir_fd=parent)
 
 
 def sync_file_system(path: Path) -> None:
