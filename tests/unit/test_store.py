@@ -402,6 +402,55 @@ class TestCheck:
         assert tree(image.layers[0].directory) == before
         assert_whole(store)
 
+    @pytest.mark.parametrize("damage", DAMAGE)
+    def test_a_layer_known_by_its_recipe_is_mended_with_what_others_have(
+        self, store: Store, damage: str
+    ) -> None:
+        """Names, attributes and links are in the recipe, contents in the directory alone."""
+        image = add_image(store, layer_tar())
+        other = add_image(
+            store, archive(member("d/file", data=b"x" * 500), member("z")), name="other:1"
+        )
+        before = tree(image.layers[0].directory)
+        DAMAGE[damage](image.layers[0].directory)
+        (problem,) = check(store)
+        assert problem.images == ["image:1"] and not problem.repaired
+        (problem,) = check(store, repair=True)
+        if damage == "whole":
+            assert "no other layer has 'only-x'" in problem.remedy and not problem.repaired
+            add_image(store, archive(member("only-x", data=b"x")), name="third:1")
+            (problem,) = check(store, repair=True)
+        assert problem.repaired
+        assert tree(image.layers[0].directory) == before
+        assert other.layers[0].directory.is_dir()
+        assert_whole(store)
+
+    @pytest.mark.parametrize("damage", ["content", "lost"])
+    def test_what_no_other_layer_has_is_named(self, store: Store, damage: str) -> None:
+        image = add_image(store, layer_tar())
+        path = image.layers[0].directory / "d/file"
+        add_image(store, archive(member("d/file", data=b"z" * 500)), name="other:1")
+        (image.layers[0].directory / "d/hard").unlink()
+        path.unlink()
+        if damage == "content":
+            path.write_bytes(b"y" * 500)
+        for repair in (False, True):
+            (problem,) = check(store, repair=repair)
+            assert problem.images == ["image:1"] and not problem.repaired
+            assert f"'d/file' {'was changed' if damage == 'content' else 'is damaged'}" in (
+                problem.what
+            )
+            assert problem.remedy.startswith("no other layer has 'd/file'")
+            assert "load or pull the image again after 'rmi'" in problem.remedy
+
+    def test_a_recipe_that_is_lost(self, store: Store) -> None:
+        image = add_image(store, layer_tar())
+        store.recipe_path(image.diff_ids[0]).unlink()
+        (problem,) = check(store, repair=True)
+        assert "recipe is missing" in problem.remedy and not problem.repaired
+        with pytest.raises(BadContent, match="lost"), store.layer_tar(image.diff_ids[0]):
+            pass
+
     def test_a_damaged_blob(self, store: Store) -> None:
         image = add_image(store, gzip.compress(layer_tar()))
         (digest, _) = store.layer_blobs(image.diff_ids[0])["gzip"]

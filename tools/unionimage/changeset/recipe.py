@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import BinaryIO
 
 from unionfuse import syscalls
@@ -23,6 +23,7 @@ RAW, FILE = 0, 1
 _SEGMENT = struct.Struct("<BI")
 _SIZE = struct.Struct("<Q")
 _FLUSH = 1 << 16
+_NOTHING: Mapping[bytes, bytes] = {}
 
 
 class RecipeWriter:
@@ -93,11 +94,21 @@ def segments(recipe: Readable) -> Iterator[tuple[int, bytes]]:
             data, wanted, kind = data[wanted:], _SEGMENT.size, -1
 
 
-def archive(recipe: Readable, directory: int) -> Iterator[bytes]:
+def files(recipe: Readable) -> Iterator[tuple[bytes, int]]:
+    """Path and size of each file whose content is in the layer directory. Raises BadContent."""
+    for kind, data in segments(recipe):
+        if kind == FILE:
+            yield data[_SIZE.size :], _SIZE.unpack_from(data)[0]
+
+
+def archive(
+    recipe: Readable, directory: int, instead: Mapping[bytes, bytes] = _NOTHING
+) -> Iterator[bytes]:
     """The archive again, in pieces, from its recipe and its layer directory.
 
     Args:
         directory: descriptor of the layer directory.
+        instead: path of a file in the layer -> another file to take the content from.
 
     Raises:
         BadContent: a file is missing or has another size.
@@ -107,12 +118,18 @@ def archive(recipe: Readable, directory: int) -> Iterator[bytes]:
             yield data
         else:
             (size,) = _SIZE.unpack_from(data)
-            yield from _content(directory, data[_SIZE.size :], size)
+            path = data[_SIZE.size :]
+            if path in instead:
+                yield from _content(directory, instead[path], size, 0)
+            else:
+                yield from _content(directory, path, size)
 
 
-def _content(directory: int, path: bytes, size: int) -> Iterator[bytes]:
+def _content(
+    directory: int, path: bytes, size: int, resolve: int = RESOLVE_IN_ROOT
+) -> Iterator[bytes]:
     try:
-        file = syscalls.openat2(directory, path, os.O_RDONLY | os.O_NOFOLLOW, RESOLVE_IN_ROOT)
+        file = syscalls.openat2(directory, path, os.O_RDONLY | os.O_NOFOLLOW, resolve)
     except OSError as error:
         name = os.fsdecode(path)
         raise BadContent(f"a layer lost its file {name!r}: {error.strerror}") from None

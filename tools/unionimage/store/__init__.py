@@ -13,8 +13,9 @@ On disk, below the root:
 
 The map of the package, arrows downwards:
 
-    store      reading, names                 lease      adding
-    cleanup    garbage                        check      damage and repair
+    check      damage and repair
+    store      opened and cleaned up          lease      adding
+    cleanup    garbage                        contents   reading, names, holds
     platforms  names for several platforms
     layer_tar, blobs, model, ahead, streams, holds
     database → schema;  files, locks

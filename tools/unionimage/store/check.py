@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from unionfuse import whiteout
 from unionimage.changeset.unpack import unpack
-from unionimage.digest import CHUNK, Digest, chain_ids
+from unionimage.digest import CHUNK, Digest, Readable, chain_ids
 from unionimage.errors import UserError
 from unionimage.image_config import ImageConfig
 from unionimage.spec import Manifest
-from unionimage.store import cleanup
+from unionimage.store import cleanup, mend
 from unionimage.store.files import hide, remove
 from unionimage.store.indexes import index_path
 from unionimage.store.layer_tar import open_layer_tar
@@ -28,6 +28,9 @@ from unionimage.store.model import Layer
 
 if TYPE_CHECKING:
     from unionimage.store.store import Store
+
+
+_GET_AGAIN = "load or pull the image again after 'rmi'"
 
 
 class Problem:
@@ -101,7 +104,7 @@ class _Checker:
             for image in self._images
             if digest in (image.id, image.manifest_digest) or layer in image.diff_ids
         ]
-        return Problem(message, images, remedy="load or pull the image again after 'rmi'")
+        return Problem(message, images, remedy=_GET_AGAIN)
 
     def layers(self) -> Iterator[Problem]:
         for layer in self._store.layers():
@@ -112,10 +115,7 @@ class _Checker:
             try:
                 fresh = self._unpack_again(layer)
             except UserError as error:
-                remedy = "load or pull the image again after 'rmi'"
-                yield Problem(
-                    f"{name}: its tar cannot be made again: {error}", images, remedy=remedy
-                )
+                yield from self._mend(layer, Problem(f"{name}: {error}", images))
                 continue
             difference = self._difference(layer, fresh)
             if difference is not None:
@@ -135,16 +135,42 @@ class _Checker:
             return self._unpack(layer._replace(recipe=False))
 
     def _unpack(self, layer: Layer) -> Path:
+        with open_layer_tar(self._store, layer) as archive:
+            return self._unpack_tar(archive)
+
+    def _unpack_tar(self, archive: Readable) -> Path:
         fresh = self._lease.scratch()
         opened = os.open(fresh, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with open_layer_tar(self._store, layer) as archive:
-                unpack(archive, opened, limits=self._store.limits)
-                while archive.read(CHUNK):
-                    pass
+            unpack(archive, opened, limits=self._store.limits)
+            while archive.read(CHUNK):
+                pass
         finally:
             os.close(opened)
         return fresh
+
+    def _mend(self, layer: Layer, problem: Problem) -> Iterator[Problem]:
+        """A layer whose directory lost contents that only it had, unless another layer has them."""
+        if not layer.recipe:
+            problem.remedy = _GET_AGAIN
+            yield problem
+            return
+        try:
+            found = mend.lost(self._store, layer)
+            problem.what += "".join(
+                f"; {os.fsdecode(one.path)!r} {'is damaged' if one.sure else 'was changed'}"
+                for one in found[:5]
+            ) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+            with mend.mended_tar(self._store, layer, found) as archive:
+                if self._repair:
+                    fresh = self._unpack_tar(archive)
+                    self._replace(layer, fresh, problem)
+                    remove(fresh)
+                else:
+                    problem.remedy = "another layer has the same: use --repair"
+        except UserError as error:
+            problem.remedy = f"{error}: {_GET_AGAIN}"
+        yield problem
 
     @staticmethod
     def _difference(layer: Layer, fresh: Path) -> str | None:

@@ -13,7 +13,7 @@ from unionimage.store.files import hide, new_id, remove
 from unionimage.store.locks import FileLock
 
 if TYPE_CHECKING:
-    from unionimage.store.store import Store
+    from unionimage.store.contents import Contents
 
 _PARTIAL_DAYS = 7
 _FORM_DAYS = 180
@@ -47,7 +47,7 @@ _USED_BLOBS = """
 """
 
 
-def collect(store: Store) -> Freed:
+def collect(store: Contents) -> Freed:
     """Remove what nothing uses: rows first, in one transaction, then files."""
     end_dead_leases(store)
     freed = Freed()
@@ -76,13 +76,13 @@ def collect(store: Store) -> Freed:
     return freed
 
 
-def after_dead_processes(store: Store) -> None:
+def after_dead_processes(store: Contents) -> None:
     """Clean up if a lease's process ended without ending it; costs one query if none did."""
     if store.database.row("SELECT 1 FROM leases") is not None and end_dead_leases(store):
         collect(store)
 
 
-def end_dead_leases(store: Store) -> int:
+def end_dead_leases(store: Contents) -> int:
     """End the leases of processes that are gone; how many there were."""
     dead = 0
     for (identity,) in store.database.rows("SELECT id FROM leases"):
@@ -94,7 +94,7 @@ def end_dead_leases(store: Store) -> int:
     return dead
 
 
-def sweep(store: Store) -> None:
+def sweep(store: Contents) -> None:
     """Remove files that no row speaks of: leftovers of processes that were killed."""
     trash = store.root / "staging" / f"trash-{new_id()}"
     with store.database.write() as database:
@@ -104,7 +104,7 @@ def sweep(store: Store) -> None:
     remove(trash)
 
 
-def _remove_stale_locks(store: Store, leases: set[str]) -> None:
+def _remove_stale_locks(store: Contents, leases: set[str]) -> None:
     """Lock files of leases that ended, but were killed before they could remove theirs."""
     for entry in os.scandir(store.root / "locks"):
         identity, _, kind = entry.name.rpartition(".")
@@ -114,7 +114,7 @@ def _remove_stale_locks(store: Store, leases: set[str]) -> None:
                 lock.release()
 
 
-def orphans(store: Store, database: sqlite3.Connection) -> list[Path]:
+def orphans(store: Contents, database: sqlite3.Connection) -> list[Path]:
     """Files and directories of the store that no row speaks of."""
 
     def names(query: str) -> set[str]:
@@ -149,12 +149,12 @@ def _chains(database: sqlite3.Connection) -> set[str]:
     return {chain_id.hex for diff_ids in images.values() for chain_id in chain_ids(diff_ids)}
 
 
-def _old_trash(store: Store) -> list[Path]:
+def _old_trash(store: Contents) -> list[Path]:
     """What another process was removing an hour ago, and most likely is not any more."""
     return _older(store.root / "staging", 3600, "trash-")
 
 
-def _old_partials(store: Store) -> list[Path]:
+def _old_partials(store: Contents) -> list[Path]:
     return _older(store.root / "partial", _PARTIAL_DAYS * 86400, "")
 
 

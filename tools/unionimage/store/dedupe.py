@@ -21,7 +21,7 @@ from unionimage.changeset.unpack import Fingerprint
 from unionimage.digest import CHUNK, Digest
 
 if TYPE_CHECKING:
-    from unionimage.store.store import Store
+    from unionimage.store.contents import Contents
 
 SMALLEST = 4096
 """Bytes of a file that is worth it: a block."""
@@ -29,7 +29,7 @@ SMALLEST = 4096
 _BENEATH = os.O_PATH | os.O_DIRECTORY
 
 
-def possible(store: Store, work: Path) -> bool:
+def possible(store: Contents, work: Path) -> bool:
     """Whether the configured way can be gone in this store; `work` is a directory in it."""
     if store.dedupe == "off":
         return False
@@ -50,7 +50,7 @@ def _can_reflink(work: Path) -> bool:
     return True
 
 
-def share(store: Store, directory: int, files: Sequence[Fingerprint]) -> int:
+def share(store: Contents, directory: int, files: Sequence[Fingerprint]) -> int:
     """Share files of a layer that is not published yet with those of others.
 
     Args:

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 from unionimage.digest import Digest, chain_ids
 
 if TYPE_CHECKING:
-    from unionimage.store.store import Store
+    from unionimage.store.contents import Contents
 
 
-def index_path(store: Store, chain_id: Digest) -> Path:
+def index_path(store: Contents, chain_id: Digest) -> Path:
     """Where the index of a chain is, whether it is there or not."""
     path = store.chain_path(chain_id)
     return path.with_name(path.name + ".index")
 
 
-def chain_index(store: Store, diff_ids: Sequence[Digest]) -> Path | None:
+def chain_index(store: Contents, diff_ids: Sequence[Digest]) -> Path | None:
     """The index of a chain, made if it is not there or outdated.
 
     Args:
@@ -49,7 +49,7 @@ def chain_index(store: Store, diff_ids: Sequence[Digest]) -> Path | None:
     return path
 
 
-def _fits(store: Store, path: Path, diff_ids: Sequence[Digest]) -> bool:
+def _fits(store: Contents, path: Path, diff_ids: Sequence[Digest]) -> bool:
     """It is there and was made of these directories as they are."""
     if not path.exists():
         return False
@@ -68,7 +68,7 @@ def _fits(store: Store, path: Path, diff_ids: Sequence[Digest]) -> bool:
     return True
 
 
-def _make(store: Store, diff_ids: Sequence[Digest], chain: Sequence[Digest], path: Path) -> None:
+def _make(store: Contents, diff_ids: Sequence[Digest], chain: Sequence[Digest], path: Path) -> None:
     from unionfuse.index import LookupIndex
     from unionfuse.index_builder import build, extend
     from unionfuse.layer import LayerStack

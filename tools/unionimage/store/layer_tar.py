@@ -15,11 +15,11 @@ from unionimage.errors import BadContent
 from unionimage.store.model import Layer
 
 if TYPE_CHECKING:
-    from unionimage.store.store import Store
+    from unionimage.store.contents import Contents
 
 
 @contextmanager
-def open_layer_tar(store: Store, layer: Layer) -> Iterator[Readable]:
+def open_layer_tar(store: Contents, layer: Layer) -> Iterator[Readable]:
     """Open it for one reading, verified at its end.
 
     Raises:
@@ -28,9 +28,12 @@ def open_layer_tar(store: Store, layer: Layer) -> Iterator[Readable]:
     what = f"layer {layer.diff_id.short} in the store"
     with ExitStack() as stack:
         if layer.recipe:
-            directory = os.open(layer.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            stack.callback(os.close, directory)
-            recipe = stack.enter_context(open(store.recipe_path(layer.diff_id), "rb"))
+            try:
+                directory = os.open(layer.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                stack.callback(os.close, directory)
+                recipe = stack.enter_context(open(store.recipe_path(layer.diff_id), "rb"))
+            except FileNotFoundError as error:
+                raise BadContent(f"{what} lost {error.filename}; run 'unionfuse check'") from None
             stream: Readable = PieceStream(recipes.archive(recipe, directory))
         else:
             stream = stack.enter_context(_from_blob(store, layer))
@@ -38,7 +41,7 @@ def open_layer_tar(store: Store, layer: Layer) -> Iterator[Readable]:
 
 
 @contextmanager
-def _from_blob(store: Store, layer: Layer) -> Iterator[Readable]:
+def _from_blob(store: Contents, layer: Layer) -> Iterator[Readable]:
     blobs = store.layer_blobs(layer.diff_id)
     if not blobs:
         raise BadContent(f"layer {layer.diff_id.short} has neither recipe nor blob")

@@ -31,6 +31,7 @@ from unionimage.spec import Manifest, compression_of
 from unionimage.store import dedupe
 from unionimage.store.ahead import Ahead
 from unionimage.store.files import publish, sync_file_system
+from unionimage.store.layer_tar import open_layer_tar
 from unionimage.store.locks import FileLock
 from unionimage.store.model import Image, Layer
 from unionimage.store.streams import Both, CountingWriter, Progress, Tee, chained
@@ -38,13 +39,13 @@ from unionimage.store.streams import Both, CountingWriter, Progress, Tee, chaine
 if TYPE_CHECKING:
     import sqlite3
 
-    from unionimage.store.store import Store
+    from unionimage.store.contents import Contents
 
 
 class Lease:
     """Made by `Store.lease`; a context manager. Its methods may be called from several threads."""
 
-    def __init__(self, store: Store, identity: str, lock: FileLock) -> None:
+    def __init__(self, store: Contents, identity: str, lock: FileLock) -> None:
         self.store = store
         self.owner = f"lease:{identity}"
         self._identity = identity
@@ -361,7 +362,10 @@ class Lease:
         work = self.scratch() / "blob"
         machine = compressions.compressor(compression)
         counter = CountingWriter()
-        with open(work, "wb") as output, self.store.layer_tar(diff_id) as archive:
+        with (
+            open(work, "wb") as output,
+            open_layer_tar(self.store, self.store.layer(diff_id)) as archive,
+        ):
             with Ahead(archive) as ahead:
                 while data := ahead.read(CHUNK):
                     counter.write(output, machine.compress(data))

@@ -15,8 +15,8 @@ from unionimage.reference import Reference
 
 if TYPE_CHECKING:
     from unionimage.spec import Index
+    from unionimage.store.contents import Contents
     from unionimage.store.model import Image
-    from unionimage.store.store import Store
 
 
 class Platforms:
@@ -33,7 +33,7 @@ class Platforms:
         return Index.from_json(self.data)
 
 
-def note(store: Store, name: Reference, index: Digest, images: Sequence[Image]) -> Image:
+def note(store: Contents, name: Reference, index: Digest, images: Sequence[Image]) -> Image:
     """Give a name to this machine's image, and note that it stands for all of them.
 
     Args:
@@ -60,13 +60,13 @@ def note(store: Store, name: Reference, index: Digest, images: Sequence[Image]) 
         return image
 
 
-def copy(store: Store, source: Reference, name: Reference) -> None:
+def copy(store: Contents, source: Reference, name: Reference) -> None:
     """Let a name stand for all that another stands for."""
     if source != name and (named := of(store, source)) is not None:
         note(store, name, Digest.of(named.data), named.images)
 
 
-def of(store: Store, name: Reference) -> Platforms | None:
+def of(store: Contents, name: Reference) -> Platforms | None:
     """What is noted of a name."""
     row = store.database.row("SELECT digest FROM indexes WHERE name = ?", (str(name),))
     if row is None:
@@ -78,7 +78,7 @@ def of(store: Store, name: Reference) -> Platforms | None:
     return Platforms(store.blobs.read(Digest(row[0])), images)
 
 
-def names(store: Store, image: Image) -> list[str]:
+def names(store: Contents, image: Image) -> list[str]:
     """The names whose index has this image."""
     query = "SELECT name FROM index_images WHERE image = ?"
     return [name for (name,) in store.database.rows(query, (image.id,))]

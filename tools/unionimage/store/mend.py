@@ -1,0 +1,132 @@
+"""Mending a layer that is known by its recipe alone.
+
+Contents that its directory lost are looked for in the other layers. A recipe holds no digest of
+each file, only the whole archive has one; so what is found is tried, and believed when the archive
+comes out right.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+from unionimage.changeset import recipe as recipes
+from unionimage.changeset.paths import PieceStream
+from unionimage.digest import Readable, VerifyingReader
+from unionimage.errors import BadContent
+from unionimage.store.contents import Contents
+from unionimage.store.model import Layer
+
+_MOST_TRIALS = 64
+
+
+class Lost(NamedTuple):
+    """A file whose content is not there, or may be another; `sure` tells which."""
+
+    path: bytes
+    size: int
+    sure: bool
+
+
+def lost(store: Contents, layer: Layer) -> list[Lost]:
+    """The files of a layer that are missing, of another kind or size, or changed since it was made.
+
+    Raises:
+        BadContent: the recipe itself is damaged or missing.
+    """
+    found = []
+    try:
+        recipe = open(store.recipe_path(layer.diff_id), "rb")  # noqa: SIM115 (closed below)
+    except FileNotFoundError:
+        raise BadContent("its recipe is missing") from None
+    row = store.database.row("SELECT created FROM layers WHERE diff_id = ?", (layer.diff_id,))
+    made = row[0] if row else 0.0
+    with recipe:
+        for path, size in recipes.files(recipe):
+            try:
+                status = os.lstat(os.fsencode(layer.directory) + b"/" + path)
+            except OSError:
+                found.append(Lost(path, size, True))
+                continue
+            if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+                found.append(Lost(path, size, True))
+            elif status.st_ctime > made:
+                found.append(Lost(path, size, False))
+    return found
+
+
+@contextmanager
+def mended_tar(store: Contents, layer: Layer, found: list[Lost]) -> Iterator[Readable]:
+    """The archive of a layer, with contents from other layers in place of what it lost.
+
+    Raises:
+        BadContent: it cannot be had; names the files whose content is nowhere.
+    """
+    places = [[*_elsewhere(store, layer, one)] for one in found]
+    if nowhere := [one for one, there in zip(found, places, strict=True) if one.sure and not there]:
+        raise BadContent(f"no other layer has {_listed(nowhere)}")
+    for instead in itertools.islice(_trials(found, places), _MOST_TRIALS):
+        with _tar(store, layer, instead) as stream:
+            try:
+                VerifyingReader(stream, layer.diff_id, layer.tar_size).drain()
+            except BadContent:
+                continue
+        with _tar(store, layer, instead) as stream:
+            yield VerifyingReader(stream, layer.diff_id, layer.tar_size)
+            return
+    raise BadContent(
+        f"no other layer has {_listed(found)} as it was"
+        if found
+        else "a file of it has changed, and which cannot be told"
+    )
+
+
+def _trials(found: list[Lost], places: list[list[bytes]]) -> Iterator[dict[bytes, bytes]]:
+    """What to take from elsewhere: what is surely lost; all; and each place for each in turn."""
+    pairs = [(one, there) for one, there in zip(found, places, strict=True) if there]
+    sure = {one.path: there[0] for one, there in pairs if one.sure}
+    yield sure
+    yield {one.path: there[0] for one, there in pairs}
+    for one, there in pairs:
+        for place in there:
+            yield {**sure, one.path: place}
+
+
+@contextmanager
+def _tar(store: Contents, layer: Layer, instead: Mapping[bytes, bytes]) -> Iterator[Readable]:
+    with ExitStack() as stack:
+        # Where all of it is lost, all comes from elsewhere.
+        here = layer.directory if layer.directory.is_dir() else store.root
+        directory = os.open(here, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, directory)
+        recipe = stack.enter_context(open(store.recipe_path(layer.diff_id), "rb"))
+        yield PieceStream(recipes.archive(recipe, directory, instead))
+
+
+def _elsewhere(store: Contents, layer: Layer, one: Lost) -> Iterator[bytes]:
+    """Files of other layers that may have the content: of that path, or noted as the same."""
+    rows = store.database.rows(
+        "SELECT other.diff_id, other.path FROM files AS own JOIN files AS other"
+        " USING (hash, size) WHERE own.diff_id = ? AND own.path = ? AND other.diff_id != ?",
+        (layer.diff_id, one.path, layer.diff_id),
+    )
+    places = [(store.diff_path(diff_id), path) for diff_id, path in rows]
+    places += [(each.directory, one.path) for each in store.layers() if each != layer]
+    for directory, path in dict.fromkeys(places):
+        place = os.fsencode(directory) + b"/" + path
+        try:
+            status = os.lstat(place)
+        except OSError:
+            continue
+        if stat.S_ISREG(status.st_mode) and status.st_size == one.size:
+            yield place
+
+
+def _listed(found: list[Lost]) -> str:
+    names = [repr(os.fsdecode(one.path)) for one in found[:3]]
+    more = len(found) - len(names)
+    return ", ".join(names) + (f" and {more} more" if more else "")
