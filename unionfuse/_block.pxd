@@ -25,6 +25,7 @@ cdef enum:
     TAKEN = 0x80  # the union's
     MADE = 0x40  # the union has a node for it
     CACHED = 0x20  # the kernel's page cache has its data, as far as it needs it
+    OPENED = 0x10  # Python has opened it, and may have it open still
     DOTS = 2  # `.` and `..` have the cookies 1 and 2
 
 cdef struct Name:
@@ -32,7 +33,7 @@ cdef struct Name:
     uint32_t lookups
     uint32_t group
     uint8_t length
-    uint8_t kind  # DT_*, TAKEN, MADE and CACHED
+    uint8_t kind  # DT_*, TAKEN, MADE, CACHED and OPENED
 
 cdef struct Group:  # the places that have a name
     uint32_t first, count  # in Block.positions

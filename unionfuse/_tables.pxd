@@ -1,5 +1,5 @@
 cimport cython
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from unionfuse._block cimport Block, Name, Place
 from unionfuse._shelf cimport Shelf
@@ -40,6 +40,7 @@ cdef class Tables:
     cdef int getxattr(self, uint64_t number, const char *name) noexcept nogil
     cdef bint is_openable(self, uint64_t number, bint *cached) noexcept nogil
     cdef void note_cached(self, uint64_t number) noexcept nogil
+    cdef void note_opened(self, uint64_t number) noexcept nogil
     cdef int open_file(self, uint64_t number) noexcept nogil
 
     cdef Block *held(self, uint64_t directory) except NULL
@@ -55,6 +56,7 @@ cdef class Tables:
 
     cdef Block *locked(self, uint64_t directory) noexcept nogil
     cdef Name *locked_name(self, uint64_t number, Block **block) noexcept nogil
+    cdef void note(self, uint64_t number, uint8_t what) noexcept nogil
     cdef void unlock(self) noexcept nogil
     cdef bint answers(self, const Block *block) noexcept nogil
     cdef void unpin(self, Block *block) noexcept nogil

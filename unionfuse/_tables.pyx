@@ -16,15 +16,15 @@ nothing was taken meanwhile.
 """
 
 from libc.errno cimport ENODATA
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
 from posix.unistd cimport close
 
 from unionfuse._block cimport (
-    CACHED, DOTS, MADE, MANY, NOTHING, TAKEN, TYPE, Block, Name, Place, add_extra, count_listed,
-    count_lookup, fill_groups, fill_names, fill_places, free_block, has_extra, is_taken, name_key,
-    position_of, record_size, topmost_place,
+    CACHED, DOTS, MADE, MANY, NOTHING, OPENED, TAKEN, TYPE, Block, Name, Place, add_extra,
+    count_listed, count_lookup, fill_groups, fill_names, fill_places, free_block, has_extra,
+    is_taken, name_key, position_of, record_size, topmost_place,
 )
 from unionfuse._shelf cimport block_of, find, insert, open_shelf, take_out
 from unionfuse._wire cimport ATTR_AT, ENTRY_SIZE, RECORD_SIZE, fuse_attr, fuse_dirent
@@ -202,7 +202,7 @@ cdef class Tables:
         if name != NULL and name.kind & TAKEN and name.lookups:
             name.lookups = 0
             block.known -= 1
-            name.kind &= ~CACHED
+            name.kind &= ~(CACHED | OPENED)
             if unchanged:
                 name.kind &= ~TAKEN
             self.free_if_unused(block)
@@ -406,22 +406,26 @@ cdef class Tables:
         return ABSENT if self.is_still_so(block, position) and failure == ENODATA else ASK
 
     cdef bint is_openable(self, uint64_t number, bint *cached) noexcept nogil:
-        """Whether a node is a regular file and as the layers have it; and if its data is cached."""
+        """Whether a node is a regular file, as the layers have it, and nothing that the union has
+        to open; and if its data is cached."""
         cdef Block *block
         cdef bint is_right
         cdef Name *name = self.locked_name(number, &block)
-        is_right = name != NULL and block.ready and name.kind & (TYPE | TAKEN) == DT_REG
+        is_right = name != NULL and block.ready and name.kind & (TYPE | TAKEN | OPENED) == DT_REG
         cached[0] = is_right and name.kind & CACHED != 0
         self.unlock()
         return is_right
 
     cdef void note_cached(self, uint64_t number) noexcept nogil:
         """The kernel's page cache has a node's data, or will have it: until it is forgotten."""
-        cdef Block *block
-        cdef Name *name = self.locked_name(number, &block)
-        if name != NULL:
-            name.kind |= CACHED
-        self.unlock()
+        self.note(number, CACHED)
+
+    cdef void note_opened(self, uint64_t number) noexcept nogil:
+        """The union had to open a node, and has to each time: until it is forgotten.
+
+        It may be one that is passed through, and must not be open in another way as well.
+        """
+        self.note(number, OPENED)
 
     cdef int open_file(self, uint64_t number) noexcept nogil:
         """A node's file, opened for reading; -1: only the union can, or there is an error."""
@@ -481,7 +485,7 @@ cdef class Tables:
             if 0 < name.lookups < MANY:
                 name.lookups -= <uint32_t>min(count, name.lookups)
                 if name.lookups == 0:
-                    name.kind &= ~CACHED
+                    name.kind &= ~(CACHED | OPENED)
                     block.known -= 1
                     inside = find(&self.shelf, number)
                     if inside != NULL:
@@ -642,6 +646,14 @@ cdef class Tables:
         pthread_mutex_lock(&self.mutex)
         block[0] = block_of(&self.shelf, number)
         return &block[0].names[number - block[0].first] if block[0] != NULL else NULL
+
+    cdef void note(self, uint64_t number, uint8_t what) noexcept nogil:
+        """Set a bit of a name's kind."""
+        cdef Block *block
+        cdef Name *name = self.locked_name(number, &block)
+        if name != NULL:
+            name.kind |= what
+        self.unlock()
 
     cdef void unlock(self) noexcept nogil:
         pthread_mutex_unlock(&self.mutex)

@@ -52,6 +52,15 @@ def test_without_upper_lower_files_are_passed_through(workshop: Workshop) -> Non
     assert tree.status().get("READ", 0) == 0
 
 
+def test_a_large_file_is_open_twice(workshop: Workshop) -> None:
+    """What is passed through once has to be each time: the loop leaves it to Python, or EIO."""
+    tree = workshop({"big": "x" * (2 << 20)}, options={"stats": None}, writable=False)
+    for _ in range(2):
+        with open(tree / "big", "rb") as one, open(tree / "big", "rb") as other:
+            assert one.read() == other.read() == b"x" * (2 << 20)
+    assert tree.status().get("READ", 0) == 0
+
+
 @pytest.mark.parametrize("mode", ["off", "upper"])
 def test_modes(workshop: Workshop, mode: str) -> None:
     tree = workshop({"f": LOWER}, options={"stats": None, "passthrough": mode})

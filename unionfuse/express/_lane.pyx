@@ -421,12 +421,13 @@ cdef class Loop:
         return found
 
     def opened_elsewhere(self, uint64_t node):
-        """Python has opened a node: its data is not put into the page cache from now on."""
+        """Python has opened a node: its data is not put into the page cache from now on, and a
+        node of a table is Python's to open again."""
         if 0 < node <= self.count:
             opens_mark(&self.dirty[node], CACHED)
         elif self.tables is not None:
             with nogil:
-                self.tables.note_cached(node)
+                self.tables.note_opened(node)
         self.opened_here(node)  # nobody does now
 
     def read_node_from(self, uint64_t node, int descriptor, bint held=True):
