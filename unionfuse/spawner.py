@@ -2,15 +2,11 @@
 has imported everything already, the spawner.
 
 Starting an interpreter and importing takes longer than mounting; forked processes also share the
-memory of what was imported. The spawner is only ever a short cut: `ask` tells when there is none,
-and the caller does it by itself. There is one for each version of the files and for each kind of
-surroundings (user, namespaces, cgroup, limits, capabilities …), so that what it forks is as if the
-caller had forked it. A spawner that nobody asks for five minutes, or whose socket is gone, ends;
-what it forked does not depend on it.
-
-A request is one message: JSON with the name of a task, its argument, the caller's environment and
-working directory, and the descriptors that the task needs. The answer is one message of JSON; that
-there is none says that the task was not done.
+memory of what was imported. The spawner is only ever a short cut: `errand.run` tells when there is
+none, and the caller does it by itself. There is one for each version of the files and for each kind
+of surroundings (user, namespaces, cgroup, limits, capabilities …), so that what it forks is as if
+the caller had forked it. A spawner that nobody asks for five minutes, or whose socket is gone,
+ends; what it forked does not depend on it.
 """
 
 from __future__ import annotations
@@ -20,89 +16,23 @@ import fcntl
 import functools
 import gc
 import importlib
-import json
+import marshal
 import os
 import signal
 import socket
-import struct
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unionfuse.errand import LONGEST_MESSAGE
+
 IDLE = 300.0  # seconds
-LONGEST_MESSAGE = 1 << 18
 MOST_DESCRIPTORS = 4
-INHERITED = ("Umask", "Uid", "Gid", "Groups", "Cap", "NoNewPrivs", "Seccomp", "Cpus_allowed")
 
 Task = Callable[[Any, list[int]], Any]
 """Gets the argument of a request and its descriptors; what it returns is answered."""
-
-
-def socket_of(directory: Path, packages: Iterable[Path] = ()) -> Path:
-    """Where a spawner of these very files listens that may be used from here.
-
-    Args:
-        directory: the user's own.
-        packages: directories of Python files that it has imported, besides those of this package.
-    """
-    here = Path(__file__).parent
-    version = _version((here, here / "express", here / "survival", *packages))
-    return directory / f"spawner-{version:x}-{_surroundings():08x}"
-
-
-def _version(packages: Iterable[Path]) -> int:
-    """Changes when a file of the packages does, or the interpreter."""
-    newest = max(
-        entry.stat().st_mtime_ns
-        for package in packages
-        for entry in os.scandir(package)
-        if entry.name.endswith((".py", ".so"))
-    )
-    return newest ^ zlib.crc32(sys.prefix.encode()) << 64
-
-
-def _surroundings() -> int:
-    """Changes with all that a child inherits, save environment and working directory."""
-    spaces = "/proc/self/ns"
-    told = [f"{name} {os.stat(f'{spaces}/{name}').st_ino}" for name in os.listdir(spaces)]
-    told.append(str(os.getpriority(os.PRIO_PROCESS, 0)))
-    for name in ("cgroup", "limits", "oom_score_adj", "attr/current"):
-        with contextlib.suppress(OSError):
-            told.append(Path("/proc/self", name).read_text())
-    status = Path("/proc/self/status").read_text().splitlines()
-    told += [line for line in status if line.startswith(INHERITED)]
-    return zlib.crc32("\n".join(told).encode())
-
-
-# --- asking -----------------------------------------------------------------------------------
-
-
-def ask(path: Path, task: str, argument: Any, descriptors: Sequence[int]) -> Any:
-    """Have the spawner that listens at `path` do something; its answer, None when there is none.
-
-    Args:
-        descriptors: one to four of them, for the task; the first becomes its standard error.
-    """
-    client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    request = {
-        "task": task,
-        "argument": argument,
-        "cwd": os.getcwd(),
-        "environment": dict(os.environ),
-    }
-    with client:
-        try:
-            client.connect(_short(path))
-            if _user_of(client) != os.geteuid():
-                return None
-            socket.send_fds(client, [json.dumps(request).encode()], descriptors)
-            answer = client.recv(LONGEST_MESSAGE)
-        except OSError:
-            return None
-    return json.loads(answer) if answer else None
 
 
 @functools.cache
@@ -207,16 +137,16 @@ def _answer(connection: socket.socket, tasks: Mapping[str, Task]) -> None:
         _call_it_unionfuse()
         connection.settimeout(None)
         data, descriptors, _, _ = socket.recv_fds(connection, LONGEST_MESSAGE, MOST_DESCRIPTORS)
-        request = json.loads(data)
+        task, argument, directory, environment = marshal.loads(data)
         for descriptor in descriptors:
             os.set_inheritable(descriptor, False)
         os.dup2(descriptors[0], 2)
         os.environ.clear()
-        os.environ.update(request["environment"])
-        os.chdir(request["cwd"])
-        answer = tasks[request["task"]](request["argument"], descriptors)
+        os.environ.update(environment)
+        os.chdir(directory)
+        answer = tasks[task](argument, descriptors)
         with contextlib.suppress(OSError):
-            connection.send(json.dumps(answer).encode())
+            connection.send(marshal.dumps(answer))
     finally:
         os._exit(0)
 
@@ -234,11 +164,6 @@ def prepare() -> None:
 def _call_it_unionfuse() -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text("unionfuse")
-
-
-def _user_of(peer: socket.socket) -> int:
-    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", credentials)[1])
 
 
 def _still_ours(path: Path, inode: int) -> bool:

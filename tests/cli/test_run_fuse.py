@@ -139,6 +139,52 @@ def test_a_start_by_the_spawner_complains_as_any_other(box: Box) -> None:
     assert leftovers(box)["mounts"] == []
 
 
+def test_a_copy_of_the_mounts_keeps_no_container_from_starting_again(box: Box) -> None:
+    """Somebody's own mount namespace has a copy of the root file system, and does not let go."""
+    box.start("copied", command="echo more >> /file; sleep 1000")
+    pids = servers_of(box, "copied")
+    with subprocess.Popen(["unshare", "-m", "--propagation", "private", "cat"],
+                          stdin=subprocess.PIPE) as holder:  # fmt: skip
+        own = Path(f"/proc/{holder.pid}/mounts")
+        merged = box.inspect("copied")["GraphDriver"]["Data"]["MergedDir"]
+        host = os.readlink("/proc/self/ns/mnt")
+        wait_until(lambda: os.readlink(f"/proc/{holder.pid}/ns/mnt") != host)
+        assert merged in own.read_text()
+        box("stop", "-t", "0", "copied", timeout=10)
+        assert not [pid for pid in pids if Path(f"/proc/{pid}/exe").exists()]
+        assert merged in own.read_text()
+        box("start", "copied")
+        assert holder.stdin is not None
+        holder.stdin.close()
+    file = box.directory("copied") / "upper/file"
+    wait_until(lambda: file.read_text() == "more\n" * 2)
+
+
+def test_a_verb_that_the_spawner_does_is_the_same(box: Box) -> None:
+    """Output, errors, exit codes, environment and working directory are the command's."""
+
+    def told() -> list[tuple[int, str, str]]:
+        box("create", "--network", "none", "--name", "one", "busybox", "true")
+        tries = (
+            ("rm", "one"), ("rm", "one"), ("rm", "-f", "one"), ("rm",), ("rm", "--nonsense", "x"),
+            ("start", "one"), ("start", "--help"),
+        )  # fmt: skip
+        done = [box(*words, code=None) for words in tries]
+        return [(one.returncode, one.stdout, one.stderr) for one in done]
+
+    def spawners() -> list[Path]:
+        return list(box.run_root.glob("spawner-*"))
+
+    for path in spawners():
+        path.unlink()  # it ends then
+    alone = told()
+    assert not spawners()
+    assert [code for code, _, _ in alone] == [0, 1, 0, 125, 125, 1, 0]
+    box.sh("true")
+    wait_until(spawners, 30, "the spawner")
+    assert told() == alone
+
+
 def test_a_shared_file_is_cached_once(box: Box) -> None:
     """Two containers of one image read the same layer file: the kernel keeps one copy of it."""
     for name in ("left", "right"):

@@ -1,54 +1,115 @@
 """What the spawner does for commands (see `unionfuse.spawner`), and asking it.
 
-`python -m unionimage.spawn PATH LOCK` is the spawner itself.
+`python -m unionimage.spawn PATH LOCK` is the spawner itself. Short verbs of root are done by it as
+a whole: in the command nothing is imported for them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from unionfuse import spawner
-from unionimage.container.places import run_directory
+from unionfuse import errand
+from unionimage.container.places import run_path
 
-IMPORTS = ("mounts", "store", "container.inventory")  # what a start imports late
-PACKAGES = ("", "container", "store", "changeset")
+TYPE_CHECKING = False  # see unionfuse.errand
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+PACKAGES = ("", "/cli", "/container", "/store", "/changeset")
+# What is imported late elsewhere.
+IMPORTS = (
+    "mounts",
+    "store",
+    "store.holds",
+    "container.inventory",
+    "container.lifecycle",
+    "container.starting",
+    "cli.engine",
+    "cli.parser",
+    "cli.rm",
+    "cli.start",
+)
+VERBS = ("rm", "start")
+ATTACHING = ("-a", "-i", "--a", "--i", "--d")  # begin the flags of `start` that want a terminal
+
+_forked = False
 
 
 def ask(task: str, argument: Any, descriptors: Sequence[int]) -> Any:
     """Have the spawner do a task; its answer, or None when there is no spawner yet."""
-    return spawner.ask(_socket(), task, argument, descriptors)
+    return errand.run(_socket(), task, argument, descriptors)
+
+
+def command(words: Sequence[str]) -> int | None:
+    """Have the spawner do a verb as a whole; its exit code, or None: do it by yourself."""
+    if not words or words[0] not in VERBS or os.geteuid() != 0:
+        return None
+    if words[0] == "start" and any(word.startswith(ATTACHING) for word in words):
+        return None
+    code = ask("command", list(words), [2, 1])
+    return None if code is None else int(code)
+
+
+def is_fork() -> bool:
+    """Whether this is a process that the spawner has forked: all is imported here."""
+    return _forked
 
 
 def start() -> None:
     """Have a spawner for the next command. That there can be none is no harm."""
+    import contextlib
+    from pathlib import Path
+
+    from unionfuse import spawner
+
     with contextlib.suppress(OSError):
-        path = _socket()
+        path = Path(_socket())
         path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
         spawner.start(path, __name__)
 
 
-def _socket() -> Path:
-    here = Path(__file__).parent
-    return spawner.socket_of(run_directory(), [here / name for name in PACKAGES])
+def _socket() -> str:
+    here = os.path.dirname(__file__)
+    return errand.socket_of(run_path(), [here + name for name in PACKAGES])
+
+
+# --- the spawner ------------------------------------------------------------------------------
+
+
+def _command(words: list[str], descriptors: list[int]) -> int:
+    """The command line, in a process that was forked for it; returns its exit code."""
+    from unionimage.cli import main
+
+    os.dup2(descriptors[1], 1)
+    sys.stdout = os.fdopen(1, "w", errors="surrogateescape", closefd=False)
+    sys.stderr = os.fdopen(2, "w", errors="backslashreplace", closefd=False)
+    code = main(words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
 
 
 def main() -> None:
-    from unionimage.container import starting
+    """Be the spawner until nobody needs it."""
+    global _forked
+    import importlib
+    from pathlib import Path
+
+    from unionfuse import spawner
 
     for name in IMPORTS:
         importlib.import_module(f"unionimage.{name}")
-
+    starting = importlib.import_module("unionimage.container.starting")
+    tasks = {"mount": spawner.mount, "start": starting.serve, "command": _command}
     path, lock = sys.argv[1:]
     os.set_inheritable(int(lock), False)
-    tasks: dict[str, spawner.Task] = {"mount": spawner.mount, "start": starting.serve}
+    _forked = True
     spawner.serve(Path(path), int(lock), tasks)
 
 
 if __name__ == "__main__":
-    main()
+    from unionimage import spawn  # the module that others import, too
+
+    spawn.main()

@@ -10,14 +10,16 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
 
 from unionfuse import __version__
+from unionimage import spawn
 from unionimage.cli.verbs import ALIASES, GROUPS, VERBS
 
+TYPE_CHECKING = False  # see unionfuse.errand
 if TYPE_CHECKING:
     import argparse
     from types import ModuleType
+    from typing import NoReturn
 
 USAGE = 125
 """Docker's exit code for a flag that does not exist."""
@@ -26,7 +28,9 @@ USAGE = 125
 def command() -> NoReturn:
     """The console script: `main`, and an end without taking the interpreter apart (10 ms)."""
     gc.set_threshold(20_000)  # imports make much that lives, and nothing to collect (3 ms)
-    code = main()
+    code = spawn.command(sys.argv[1:])
+    if code is None:
+        code = main()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

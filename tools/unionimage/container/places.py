@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+
+TYPE_CHECKING = False  # see unionfuse.errand
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def run_path() -> str:
+    """What must not survive a reboot: /run/unionfuse as root, else below $XDG_RUNTIME_DIR."""
+    if named := os.environ.get("UNIONFUSE_RUNROOT"):
+        return named
+    if os.geteuid() == 0:
+        return "/run/unionfuse"
+    base = os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/unionfuse-{os.geteuid()}"
+    return f"{base}/unionfuse"
 
 
 def run_directory() -> Path:
-    """What must not survive a reboot: /run/unionfuse as root, else below $XDG_RUNTIME_DIR."""
-    named = os.environ.get("UNIONFUSE_RUNROOT")
-    if named:
-        return Path(named)
-    if os.geteuid() == 0:
-        return Path("/run/unionfuse")
-    base = os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/unionfuse-{os.geteuid()}"
-    return Path(base, "unionfuse")
+    """The same as a Path."""
+    from pathlib import Path
+
+    return Path(run_path())
 
 
 def boot_id() -> str:
     """Changes with every boot: processes and mounts recorded under another one are gone."""
+    from pathlib import Path
+
     path = os.environ.get("UNIONFUSE_BOOT_ID", "/proc/sys/kernel/random/boot_id")
     return Path(path).read_text().strip()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -22,9 +23,11 @@ from unionimage.container.state import Container, Containers, replace_file
 from unionimage.errors import Conflict, UserError
 
 if TYPE_CHECKING:
+    from unionfuse import mounting
     from unionimage.store import Store
 
 INITS = ("docker-init", "tini-static", "catatonit", "tini")
+COPY_PATIENCE = 0.5  # seconds after which a daemon that was unmounted is told to end
 DAEMON_PATIENCE = 30.0  # seconds; it may have to write back a large mapped file
 EPHEMERAL = range(32768, 61000)
 
@@ -80,38 +83,67 @@ def undo(container: Container) -> None:
 def unmount_root(container: Container) -> None:
     """Unmount the root file system and wait until its daemon has put everything away.
 
-    The daemon holds a lock on the work directory as long as upper is its own.
+    The daemon holds a lock on the work directory as long as upper is its own. It goes on as long as
+    there is a copy of the mount in somebody's mount namespace; then it is told to end.
     """
-    if not unmount(container.merged):
+    mount = unmount(container.merged)
+    if mount is None:
         return
     try:
         descriptor = os.open(container.work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
         return
-    deadline = time.monotonic() + DAEMON_PATIENCE
     try:
-        while time.monotonic() < deadline:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            time.sleep(0.002)
+        if not _locked_within(descriptor, COPY_PATIENCE):
+            _end_daemon(mount, descriptor)
+            _locked_within(descriptor, DAEMON_PATIENCE)
     finally:
         os.close(descriptor)
 
 
-def unmount(path: Path) -> bool:
-    """Unmount, at once or as soon as nobody uses it; False when nothing was mounted there."""
+def _locked_within(descriptor: int, seconds: float) -> bool:
+    """Whether nobody else holds a lock on what is open there, at the latest in so many seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+
+
+def _end_daemon(mount: mounting.Mount, lock: int) -> None:
+    """Tell the daemon to end that served what was unmounted, if it still holds the lock."""
+    from unionfuse import mounting
+
+    daemon = mounting.daemon_of(mount)
+    if daemon is None:
+        return
+    try:
+        # While the lock was held nobody else can have got the number of the connection.
+        if not _locked_within(lock, 0.0):
+            signal.pidfd_send_signal(daemon, signal.SIGTERM)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(daemon)
+
+
+def unmount(path: Path) -> mounting.Mount | None:
+    """Unmount, at once or as soon as nobody uses it; None when nothing was mounted there."""
     from unionfuse import mounting
 
     place = os.fsencode(path)
-    if mounting.mount_at(place) is None:
-        return False
+    mount = mounting.mount_at(place)
+    if mount is None:
+        return None
     try:
         mounting.detach(place)
     except mounting.MountError:
         with contextlib.suppress(mounting.MountError):
             mounting.detach(place, lazy=True)
-    return True
+    return mount
 
 
 def mount_root(container: Container, store: Store) -> None:

@@ -54,10 +54,13 @@ def start(
             "container": container.id,
             "console_size": console_size,
         }
-        answer = spawn.ask("start", wanted, [2] if theirs is None else [2, theirs.fileno()])
+        answer = None
+        if not spawn.is_fork():
+            answer = spawn.ask("start", wanted, [2] if theirs is None else [2, theirs.fileno()])
         if answer is None:
             _start(inventory, container, theirs, console_size, store)
-            spawn.start()
+            if not spawn.is_fork():
+                spawn.start()
         elif answer:
             raise KINDS[answer["kind"]](answer["error"], exit_code=answer["exit_code"])
     except BaseException:
