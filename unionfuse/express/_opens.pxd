@@ -219,6 +219,8 @@ cdef inline int swap_file(Opens *opens, uint64_t node, int file) noexcept nogil:
             unlock(opens)
             usleep(MOMENT)
             lock(opens)
+        if reading.users > 1:
+            old = 0  # somebody reads it still: rather open for ever than closed meanwhile
         reading.users -= 1
         drop_if_unused(opens, slot)
     unlock(opens)
