@@ -270,3 +270,24 @@ def test_any_damage_gets_an_answer(index: LookupIndex) -> None:
                 body = read_in(cookie, rng.choice((300, 5000, 1 << 20, (1 << 32) - 1)))
                 loop.answer_request(request(Opcode.READDIRPLUS, node, body))
                 loop.answer_request(request(Opcode.READDIR, node, body))
+
+
+@pytest.mark.parametrize("handle", [0, 7, 1 << 16, (1 << 44) - 1])
+def test_read_of_any_handle(handle: int, tmp_path: Path) -> None:
+    """Handles count up for as long as a mount lives; two of them may have to share a place."""
+    (tmp_path / "f").write_text("content")
+    file = os.open(tmp_path / "f", os.O_RDONLY)
+    loop = Loop(-1, lambda *_: None)
+
+    def read(number: int) -> tuple[int, bytes] | tuple[()] | None:
+        body = protocol.READ_IN.pack(number, 3, 100, 0, 0, 0, 0)
+        return loop.answer_request(request(Opcode.READ, 1, body))
+
+    loop.read_from(handle, file)
+    assert read(handle) == (0, b"tent")
+    assert read(handle + (1 << 16)) is PYTHON
+    loop.read_from(handle + (1 << 16), -1)
+    assert read(handle) == (0, b"tent")
+    loop.read_from(handle, -1)
+    assert read(handle) is PYTHON
+    os.close(file)

@@ -124,6 +124,8 @@ cdef enum:
     INHERITED = 0xFFFF  # of a place in the index: it has the directory's own name
     SHOWN = 64  # directories of upper, that the loop answers for
     BARE = 4096  # new files, of which the loop knows that they have no capabilities
+    HANDLES = 1 << 16  # open files that the loop knows the descriptors of
+    DESCRIPTOR_BITS = 20
 
 # A handle that the loop gave: this bit, and the node id. It stands for all opens of the node.
 cdef uint64_t NODE_BIT = <uint64_t>1 << 63
@@ -254,16 +256,15 @@ cdef class Loop:
     cdef bint shows_tables  # attributes, not names alone
     cdef Shown shown[64]
     cdef uint64_t bare[4096]  # by a hash of the node: the node
-    cdef int *descriptors  # by handle: where READ reads, plus one; 0 is for Python to say
-    cdef uint64_t handles
+    # By a hash of the handle: handle and the descriptor that READ reads, in one number.
+    cdef uint64_t *descriptors
 
     def __cinit__(
         self, int fd, handler, uint64_t valid=1 << 30, bint xattrs=True, int unlabelled=ENODATA
     ):
         self.fd, self.handler, self.valid, self.forever = fd, handler, valid, 1 << 30
         self.xattrs, self.unlabelled = xattrs, unlabelled
-        self.handles = 1 << 16
-        self.descriptors = <int *>calloc(self.handles, sizeof(int))
+        self.descriptors = <uint64_t *>calloc(HANDLES, sizeof(uint64_t))
         if not self.descriptors:
             raise MemoryError
 
@@ -373,8 +374,12 @@ cdef class Loop:
 
     def read_from(self, uint64_t handle, int descriptor):
         """READ of an open handle reads this descriptor from now on; -1 asks Python again."""
-        if handle < self.handles:
-            self.descriptors[handle] = descriptor + 1
+        cdef uint64_t *slot = &self.descriptors[handle % HANDLES]
+        if descriptor < 0:
+            if slot[0] >> DESCRIPTOR_BITS == handle:
+                lane_swap_place(slot, 0)
+        elif not descriptor >> DESCRIPTOR_BITS and not handle >> (64 - DESCRIPTOR_BITS):
+            lane_swap_place(slot, handle << DESCRIPTOR_BITS | <uint64_t>descriptor)
 
     @staticmethod
     def size_of_opens():
@@ -1146,20 +1151,17 @@ cdef class Loop:
         self, Thread *thread, const char *body, size_t size, Reply *reply
     ) noexcept nogil:
         cdef const fuse_read_in *wanted = <const fuse_read_in *>body
-        cdef int descriptor
-        cdef ssize_t got
+        cdef uint64_t found
         if size < sizeof(fuse_read_in):
             return self.fail(reply, EINVAL)
         if wanted.size > PAYLOAD:
             return self.fail(reply, EINVAL)
         if wanted.fh & NODE_BIT:
             return self.read_node(thread, wanted.fh & ~NODE_BIT, wanted, reply)
-        if wanted.fh >= self.handles:
+        found = lane_load_place(&self.descriptors[wanted.fh % HANDLES])
+        if not found or found >> DESCRIPTOR_BITS != wanted.fh:
             return FOR_PYTHON
-        descriptor = self.descriptors[wanted.fh] - 1
-        if descriptor < 0:
-            return FOR_PYTHON
-        return self.read_file(thread, descriptor, wanted, reply)
+        return self.read_file(thread, found & ((1 << DESCRIPTOR_BITS) - 1), wanted, reply)
 
     cdef int read_file(
         self, Thread *thread, int descriptor, const fuse_read_in *wanted, Reply *reply
