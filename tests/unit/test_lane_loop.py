@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from unionfuse._tables import Tables
 from unionfuse.express import protocol
 from unionfuse.express._lane import Loop
-from unionfuse.express.protocol import Opcode
+from unionfuse.express.protocol import Opcode, SetattrValid
 from unionfuse.index import LookupIndex, LookupIndexError
 from unionfuse.index_builder import build as build_index
 from unionfuse.layer import LayerStack
@@ -218,6 +218,57 @@ def test_files_are_opened_where_the_index_says_that_they_lie(
     assert opened(nodes[names[1]]) is not None
     assert loop.open_no_more(True) == [nodes[names[1]]]
     layers.close()
+
+
+def setattr_in(valid: int, mode: int = 0, owner: int = 0, times: tuple[int, int] = (0, 0)) -> bytes:
+    nanoseconds = (500, 600, 0)
+    return protocol.SETATTR_IN.pack(
+        valid, 0, 0, 3, 0, *times, 0, *nanoseconds, mode, 0, owner, owner, 0
+    )
+
+
+def test_a_new_file_is_held_while_it_is_written(
+    loop: Loop, index: LookupIndex, tmp_path: Path
+) -> None:
+    node, path = index.count + 1000, tmp_path / "new"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    loop.hold(node, descriptor, 77)
+
+    def asked(opcode: int, body: bytes) -> os.stat_result:
+        answer = loop.answer_request(request(opcode, node, body))
+        assert answer and answer[0] == 0
+        status = path.stat()
+        ino, size, _, atime, mtime, _, a_ns, m_ns, _, mode, links, uid, gid, *_ = (
+            protocol.ATTR.unpack_from(answer[1], protocol.ATTR_OUT.size)
+        )
+        assert (ino, size, mode, links) == (77, status.st_size, status.st_mode, status.st_nlink)
+        assert (uid, gid) == (status.st_uid, status.st_gid)
+        assert atime * 10**9 + a_ns == status.st_atime_ns
+        assert mtime * 10**9 + m_ns == status.st_mtime_ns
+        return status
+
+    os.write(descriptor, b"written")
+    assert asked(Opcode.GETATTR, bytes(16)).st_size == 7
+    valid = SetattrValid
+    found = asked(Opcode.SETATTR, setattr_in(valid.UID | valid.GID | valid.MODE, 0o104751, 12))
+    assert (found.st_uid, found.st_gid, found.st_mode) == (12, 12, 0o104751)
+    found = asked(Opcode.SETATTR, setattr_in(valid.MTIME, times=(1, 2)))
+    assert found.st_mtime_ns == 2 * 10**9 + 600 and found.st_atime_ns > 10**18
+    found = asked(
+        Opcode.SETATTR, setattr_in(valid.ATIME | valid.MTIME | valid.MTIME_NOW, times=(1, 2))
+    )
+    assert found.st_atime_ns == 10**9 + 500 and found.st_mtime_ns > 10**18
+    # A size, rights that go, and nothing at all, are the union's.
+    for fields in (valid.SIZE, valid.MODE | valid.KILL_SUIDGID, valid.FH, 0):
+        assert loop.answer_request(request(Opcode.SETATTR, node, setattr_in(fields))) is PYTHON
+    assert loop.answer_request(request(Opcode.SETATTR, node, bytes(80))) is PYTHON
+    path.unlink()
+    error, body = loop.answer_request(request(Opcode.GETATTR, node, bytes(16)))
+    assert error == 0 and protocol.ATTR.unpack_from(body, protocol.ATTR_OUT.size)[10] == 0
+    loop.let_go(node)
+    assert loop.answer_request(request(Opcode.GETATTR, node, bytes(16))) is PYTHON
+    with pytest.raises(OSError):
+        os.fstat(descriptor)
 
 
 def test_forgets_of_indexed_nodes_need_nobody(loop: Loop, index: LookupIndex) -> None:

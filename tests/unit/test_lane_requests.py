@@ -33,7 +33,7 @@ class QuietLane:
     def listed(self, node: int, cookie: int, size: int) -> None:
         pass
 
-    def opened(self, node: int, handle: int) -> tuple[int, int]:
+    def opened(self, node: int, handle: int, made: object = None) -> tuple[int, int]:
         return 0, 0
 
     def released(self, node: int, handle: int) -> None:

@@ -6,7 +6,8 @@ of merged directories. Everything else it hands, with the GIL, to a Python calla
 neither the request nor the index: every length and offset is checked before it is followed, and
 what does not fit is answered with an error.
 
-It does not know the union, copies no file and changes nothing on disk.
+It does not know the union, copies no file and changes nothing on disk but the attributes of new
+files that it was given to hold (_held.pxd).
 """
 
 from libc.errno cimport EIO, EINTR, EAGAIN, EINVAL, ENAMETOOLONG, ENODATA, ENODEV, ENOENT, ENOSYS, \
@@ -21,6 +22,7 @@ from unionfuse._tables cimport ABSENT, BELOW, FOUND, Tables
 from unionfuse._wire cimport (
     ATTR_AT, ENTRY_SIZE, RECORD_SIZE, fuse_attr, fuse_dirent, record_length,
 )
+from unionfuse.express._held cimport HELD, Held, held_attributes, hold, let_all_go, let_go
 from unionfuse.express._opens cimport (
     ASK, OURS, SLOTS, Opened, Opens, begin_open, begin_reading, count_opens, end_open, end_opening,
     end_reading, free_table, offer_file, open_table, stop_opening, swap_file,
@@ -94,6 +96,7 @@ cdef enum:
     LOOKUP = 1
     FORGET = 2
     GETATTR = 3
+    SETATTR = 4
     READLINK = 5
     OPEN = 14
     READ = 15
@@ -255,6 +258,7 @@ cdef class Loop:
     cdef Tables tables  # None without
     cdef bint shows_tables  # attributes, not names alone
     cdef Shown shown[64]
+    cdef Held held[HELD]
     cdef uint64_t bare[4096]  # by a hash of the node: the node
     # By a hash of the handle: handle and the descriptor that READ reads, in one number.
     cdef uint64_t *descriptors
@@ -280,6 +284,7 @@ cdef class Loop:
         for i in range(SHOWN):
             if self.shown[i].node:
                 close(self.shown[i].directory)
+        let_all_go(self.held)
         free(self.own_marks)
         free(self.descriptors)
         for i in range(self.thread_count):
@@ -478,6 +483,24 @@ cdef class Loop:
             self.bare[node % BARE] = node
         elif self.bare[node % BARE] == node:
             self.bare[node % BARE] = 0
+
+    def hold(self, uint64_t node, int descriptor, uint64_t inode):
+        """Answer for the attributes of a new file, and change them, until `let_go`.
+
+        One thread at a time may call this. Another file may have to go for it.
+
+        Arguments:
+            descriptor: of the file, for writing; becomes the loop's.
+            inode: its number in the mount.
+        """
+        if node <= self.count or lane_most_files() < HELD:
+            close(descriptor)
+        else:
+            hold(self.held, node, descriptor, inode)
+
+    def let_go(self, uint64_t node):
+        """Ask Python about a file from now on; its descriptor is closed."""
+        let_go(self.held, node)
 
     def hide(self, uint64_t node):
         """Ask Python about a directory of upper from now on."""
@@ -792,6 +815,8 @@ cdef class Loop:
             how = self.answer_from_tables(thread, opcode, node, body, size, reply)
             if how == FOR_PYTHON:
                 how = self.answer_shown(thread, opcode, node, body, size, reply)
+            if how == FOR_PYTHON and (opcode == GETATTR or opcode == SETATTR):
+                how = self.answer_held(thread, opcode, node, body, size, reply)
             return how
         if opcode == LOOKUP:
             return self.lookup(thread, node, body, size, reply)
@@ -936,6 +961,20 @@ cdef class Loop:
         if not lane_is_absent(shown.directory, name):
             return FOR_PYTHON
         return self.absent(thread, reply)
+
+    cdef int answer_held(
+        self, Thread *thread, uint32_t opcode, uint64_t node, const char *body, size_t size,
+        Reply *reply
+    ) noexcept nogil:
+        """Answer for a new file that we hold, or change it."""
+        cdef const char *wanted = body if opcode == SETATTR else NULL
+        cdef int failure
+        if wanted != NULL and size < 88:  # struct fuse_setattr_in
+            return FOR_PYTHON
+        failure = held_attributes(self.held, node, wanted, <fuse_attr *>(thread.out + 16))
+        if failure < 0:
+            return FOR_PYTHON
+        return self.fail(reply, failure) if failure else self.attributes(thread, reply)
 
     cdef int readlink(self, uint64_t node, Reply *reply) noexcept nogil:
         cdef const lane_node *link = &self.nodes[node]

@@ -31,6 +31,7 @@ from unionfuse.express.messages import MALFORMED, Call
 from unionfuse.express.passthrough import Passthrough
 from unionfuse.express.protocol import InitFlag, Opcode, Wanted
 from unionfuse.express.requests import Requests
+from unionfuse.node import Attributes
 from unionfuse.options import MountOptions
 from unionfuse.union import Union
 
@@ -373,11 +374,19 @@ class Lane:
         """Let the loop answer STATFS with this for a moment."""
         self._loop.keep_statfs(answer)
 
-    def opened(self, node: int, handle: int) -> tuple[int, int]:
-        """(open_flags, backing id) for the reply to an OPEN."""
+    def opened(self, node: int, handle: int, made: Attributes | None = None) -> tuple[int, int]:
+        """(open_flags, backing id) for the reply to an OPEN.
+
+        Arguments:
+            made: of a file that has just been made, and is open for writing only.
+        """
         with self._union.lock:  # a copy-up in between would change the file
             descriptor = self._union.files.descriptor(handle)
             self._loop.opened_elsewhere(node)
+            if made is None:
+                self._loop.let_go(node)
+            elif self._as_on_disk:
+                self._loop.hold(node, os.dup(descriptor), made.ino)
             # The loop's own opens of the node go through the page cache.
             settled = self._union.is_settled(node) and not self._loop.opened_here(node)
             return self._passthrough.opened(node, handle, descriptor, settled)
@@ -385,6 +394,7 @@ class Lane:
     def released(self, node: int, handle: int) -> None:
         """A handle is about to be closed."""
         self._passthrough.released(node, handle)
+        self._loop.let_go(node)
         self._loop.read_from(handle, -1)
         with self._lock:
             handles = self._direct.get(node)

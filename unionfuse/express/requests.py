@@ -215,15 +215,16 @@ class Requests:
         caller = call.caller(umask)
         entry, handle = self._union.create(call.node, name, mode, flags, caller)
         self._lane.has_no_capabilities(entry.node, True)
-        return self._entry(entry) + self._opened(entry.node, handle)
+        made = entry.attributes if flags & os.O_ACCMODE == os.O_WRONLY else None
+        return self._entry(entry) + self._opened(entry.node, handle, made)
 
     def _tmpfile(self, call: Call) -> bytes:
         flags, mode, umask, _ = protocol.CREATE_IN.unpack_from(call.body)
         entry, handle = self._union.tmpfile(call.node, mode, flags, call.caller(umask))
         return self._entry(entry) + self._opened(entry.node, handle)
 
-    def _opened(self, node: int, handle: int) -> bytes:
-        flags, backing = self._lane.opened(node, handle)
+    def _opened(self, node: int, handle: int, made: Attributes | None = None) -> bytes:
+        flags, backing = self._lane.opened(node, handle, made)
         return protocol.OPEN_OUT.pack(handle, flags | OpenFlag.NOFLUSH, backing)
 
     def _read(self, call: Call) -> bytes:
