@@ -80,6 +80,8 @@ class CopyUp:
         Raises:
             OSError: as the file system below says; the tree is as it was.
         """
+        if not self.needed(node, data):
+            return  # and never will be again
         tree = self._tree
         with self._lock:
             if not self.needed(node, data):

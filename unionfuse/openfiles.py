@@ -28,6 +28,8 @@ from unionfuse.tree import Tree, failure
 
 log = logging.getLogger(__name__)
 
+_FEW = 16  # descriptors; whatever the limit is, these are not too many
+
 
 class OpenFile:
     """An open regular file: where to read and write now, and the descriptors it had before.
@@ -145,6 +147,8 @@ class OpenFiles:
 
     def _make_room(self) -> None:
         """Close descriptors until half of what this process may have is free for other things."""
+        if len(self._closable) < _FEW:
+            return
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         for _ in range(len(self._closable) - most if most > 0 else 0):
             handle, opened = self._closable.popitem(last=False)

@@ -402,10 +402,13 @@ class Union:
         with self.lock:
             directory = self.tree.directory(parent)
             node = directory.children.get(name)
-            if self._upper is None or (node is None and not self.tree.exists(directory, name)):
+            if node is None:
+                if self._upper is None or not self.tree.exists(directory, name):
+                    return 0
+                node = self.tree.find(directory, name)
+            if node.in_upper or node.lower_key is None or self._upper is None:
                 return 0
-            node = node or self.tree.find(directory, name)
-            return node.id if node.lower_key is not None and not node.in_upper else 0
+            return node.id
 
     def copy_up(self, number: int, data: bool = True) -> None:
         """Copy a node up; for a thread that may wait. Two at once cause one copy."""

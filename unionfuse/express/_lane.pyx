@@ -117,6 +117,7 @@ cdef enum:
 
 cdef enum:
     NAME_MAX = 255
+    SHORT = 4096  # bytes of a reply
 
 cdef enum:
     ACCESS_MODE = 3  # O_ACCMODE
@@ -589,10 +590,13 @@ cdef class Loop:
         cdef Reply reply
         cdef int how = self.answer(thread, size, &reply)
         cdef uint32_t opcode = header.opcode if header.opcode < OPCODES else OPCODES - 1
+        cdef bint is_due
         if how == FOR_PYTHON:
             thread.python[opcode] += 1
             with gil:
-                self.ask_python(thread, size)
+                is_due = self.ask_python(thread, size, &reply)
+            if is_due:
+                self.send(NULL, header.unique, &reply)
             return
         thread.here[opcode] += 1
         if how == ANSWERED:
@@ -629,10 +633,13 @@ cdef class Loop:
         if reply.length:
             data[reply.length - 1]
 
-    cdef void ask_python(self, Thread *thread, size_t size) noexcept:
+    cdef bint ask_python(self, Thread *thread, size_t size, Reply *reply) noexcept:
+        """Have Python answer; whether a reply is to be sent once the GIL has been let go.
+
+        To let go of it, send, and take it again would cost more than to copy a short reply.
+        """
         cdef const fuse_in_header *header = <const fuse_in_header *>thread.request
-        cdef Reply reply
-        cdef const unsigned char[:] data
+        cdef bytes answer
         reply.error, reply.length, reply.data = 0, 0, NULL
         body = (<char *>thread.request)[HEADER:size]
         unique = header.unique
@@ -644,20 +651,26 @@ cdef class Loop:
                 body,
             )
             if result is None:
-                return
+                return False
             if type(result) is int:
                 reply.error = result
-            elif len(result):
-                data = result
-                reply.data, reply.length = <const char *>&data[0], len(result)
+            else:
+                answer = result
+                reply.data, reply.length = <const char *>answer, len(answer)
         except BaseException:  # the handler answers for its own errors: this is the last resort
             reply.error = EIO
         if thread.entry != NULL:
             thread.entry.pending = 0
-            self.send(thread.entry, unique, &reply)
-            return
+            self.send(thread.entry, unique, reply)
+            return False
+        if reply.length <= SHORT:
+            if reply.length:
+                memcpy(thread.out, reply.data, reply.length)
+                reply.data = thread.out
+            return True
         with nogil:
-            self.send(NULL, unique, &reply)
+            self.send(NULL, unique, reply)
+        return False
 
     def reply(self, uint64_t unique, int error, const unsigned char[:] body):
         """Answer a request that a handler left open."""

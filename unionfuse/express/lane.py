@@ -316,7 +316,7 @@ class Lane:
         if method is None:
             self.relay(call)
             return None
-        result = _answer(lambda: method(call))
+        result = _answer(method, call)
         if self._options.debug:
             self._trace(opcode, node, body, result if isinstance(result, int) else 0)
         return None if opcode in _UNANSWERED else result
@@ -396,6 +396,8 @@ class Lane:
         self._passthrough.released(node, handle)
         self._loop.let_go(node)
         self._loop.read_from(handle, -1)
+        if node not in self._direct:
+            return
         with self._lock:
             handles = self._direct.get(node)
             if handles is not None:
@@ -516,10 +518,10 @@ def _shows_layers_as_they_are(options: MountOptions) -> bool:
     )
 
 
-def _answer(work: Work) -> bytes | int | None:
+def _answer(work: Callable[..., bytes | None], *args: object) -> bytes | int | None:
     """The body of a reply, or an errno: whatever happens, the caller gets an answer."""
     try:
-        return work()
+        return work(*args)
     except OSError as error:
         return error.errno or errno.EIO
     except MALFORMED:

@@ -16,7 +16,6 @@ Source: fs/fuse/passthrough.c, fs/fuse/iomode.c, fs/fuse/backing.c of Linux 6.18
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import struct
@@ -150,7 +149,8 @@ class Passthrough:
 
     def _close(self, backing: int) -> None:
         self._journal.gives_back(backing)
-        # After the end of the mount the ids are gone already.
-        with contextlib.suppress(OSError):
+        try:
             request = struct.pack("=I", backing)
             fcntl.ioctl(self._fuse, protocol.FUSE_DEV_IOC_BACKING_CLOSE, request)
+        except OSError:
+            pass  # after the end of the mount the ids are gone already
