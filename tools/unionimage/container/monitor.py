@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from unionimage.container import limits, logs, wire
+from unionimage.container import bundle, limits, logs, wire
 from unionimage.container.clients import Client, Clients
 from unionimage.container.processes import signal_number, start_time
 from unionimage.container.runtime import Runtime
@@ -47,6 +47,9 @@ State = dict[str, Any]
 class Hooks(NamedTuple):
     """What the monitor has done for it by others, so that it need not know them."""
 
+    # The path of a network namespace that is being connected, to create the process in; or None:
+    # the process makes it.
+    begin_to_connect: Callable[[], str | None]
     connect: Callable[[int], None]  # the network of a process, between create and start
     disconnect: Callable[[], None]
     unmount: Callable[[], None]
@@ -128,6 +131,8 @@ class Monitor:
         )
         stdin, stdout, stderr = streams.theirs
         try:
+            if networked and (namespace := self._hooks.begin_to_connect()) is not None:
+                bundle.set_network(self._container.bundle, namespace)
             pid = self._runtime.start_detached(
                 self._container.id,
                 self._container.bundle,

@@ -14,7 +14,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from unionimage.errors import Conflict, NotFound, UserError
 
 if TYPE_CHECKING:
     import ipaddress
+    import subprocess
 
 Network = dict[str, Any]
 
@@ -287,7 +288,18 @@ def connect(
     container: Container, networks: Networks, namespace: str, only: str | None = None
 ) -> None:
     """Give a network namespace the interfaces of a container, or that on one network."""
-    told = _netavark("setup", namespace, engine_input(container, networks, only))
+    begin_to_connect(container, networks, namespace, only)()
+
+
+def begin_to_connect(
+    container: Container, networks: Networks, namespace: str, only: str | None = None
+) -> Callable[[], None]:
+    """`connect` as a process; what is returned waits for its end, and raises UserError."""
+    engine = _begin("setup", namespace, engine_input(container, networks, only))
+    return lambda: _connected(container, _told(engine, "setup"))
+
+
+def _connected(container: Container, told: Mapping[str, Any]) -> None:
     now_has = live(container)
     for name, entry in now_has["Networks"].items():
         for interface in (told.get(name) or {}).get("interfaces", {}).values():
@@ -299,7 +311,7 @@ def disconnect(
     container: Container, networks: Networks, namespace: str, only: str | None = None
 ) -> None:
     """Take interfaces, NAT rules and names away again."""
-    _netavark("teardown", namespace, engine_input(container, networks, only))
+    _told(_begin("teardown", namespace, engine_input(container, networks, only)), "teardown")
 
 
 def engine_input(
@@ -356,7 +368,8 @@ def names_program() -> str | None:
     return next((found for one in NAMES if (found := shutil.which(one))), None)
 
 
-def _netavark(verb: str, namespace: str, data: Mapping[str, Any]) -> Mapping[str, Any]:
+def _begin(verb: str, namespace: str, data: Mapping[str, Any]) -> subprocess.Popen[str]:
+    """Start netavark; what it reads and says fits into pipes."""
     import subprocess
 
     directory = run_directory() / "names"
@@ -364,19 +377,30 @@ def _netavark(verb: str, namespace: str, data: Mapping[str, Any]) -> Mapping[str
     command = [engine(), "--config", str(directory)]
     if program := names_program():
         command += ["--aardvark-binary", program]
-    done = subprocess.run(
+    process = subprocess.Popen(
         [*command, verb, namespace],
-        input=json.dumps(data),
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"},
     )
-    if done.returncode != 0:
-        reason = done.stdout.strip() or done.stderr.strip()
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+        pipe.write(json.dumps(data))
+    process.stdin = None
+    return process
+
+
+def _told(process: subprocess.Popen[str], verb: str) -> Mapping[str, Any]:
+    """What netavark answers. Raises UserError when it failed."""
+    out, said = process.communicate()
+    if process.returncode != 0:
+        reason = out.strip() or said.strip()
         with contextlib.suppress(ValueError, KeyError):
-            reason = json.loads(done.stdout)["error"]
+            reason = json.loads(out)["error"]
         raise UserError(f"network {verb} failed: {reason}", exit_code=125)
-    return dict(json.loads(done.stdout)) if done.stdout.strip() else {}
+    return dict(json.loads(out)) if out.strip() else {}
 
 
 def remove_interface(network: Network) -> None:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from unionfuse import syscalls
 from unionimage import spawn
 from unionimage.container import (
     monitor,
@@ -29,6 +30,8 @@ from unionimage.errors import Conflict, NotFound, UserError
 LAST_MOMENTS = 5.0  # seconds that a monitor may take between writing the end and its own
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from unionimage.container.inventory import Inventory
     from unionimage.store import Store
 
@@ -193,25 +196,45 @@ def _be_monitor(
 
 def _hooks(inventory: Inventory, container: Container) -> monitor.Hooks:
     namespace = -1
+    connected: Callable[[], None] | None = None
     rootless_network: slirp.Connection | None = None
 
+    def begin(opened: int) -> str:
+        """Have the engine connect a namespace, which is kept open: it outlives the process."""
+        nonlocal namespace, connected
+        namespace = opened
+        path = f"/proc/{os.getpid()}/fd/{namespace}"
+        if not networks.live(container)["Networks"]:
+            prepare.reserve(container, inventory.networks, inventory.containers)
+        connected = networks.begin_to_connect(container, inventory.networks, path)
+        return path
+
+    def begin_to_connect() -> str | None:
+        if rootless.active() or container.record["IdMappings"]:
+            return None  # the namespace has to be of the user namespace that there will be
+        return begin(new_network_namespace())
+
     def connect(pid: int) -> None:
-        nonlocal namespace, rootless_network
+        nonlocal rootless_network, connected
         if rootless.active():
             ports = networks.live(container)["PortMappings"]
             rootless_network = slirp.Connection.start(pid, container.run, ports)
             return
-        # kept open: the addresses are taken away when the process is long gone
-        namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        if not networks.live(container)["Networks"]:
-            prepare.reserve(container, inventory.networks, inventory.containers)
-        networks.connect(container, inventory.networks, f"/proc/{os.getpid()}/fd/{namespace}")
+        if connected is None:
+            begin(os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC))
+        assert connected is not None
+        waiting, connected = connected, None
+        waiting()
 
     def disconnect() -> None:
-        nonlocal namespace, rootless_network
+        nonlocal namespace, rootless_network, connected
         if rootless_network is not None:
             rootless_network.stop()
             rootless_network = None
+        if connected is not None:  # the start failed meanwhile
+            waiting, connected = connected, None
+            with contextlib.suppress(UserError):
+                waiting()
         if namespace >= 0:
             with contextlib.suppress(UserError):
                 path = f"/proc/{os.getpid()}/fd/{namespace}"
@@ -223,12 +246,35 @@ def _hooks(inventory: Inventory, container: Container) -> monitor.Hooks:
         inventory.events.container(container, action, **attributes)
 
     return monitor.Hooks(
+        begin_to_connect=begin_to_connect,
         connect=connect,
         disconnect=disconnect,
         unmount=lambda: prepare.undo(container),
         removed=lambda: inventory.delete(container, anonymous_volumes=True),
         event=event,
     )
+
+
+def new_network_namespace() -> int:
+    """A descriptor of a network namespace that nobody is in. For a process without threads."""
+    told, tell = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        try:
+            syscalls.unshare(syscalls.CLONE_NEWNET)
+            os.write(tell, b"\n")
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(tell)
+    try:
+        if not os.read(told, 1):
+            raise UserError("no network namespace can be made: it takes CAP_SYS_ADMIN")
+        return os.open(f"/proc/{child}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(told)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def _close_all_but(keep: list[int]) -> None:
