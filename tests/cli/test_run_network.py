@@ -5,9 +5,10 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from harness.containers import Box
+from harness.containers import Box, boxed
 from harness.waiting import wait_until
 
 SERVER = "mkdir /www; echo page > /www/index.html; exec httpd -f -p 80 -h /www"
@@ -202,3 +203,15 @@ def test_no_rules_or_addresses_are_left(box: Box) -> None:
     assert not Path("/sys/class/net", interface).exists()
     rules = subprocess.check_output(["iptables-save"], text=True)
     assert subnet not in rules
+
+
+def test_two_stores_do_not_get_into_each_others_way(box: Box, scratch: Path) -> None:
+    """The engine's chains are one host's: whoever ends does not take away what another needs."""
+
+    def run(one: Box) -> None:
+        for _ in range(3):
+            one("run", "--rm", "-p", f"{free_port()}:80", "busybox", "true")
+
+    for other in boxed(scratch / "other"):
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(run, (box, other)))

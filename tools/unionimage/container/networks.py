@@ -39,6 +39,7 @@ SPECIAL = ("none", "host", "bridge")
 # Where new networks take their /24 from; the default bridge is the first.
 POOL = "10.90.0.0/16"
 ENGINE = ("netavark", "/usr/lib/podman/netavark", "/usr/libexec/podman/netavark")
+ENGINE_LOCK = "/run/unionfuse-network.lock"
 NAMES = ("aardvark-dns", "/usr/lib/podman/aardvark-dns", "/usr/libexec/podman/aardvark-dns")
 
 
@@ -295,8 +296,8 @@ def begin_to_connect(
     container: Container, networks: Networks, namespace: str, only: str | None = None
 ) -> Callable[[], None]:
     """`connect` as a process; what is returned waits for its end, and raises UserError."""
-    engine = _begin("setup", namespace, engine_input(container, networks, only))
-    return lambda: _connected(container, _told(engine, "setup"))
+    begun = _begin("setup", namespace, engine_input(container, networks, only))
+    return lambda: _connected(container, _told(begun, "setup"))
 
 
 def _connected(container: Container, told: Mapping[str, Any]) -> None:
@@ -368,8 +369,12 @@ def names_program() -> str | None:
     return next((found for one in NAMES if (found := shutil.which(one))), None)
 
 
-def _begin(verb: str, namespace: str, data: Mapping[str, Any]) -> subprocess.Popen[str]:
-    """Start netavark; what it reads and says fits into pipes."""
+def _begin(verb: str, namespace: str, data: Mapping[str, Any]) -> tuple[subprocess.Popen[str], int]:
+    """Start netavark; what it reads and says fits into pipes. Also a lock, held until `_told`.
+
+    One at a time on this host, whichever the store: it looks for chains that all share, makes them
+    and takes them away in steps.
+    """
     import subprocess
 
     directory = run_directory() / "names"
@@ -377,6 +382,8 @@ def _begin(verb: str, namespace: str, data: Mapping[str, Any]) -> subprocess.Pop
     command = [engine(), "--config", str(directory)]
     if program := names_program():
         command += ["--aardvark-binary", program]
+    lock = os.open(ENGINE_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     process = subprocess.Popen(
         [*command, verb, namespace],
         stdin=subprocess.PIPE,
@@ -389,12 +396,14 @@ def _begin(verb: str, namespace: str, data: Mapping[str, Any]) -> subprocess.Pop
     with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
         pipe.write(json.dumps(data))
     process.stdin = None
-    return process
+    return process, lock
 
 
-def _told(process: subprocess.Popen[str], verb: str) -> Mapping[str, Any]:
+def _told(begun: tuple[subprocess.Popen[str], int], verb: str) -> Mapping[str, Any]:
     """What netavark answers. Raises UserError when it failed."""
+    process, lock = begun
     out, said = process.communicate()
+    os.close(lock)
     if process.returncode != 0:
         reason = out.strip() or said.strip()
         with contextlib.suppress(ValueError, KeyError):
