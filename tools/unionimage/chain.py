@@ -12,9 +12,9 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
 from unionfuse import syscalls, view, whiteout
+from unionimage.tuples import NamedTuple
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY
 _MAX_LINKS = 40  # as the kernel

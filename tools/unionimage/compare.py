@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from unionimage.chain import Chain, Found
+from unionimage.tuples import NamedTuple
 
 
 class Change(NamedTuple):

@@ -28,9 +28,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from unionimage.errors import UserError
+from unionimage.tuples import NamedTuple
 
 DRIVERS = ("fuse", "overlay")
 DEDUPE = ("off", "reflink", "hardlink")

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from unionimage.digest import Digest, chain_ids
 from unionimage.errors import BadContent
 from unionimage.json_object import NO_MAP, dump, load_object, member, put, string_map, strings
 from unionimage.spec import Platform
+from unionimage.tuples import NamedTuple
 
 _HEALTH_KEYS = (
     ("interval", "Interval"),

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from unionfuse import syscalls
 from unionimage.config import DRIVERS
@@ -21,6 +20,7 @@ from unionimage.digest import Digest
 from unionimage.errors import Conflict, UserError
 from unionimage.store import Image, Store
 from unionimage.store.indexes import chain_index
+from unionimage.tuples import NamedTuple
 
 _MS_RDONLY = 1
 _PAGE = 4095  # bytes of options that mount(2) takes

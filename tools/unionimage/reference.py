@@ -7,10 +7,10 @@ library/). Names are kept in full and shown in their familiar form.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
 
 from unionimage.digest import Digest
 from unionimage.errors import UserError
+from unionimage.tuples import NamedTuple
 
 DEFAULT_REGISTRY = "docker.io"
 DEFAULT_TAG = "latest"

@@ -11,11 +11,12 @@ schema 2.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from unionimage.digest import Digest
 from unionimage.errors import BadContent
 from unionimage.json_object import NO_MAP, dump, load_object, member, string_map, strings
+from unionimage.tuples import NamedTuple
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, Protocol
 
 from unionimage.changeset import tar
 from unionimage.digest import CHUNK, Digest, Readable
@@ -31,6 +31,7 @@ from unionimage.spec import (
 )
 from unionimage.store import Image, Layer, Store, platforms
 from unionimage.store.platforms import Platforms
+from unionimage.tuples import NamedTuple
 
 FORMATS = ("docker-archive", "oci-archive", "oci-dir")
 

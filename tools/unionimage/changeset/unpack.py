@@ -18,7 +18,6 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
 
 from unionfuse import syscalls, whiteout
 from unionimage.changeset import tar
@@ -27,6 +26,7 @@ from unionimage.changeset.paths import OVERRIDE_STAT, RESOLVE_IN_ROOT, RESOLVE_N
 from unionimage.changeset.recipe import RecipeWriter
 from unionimage.digest import Readable
 from unionimage.errors import BadContent, UserError
+from unionimage.tuples import NamedTuple
 
 _OPEN_DIRECTORIES = 64
 _O_DIR = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC

@@ -7,7 +7,6 @@ only names of images, containers, volumes and networks are asked for.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
 
 from unionimage.cli.verbs import ALIASES, VERBS
 
@@ -26,7 +25,6 @@ _NAMES = {
 }
 
 
-@dataclass
 class _Entry:
     """What may follow a verb, or a verb and its action.
 
@@ -36,10 +34,11 @@ class _Entry:
         kinds: keys of _NAMES that its arguments may be.
     """
 
-    text: str
-    options: list[tuple[str, str]]
-    actions: list[tuple[str, str]] = field(default_factory=list)
-    kinds: list[str] = field(default_factory=list)
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.options: list[tuple[str, str]] = []
+        self.actions: list[tuple[str, str]] = []
+        self.kinds: list[str] = []
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +68,7 @@ def _entries() -> dict[tuple[str, ...], _Entry]:
 
 
 def _entry(parser: argparse.ArgumentParser) -> _Entry:
-    entry = _Entry((parser.description or "").removesuffix("."), [])
+    entry = _Entry((parser.description or "").removesuffix("."))
     for action in parser._actions:
         text = (action.help or "").replace("%%", "%")
         entry.options += [(one, text) for one in action.option_strings if one.startswith("--")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 
 from unionimage.cli.common import open_store
 
@@ -77,6 +76,8 @@ def _serve(data: bytes, port: int) -> int:
 
 def _write(path: str, data: bytes) -> None:
     """Write a file in one step."""
+    import tempfile
+
     descriptor, staged = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".explore-")
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from unionimage.digest import Digest
 from unionimage.dockerfile.cache import BuildCache
@@ -17,6 +17,7 @@ from unionimage.errors import UserError
 from unionimage.image_config import ImageConfig
 from unionimage.reference import Reference
 from unionimage.spec import Platform
+from unionimage.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from unionimage.dockerfile.runstep import Secret

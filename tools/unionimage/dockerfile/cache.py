@@ -14,9 +14,9 @@ import sqlite3
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from unionimage.digest import Digest
+from unionimage.tuples import NamedTuple
 
 VERSION = 1
 """Part of every key: raised when what a step does to files changes."""

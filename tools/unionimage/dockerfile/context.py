@@ -10,12 +10,13 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from unionimage.dockerfile.ignore import Patterns, read_ignore_file
 from unionimage.dockerfile.kitchen import BuildLease, Context
 from unionimage.dockerfile.select import open_in
 from unionimage.errors import UserError
+from unionimage.tuples import NamedTuple
 
 _GIT = r"(git://|ssh://|file://|git@|github\.com/|https?://.*\.git($|#)|.*\.git(#|$))"
 _NAMES = ("Dockerfile", "Containerfile")

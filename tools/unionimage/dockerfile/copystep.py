@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from unionimage.digest import Digest
 from unionimage.dockerfile.cache import key_of
@@ -15,6 +15,7 @@ from unionimage.dockerfile.kitchen import Context
 from unionimage.dockerfile.parser import DockerfileError
 from unionimage.dockerfile.plan import CopyAction, Source, WorkdirAction
 from unionimage.dockerfile.select import Found, Tree, digest, find, open_file, open_in
+from unionimage.tuples import NamedTuple
 
 if TYPE_CHECKING:  # writing is imported when something is written: cached builds are quick
     from unionimage.dockerfile.cache import BuildCache

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from unionimage.digest import Digest, chain_ids
 from unionimage.dockerfile import copystep
@@ -30,6 +30,7 @@ from unionimage.dockerfile.plan import (
 )
 from unionimage.errors import UserError
 from unionimage.image_config import History, ImageConfig
+from unionimage.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from unionimage.dockerfile.runstep import Environment, Secret

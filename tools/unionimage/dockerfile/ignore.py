@@ -11,9 +11,9 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from unionimage.dockerfile.parser import DockerfileError
+from unionimage.tuples import NamedTuple
 
 
 class _Rule(NamedTuple):

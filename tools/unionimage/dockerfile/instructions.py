@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
 
 from unionimage.dockerfile.parser import Command, DockerfileError, Heredoc, parse
+from unionimage.tuples import NamedTuple
 
 _STAGE_NAME = r"[a-z][a-z0-9-_.]*"
 _HEREDOC = re.compile(r"(\d*)<<(-?)([^<]+)")

@@ -13,10 +13,11 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from unionfuse import syscalls
 from unionimage.errors import UserError
+from unionimage.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from unionimage.container.slirp import Connection

@@ -8,11 +8,11 @@ number. What a command *means* is said in `instructions.py`.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
 
 import dockerfile as official
 
 from unionimage.errors import UserError
+from unionimage.tuples import NamedTuple
 
 _DIRECTIVE = re.compile(r"^#\s*([a-zA-Z][a-zA-Z0-9]*)\s*=\s*(.+?)\s*$")
 # Patterns that few files need are compiled when they are used: start-up counts.

@@ -13,7 +13,6 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from unionfuse import syscalls
 from unionimage.dockerfile.parser import DockerfileError
@@ -27,6 +26,7 @@ from unionimage.dockerfile.select import (
     open_in,
     read_link,
 )
+from unionimage.tuples import NamedTuple
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from unionimage.dockerfile import config
 from unionimage.dockerfile.expand import expand, expand_document, split
@@ -39,6 +39,7 @@ from unionimage.dockerfile.parser import Command, Dockerfile, DockerfileError
 from unionimage.dockerfile.runmount import RunMount, parse_mount
 from unionimage.image_config import ImageConfig, RunConfig
 from unionimage.spec import Platform
+from unionimage.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from unionimage.store import Image

@@ -8,9 +8,9 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Callable
-from typing import NamedTuple
 
 from unionimage.dockerfile.parser import DockerfileError
+from unionimage.tuples import NamedTuple
 
 _SIZE = r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?"
 _OWN_KEYS = {

@@ -18,7 +18,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from unionfuse import syscalls
 from unionimage.digest import Digest
@@ -30,6 +30,7 @@ from unionimage.dockerfile.plan import SCRIPTS, RunAction, Source
 from unionimage.dockerfile.runmount import RunMount
 from unionimage.dockerfile.select import CONFINED, Tree, find, open_in
 from unionimage.errors import UserError
+from unionimage.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from unionimage.container.bundle import Mount

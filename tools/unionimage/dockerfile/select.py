@@ -14,11 +14,11 @@ import re
 import stat
 from collections.abc import Iterable, Iterator
 from io import FileIO
-from typing import NamedTuple
 
 from unionfuse import syscalls
 from unionimage.dockerfile.ignore import Patterns
 from unionimage.dockerfile.parser import DockerfileError
+from unionimage.tuples import NamedTuple
 
 CONFINED = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
 KEPT_ATTRIBUTES = ("security.capability", "user.", "system.posix_acl_")

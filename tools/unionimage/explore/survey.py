@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from unionfuse import view
+from unionimage.tuples import NamedTuple
 
 DIRECTORY, FILE, LINK, HARD_LINK = "d", "f", "l", "h"
 _KINDS = {
@@ -64,16 +64,15 @@ class Known(Protocol):
     def directory(self) -> Path: ...
 
 
-@dataclass
 class LayerSurvey:
     """A layer: its entries in preorder, and the wasted bytes it causes by path."""
 
-    diff_id: str
-    entries: list[Entry]
-    size: int = 0
+    def __init__(self, diff_id: str, entries: list[Entry], size: int = 0) -> None:
+        self.diff_id = diff_id
+        self.entries = entries
+        self.size = size
 
 
-@dataclass
 class Wasted:
     """A path that lies in several layers.
 
@@ -83,17 +82,20 @@ class Wasted:
         hidden: bytes of the versions that nobody sees.
     """
 
-    layers: list[int] = field(default_factory=list)
-    total: int = 0
-    hidden: int = 0
+    __slots__ = ("hidden", "layers", "total")
+
+    def __init__(self) -> None:
+        self.layers: list[int] = []
+        self.total = 0
+        self.hidden = 0
 
 
-@dataclass
 class Survey:
     """A whole image. `wasted` names paths with hidden bytes."""
 
-    layers: list[LayerSurvey]
-    wasted: dict[bytes, Wasted]
+    def __init__(self, layers: list[LayerSurvey], wasted: dict[bytes, Wasted]) -> None:
+        self.layers = layers
+        self.wasted = wasted
 
     @property
     def size(self) -> int:

@@ -16,13 +16,14 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 from unionimage.json_object import NO_MAP
 from unionimage.registry.credentials import Credential
 from unionimage.registry.errors import RegistryError, printable
 from unionimage.registry.transport import Transport, is_loopback, status_error
+from unionimage.tuples import NamedTuple
 
 TOKEN_LIMIT = 1024 * 1024
 SHORTEST_LIFE = 60.0  # seconds; what the protocol says a token without expires_in lives

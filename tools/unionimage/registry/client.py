@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import NamedTuple
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 from unionimage.digest import CHUNK, MAX_JSON, Digest, Readable
@@ -33,6 +32,7 @@ from unionimage.spec import (
     OCI_MANIFEST,
     Descriptor,
 )
+from unionimage.tuples import NamedTuple
 
 ACCEPT = ", ".join((OCI_INDEX, DOCKER_LIST, OCI_MANIFEST, DOCKER_MANIFEST))
 UPLOAD_CHUNK = 64 << 20  # bytes sent in one PATCH; a cut costs at most this much

@@ -10,9 +10,10 @@ import base64
 import binascii
 import json
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from unionimage.registry.errors import RegistryError, printable
+from unionimage.tuples import NamedTuple
 
 if TYPE_CHECKING:
     import subprocess

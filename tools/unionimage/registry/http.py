@@ -14,8 +14,10 @@ import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
+
+from unionimage.tuples import NamedTuple
 
 if TYPE_CHECKING:
     import ssl

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
 
 from unionimage.digest import Digest, Readable
 from unionimage.spec import (
@@ -28,6 +27,7 @@ from unionimage.spec import (
     parse_manifest,
 )
 from unionimage.store import Image, Lease, Store
+from unionimage.tuples import NamedTuple
 
 LAYER_TYPES = {
     (OCI_MANIFEST, "none"): OCI_LAYER,

@@ -7,7 +7,7 @@ come; what is there is not fetched, and what a broken pull left is continued.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from unionimage.digest import Digest
 from unionimage.errors import BadContent, UserError
@@ -19,6 +19,7 @@ from unionimage.registry.errors import RegistryError, RegistryStatusError
 from unionimage.registry.session import Session
 from unionimage.spec import Descriptor, Index, Manifest, Platform, compression_of, parse_manifest
 from unionimage.store import Image, Lease, Store, platforms
+from unionimage.tuples import NamedTuple
 
 _T = TypeVar("_T")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from unionimage.digest import Digest
 from unionimage.progress import Reporter, Task
@@ -21,6 +20,7 @@ from unionimage.registry.session import Session
 from unionimage.spec import Descriptor, Index, Manifest, parse_manifest
 from unionimage.store import Image, Lease, Store
 from unionimage.store.platforms import Platforms
+from unionimage.tuples import NamedTuple
 
 
 class Pushed(NamedTuple):

@@ -17,7 +17,7 @@ import json
 import shlex
 import subprocess
 from collections.abc import Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from unionimage.digest import CHUNK, MAX_JSON, Digest
@@ -30,6 +30,7 @@ from unionimage.registry.errors import RegistryError, printable
 from unionimage.registry.outgoing import AS_IT_IS, Outgoing, Wanted
 from unionimage.spec import Descriptor, compression_of
 from unionimage.store import Image, Lease, Store
+from unionimage.tuples import NamedTuple
 
 MARK = b"unionfuse-copy-1 "
 LONGEST_LINE = 1 << 20

@@ -12,13 +12,14 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
 from unionfuse import __version__
 from unionimage.registry import http
 from unionimage.registry.errors import RegistryError, RegistryStatusError, printable
 from unionimage.registry.http import HttpError, Response
+from unionimage.tuples import NamedTuple
 
 if TYPE_CHECKING:
     import ssl

@@ -12,7 +12,6 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
 
 from unionimage.changeset import recipe as recipes
 from unionimage.changeset.paths import PieceStream
@@ -20,6 +19,7 @@ from unionimage.digest import Readable, VerifyingReader
 from unionimage.errors import BadContent
 from unionimage.store.contents import Contents
 from unionimage.store.model import Layer
+from unionimage.tuples import NamedTuple
 
 _MOST_TRIALS = 64
 

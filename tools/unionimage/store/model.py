@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from unionimage.digest import Digest
 from unionimage.reference import Reference
+from unionimage.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from unionimage.image_config import History, ImageConfig
