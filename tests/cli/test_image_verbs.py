@@ -164,6 +164,8 @@ print([name for name in {HEAVY} if name in sys.modules])
         (["images", "--format", "{{if .ID}}"], 1, "has no {{end}}"),
         (["commit", "--upper", "/nope", "x"], 1, "/nope is not a directory"),
         (["import", "/nope"], 1, "No such file"),
+        (["import", "/etc/passwd"], 1, "is no tar archive"),
+        (["pull", "http://localhost/x"], 1, "leave out 'http://'"),
         (["save", "-o", "/nope/x", "base:1"], 1, "No such file"),
         (["prune"], 1, "Say so with --force"),
         (["diff", "nope"], 1, "no such container, image or layer: nope"),

@@ -43,6 +43,9 @@ class Reference(NamedTuple):
         Raises:
             UserError: the text is not a reference; says which part is wrong.
         """
+        scheme, is_url, rest = text.partition("://")
+        if is_url:
+            raise UserError(f"invalid reference {text!r}: leave out {scheme + is_url!r}")
         rest, at, digest_text = text.partition("@")
         digest = _digest(text, digest_text) if at else None
         slash = rest.rfind("/")

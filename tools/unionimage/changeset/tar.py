@@ -108,6 +108,7 @@ class Reader:
         self._left = 0  # payload bytes of the current entry not yet read
         self._padding = 0
         self._recording = True
+        self._begun = False
 
     def __iter__(self) -> Iterator[Entry]:
         count = 0
@@ -237,10 +238,17 @@ class Reader:
         name, mode, uid, gid, size, mtime, checksum, kind, link, magic, version = fields[:11]
         # Old tars summed signed bytes.
         plain = sum(block) - sum(checksum) + 8 * 32
-        if (promised := self._number(checksum)) != plain and promised != plain - 256 * sum(
+        try:
+            promised = self._number(checksum)
+        except BadContent:
+            promised = -1
+        if promised != plain and promised != plain - 256 * sum(
             byte >= 128 for byte in block[:148] + block[156:]
         ):
+            if not self._begun:
+                raise BadContent(f"{self._what} is no tar archive")
             raise BadContent(f"{self._what} is corrupt: a header's checksum is wrong")
+        self._begun = True
         name = name.split(b"\0", 1)[0]
         if magic == b"ustar\0" and version == b"00" and fields[15][0]:
             name = fields[15].split(b"\0", 1)[0] + b"/" + name
