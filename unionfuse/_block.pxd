@@ -6,7 +6,7 @@ threads may use at once is guarded by who holds the block (see _tables.pyx).
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memcmp, memcpy, strlen
 
 from unionfuse._wire cimport ENTRY_SIZE, fuse_dirent, record_length
 
@@ -73,6 +73,41 @@ cdef inline void free_block(Block *block) noexcept nogil:
     free(block.paths)
     free(block.extra)
     free(block)
+
+
+cdef inline Block *block_below(
+    const Block *above, const Name *name, uint64_t number
+) noexcept nogil:
+    """An empty block for a name of a block, with its places; NULL: no memory."""
+    cdef const Group *group = &above.groups[name.group]
+    cdef const Place *place
+    cdef uint32_t i
+    cdef size_t length, room = 1
+    cdef char *text
+    cdef Block *block = <Block *>calloc(1, sizeof(Block))
+    if block == NULL:
+        return NULL
+    for i in range(group.count):
+        room += strlen(above.places[above.positions[group.first + i]].path) + name.length + 2
+    block.places = <Place *>calloc(group.count + 1, sizeof(Place))
+    block.paths = text = <char *>malloc(room)
+    if block.places == NULL or block.paths == NULL:
+        free_block(block)
+        return NULL
+    block.directory, block.parent_ino, block.place_count = number, above.ino, group.count
+    for i in range(group.count):
+        place = &above.places[above.positions[group.first + i]]
+        block.places[i] = place[0]
+        block.places[i].path, block.places[i].descriptor = text, -1
+        length = strlen(place.path)
+        memcpy(text, place.path, length)
+        if length:
+            text[length] = 47  # a slash
+            length += 1
+        memcpy(text + length, above.text + name.at, name.length)
+        text[length + name.length] = 0
+        text += length + name.length + 1
+    return block
 
 
 cdef inline int fill_places(Block *block, places, int layers) except -1:

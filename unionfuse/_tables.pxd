@@ -43,6 +43,8 @@ cdef class Tables:
     cdef void note_opened(self, uint64_t number) noexcept nogil
     cdef int open_file(self, uint64_t number) noexcept nogil
 
+    cdef Block *draft(self, uint64_t number) except? NULL
+    cdef void note_open(self, int count) noexcept nogil
     cdef Block *held(self, uint64_t directory) except NULL
     cdef Block *pinned(self, uint64_t number, uint32_t *position) noexcept nogil
     cdef bint is_still_so(self, Block *block, uint32_t position) noexcept nogil

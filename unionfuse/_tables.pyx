@@ -23,9 +23,10 @@ from posix.unistd cimport close
 
 from unionfuse._block cimport (
     CACHED, DOTS, MADE, MANY, NOTHING, OPENED, TAKEN, TYPE, Block, Name, Place, add_extra,
-    count_listed, count_lookup, fill_groups, fill_names, fill_places, free_block, has_extra,
-    is_taken, name_key, position_of, record_size, topmost_place,
+    block_below, count_listed, count_lookup, fill_groups, fill_names, fill_places, free_block,
+    has_extra, is_taken, name_key, position_of, record_size, topmost_place,
 )
+from unionfuse._merge cimport merge_places
 from unionfuse._shelf cimport block_of, find, insert, open_shelf, take_out
 from unionfuse._wire cimport ATTR_AT, ENTRY_SIZE, RECORD_SIZE, fuse_attr, fuse_dirent
 
@@ -113,6 +114,59 @@ cdef class Tables:
         except BaseException:
             free_block(block)
             raise
+
+    def merge(self, uint64_t number, ids):
+        """Hold a directory that is a name in another one, as its layers have it; the union's lock
+        is held by the caller.
+
+        False where there is something special to it, or it is not for a table to tell.
+
+        Arguments:
+            ids: called with (directory, [(name, type bits of the mode)]); returns the id of the
+                first name, 0 where it has to be left to the union.
+        """
+        cdef Block *block = self.draft(number)
+        cdef bint is_in = False
+        cdef uint64_t first = 0
+        if block == NULL:
+            return False
+        try:
+            with nogil:
+                is_in = merge_places(block, self.layers)
+            if is_in and block.count:
+                first = ids(number, [
+                    (block.text[block.names[i].at:block.names[i].at + block.names[i].length],
+                     block.names[i].kind << 12)
+                    for i in range(block.count)
+                ])
+                is_in = first != 0
+            if is_in:
+                block.first, block.ready = first, True
+                pthread_mutex_lock(&self.mutex)
+                is_in = find(&self.shelf, number) == NULL and insert(&self.shelf, block)
+                if is_in:
+                    self.note_open(block.open_count)
+                self.unlock()
+        finally:
+            if not is_in:
+                for i in range(block.place_count):
+                    if block.places[i].descriptor >= 0:
+                        close(block.places[i].descriptor)
+                free_block(block)
+        return is_in
+
+    cdef Block *draft(self, uint64_t number) except? NULL:
+        """An empty block for a name that is a directory, with its places; NULL: ask the union."""
+        cdef Block *above
+        cdef Block *block = NULL
+        cdef Name *name = self.locked_name(number, &above)
+        if (
+            name != NULL and self.answers(above) and name.kind & (TYPE | TAKEN) == DT_DIR
+            and find(&self.shelf, number) == NULL
+        ):
+            block = block_below(above, name, number)
+        self.unlock()
+        return block
 
     def lay_over_index(self, uint64_t directory):
         """Hold a directory of the lookup index of which some names will be the union's to tell."""
@@ -528,7 +582,8 @@ cdef class Tables:
         """A directory that is listed as its layers have it, pinned; NULL for none."""
         cdef Block *block = self.locked(directory)
         if block != NULL and (
-            not self.answers(block) or block.changed or block.below or not block.first
+            not self.answers(block) or block.changed or block.below
+            or (block.count and not block.first)
         ):
             block = NULL
         if block != NULL:
@@ -598,8 +653,6 @@ cdef class Tables:
     cdef int open_place(self, Block *block, Place *place) noexcept nogil:
         """The descriptor of a directory in a layer, opened when it is first wanted; -1: cannot."""
         cdef int descriptor = tables_load(&place.descriptor)
-        cdef uint64_t tries
-        cdef Block *other
         if descriptor >= 0:
             return descriptor
         if place.path[0] == 0:
@@ -612,16 +665,21 @@ cdef class Tables:
             return tables_load(&place.descriptor)
         pthread_mutex_lock(&self.mutex)
         block.open_count += 1
-        self.open_count += 1
-        tries = 0
+        self.note_open(1)
+        self.unlock()
+        return descriptor
+
+    cdef void note_open(self, int count) noexcept nogil:
+        """So many directories of layers were opened: close others, those in use excepted."""
+        cdef uint64_t tries = 0
+        cdef Block *other
+        self.open_count += count
         while self.open_count > self.open_limit and tries <= self.shelf.mask:
             self.hand = (self.hand + 1) & self.shelf.mask
             other = self.shelf.slots[self.hand]
             if other != NULL and not other.pins and other.open_count:
                 self.close_places(other)
             tries += 1
-        self.unlock()
-        return descriptor
 
     cdef void close_places(self, Block *block) noexcept nogil:
         cdef uint32_t i

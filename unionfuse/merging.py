@@ -60,6 +60,16 @@ class Merging:
             self._merge(directory)
         return TabledView(self._tables, directory.id, self._layers)
 
+    def merge_below(self, number: int) -> bool:
+        """Merge a directory that a table has the name of and nobody a node; False: it takes one."""
+        return self._tables.merge(number, self._fresh_ids)
+
+    def _fresh_ids(self, number: int, kinds: list[tuple[bytes, int]]) -> int:
+        for gone in self._tables.dropped():
+            self._journal.drop_table(gone)
+        first, known = self._journal.table_ids(number, kinds)
+        return 0 if known else first
+
     def _merge(self, directory: Directory) -> None:
         merged = merge(directory.lowers, self._redirects.resolve)
         stubs = merged.stubs()

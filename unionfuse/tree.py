@@ -94,9 +94,7 @@ class Tree:
         self.nodes: dict[int, Node] = {}
         self._leaves_tables = False
         self.tables = Tables([layer.descriptor for layer in stack.layers])
-        self._merging = Merging(
-            stack, index, self.tables, self.journal, self.inodes, self.redirects
-        )
+        self.merging = Merging(stack, index, self.tables, self.journal, self.inodes, self.redirects)
         self.root = self._make_root()
 
     def _make_root(self) -> Directory:
@@ -206,7 +204,7 @@ class Tree:
         if directory.deleted and directory is not self.root:
             directory.view, directory.changes, directory.order = view.EMPTY_VIEW, {}, Order()
             return
-        below = self._merging.view(directory)
+        below = self.merging.view(directory)
         if directory.in_upper:
             found = view.scan(self.upper_directory(directory))
             changes = dict(found.kinds)
@@ -216,9 +214,14 @@ class Tree:
         directory.lowers = tuple(below.places())
         directory.view = below
 
+    def load_for_listing(self, number: int) -> None:
+        """Have a table of a directory, with a node of it only where that is necessary."""
+        if not self.merging.merge_below(number):
+            self.load(self.directory(number))
+
     def load_empty(self, directory: Directory) -> None:
         """A directory has just been made in upper: nothing is to be read."""
-        directory.view = self._merging.view(directory)
+        directory.view = self.merging.view(directory)
         self.begin_changes(directory, directory.view, {})
         self.tables.open(directory.id, changed=True)
 

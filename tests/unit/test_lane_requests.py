@@ -33,6 +33,9 @@ class QuietLane:
     def listed(self, node: int, cookie: int, size: int) -> None:
         pass
 
+    def looked_up(self, parent: int, name: bytes) -> None:
+        pass
+
     def opened(self, node: int, handle: int, made: object = None) -> tuple[int, int]:
         return 0, 0
 

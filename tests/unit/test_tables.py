@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import stat
 import struct
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness.layers import HardLink, Symlink, build
+from harness.layers import Dir, HardLink, Symlink, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,8 @@ from unionfuse._tables import Tables
 from unionfuse.express import protocol
 from unionfuse.express._lane import Loop
 from unionfuse.express.protocol import Opcode
+from unionfuse.layer import LayerStack, Place
+from unionfuse.view import merge
 
 REGULAR, DIRECTORY = stat.S_IFREG, stat.S_IFDIR
 FIRST = 1 << 62
@@ -351,3 +354,85 @@ def test_threads_that_read_and_one_that_changes(filled: Filled) -> None:
     assert not wrong
     assert filled.tables.lookups(filled.number(b"below")) == 1 + sum(answered)
     assert filled.tables.size()[0] <= 11
+
+
+few_names = st.sampled_from(
+    [*"abcdefgh", "n" * 255, "ä", ".dot", ".wh.a", ".wh..wh..opq", "pipe", *map(str, range(90))]
+)
+layers_of_one_directory = st.lists(
+    st.dictionaries(few_names, st.sampled_from(["file", "directory", "link"]), max_size=60),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(layers_of_one_directory)
+@settings(deadline=None, max_examples=60)
+def test_a_directory_is_merged_as_the_union_merges_it(layers: list[dict[str, str]]) -> None:
+    with tempfile.TemporaryDirectory() as base:
+        for number, content in enumerate(layers):
+            fill(Path(base, str(number), "top"), content)
+        stack = LayerStack.open([os.fsencode(f"{base}/{n}") for n in range(len(layers))])
+        tables = Tables([layer.descriptor for layer in stack.layers])
+        places = [(number, b"", os.stat(base).st_dev, 5 << 53) for number in range(len(layers))]
+        having = tuple(range(len(layers)))
+        tables.add(1, FIRST, (7, 7), places, [(b"top", DIRECTORY, having)])
+        tables.open(1, False)
+        told: list[tuple[int, list[tuple[bytes, int]]]] = []
+
+        def ids(number: int, kinds: list[tuple[bytes, int]]) -> int:
+            told.append((number, kinds))
+            return FIRST + 1000
+
+        merged = merge([Place(layer, b"top") for layer in stack.layers], lambda *_: ())
+        special = any(name.startswith(".wh.") for content in layers for name in content)
+        special = special or any(content.get("pipe") == "file" for content in layers)
+        before = len(os.listdir("/proc/self/fd"))
+        assert tables.merge(FIRST, ids) == (not special)
+        if special:
+            assert len(os.listdir("/proc/self/fd")) == before
+        else:
+            expected = [(name, stub.kind) for name, stub in merged.stubs().items()]
+            assert told == ([(FIRST, expected)] if expected else [])
+            assert tables.names(FIRST, 0, 1000) == [name for name, _ in expected]
+            assert tables.places(FIRST) == [(number, b"top") for number in having]
+            for position, (name, stub) in enumerate(merged.stubs().items()):
+                found = (stub.kind, stub.positions, FIRST + 1000 + position)
+                assert tables.get(FIRST, name) == found
+            assert not tables.merge(FIRST, ids)  # it is here already
+        stack.close()
+
+
+def fill(directory: Path, content: dict[str, str]) -> None:
+    directory.mkdir(parents=True)
+    for name, kind in content.items():
+        if name == "pipe" and kind == "file":
+            os.mkfifo(directory / name)
+        elif kind == "file":
+            (directory / name).touch()
+        elif kind == "link":
+            (directory / name).symlink_to("x")
+        else:
+            (directory / name).mkdir()
+
+
+def test_a_directory_with_marks_is_for_the_union_to_merge(tmp_path: Path) -> None:
+    layer = build(tmp_path / "layer", {"plain/x": "", "opaque": Dir(opaque="kernel"), "file": ""})
+    root = os.open(layer, os.O_PATH)
+    tables = Tables([root])
+    place = (0, b"", os.stat(layer).st_dev, 0)
+    listed = [(b"plain", DIRECTORY, (0,)), (b"opaque", DIRECTORY, (0,)), (b"file", REGULAR, (0,))]
+    tables.add(1, FIRST, NO_INODES, [place], [*listed, (b"gone", DIRECTORY, (0,))])
+    assert not tables.merge(FIRST, lambda *_: FIRST + 10)  # not open yet
+    tables.open(1, False)
+    for number in (FIRST + 1, FIRST + 2, FIRST + 3, FIRST + 4, 1, 0):
+        assert not tables.merge(number, lambda *_: FIRST + 10)
+    assert not tables.merge(FIRST, lambda *_: 0)  # the journal has other ids
+    with pytest.raises(ZeroDivisionError):
+        tables.merge(FIRST, lambda *_: 1 // 0)
+    assert tables.merge(FIRST, lambda *_: FIRST + 10)
+    assert tables.get(FIRST, b"x") == (REGULAR, (0,), FIRST + 10)
+    tables.take(FIRST)
+    tables.release(FIRST)
+    assert not tables.merge(FIRST, lambda *_: FIRST + 20)  # the union's now
+    os.close(root)

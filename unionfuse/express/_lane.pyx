@@ -349,6 +349,22 @@ cdef class Loop:
         got = self.tables.readdir(node, cookie, len(out), self.valid, out)
         return bytes(out[:got]) if got >= 0 else None
 
+    def look_up_in_tables(self, uint64_t parent, bytes name):
+        """The body of the reply to LOOKUP, as far as a table has one; None: ask the union."""
+        cdef char out[ENTRY_SIZE]
+        cdef int how
+        if self.tables is None or not self.shows_tables or len(name) > NAME_MAX:
+            return None
+        how = self.tables.lookup(parent, name, len(name), out)
+        if how == ABSENT:
+            memset(out, 0, ENTRY_SIZE)
+            (<uint64_t *>out)[2] = self.valid
+        elif how == FOUND:
+            self.limit(out)
+        else:
+            return None
+        return out[:ENTRY_SIZE]
+
     def trace_to(self, trace):
         """Have (opcode, node, body, errno) of each request told that is answered here."""
         self.trace, self.tracing = trace, True

@@ -366,9 +366,14 @@ class Lane:
 
     def listed(self, node: int, cookie: int, size: int) -> bytes | None:
         """What the loop lists of a directory, merged now if it was not. The lock is held."""
-        tree = self._union.tree
-        tree.load(tree.directory(node))
+        self._union.tree.load_for_listing(node)
         return self._loop.list_from_tables(node, cookie, size)
+
+    def looked_up(self, parent: int, name: bytes) -> bytes | None:
+        """What the loop finds in a directory that only now was merged. The lock is held."""
+        if name in (b".", b"..") or not self._union.tree.merging.merge_below(parent):
+            return None
+        return self._loop.look_up_in_tables(parent, name)
 
     def keep_statfs(self, answer: bytes) -> None:
         """Let the loop answer STATFS with this for a moment."""

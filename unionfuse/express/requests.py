@@ -48,6 +48,10 @@ class Requests:
 
     def _lookup(self, call: Call) -> bytes:
         (name,) = call.names(0, 1)
+        with self._union.lock:
+            tabled = self._lane.looked_up(call.node, name)
+        if tabled is not None:
+            return tabled
         try:
             return self._entry(self._union.lookup(call.node, name))
         except FileNotFoundError:
