@@ -167,7 +167,8 @@ def test_a_verb_that_the_spawner_does_is_the_same(box: Box) -> None:
         box("create", "--network", "none", "--name", "one", "busybox", "true")
         tries = (
             ("rm", "one"), ("rm", "one"), ("rm", "-f", "one"), ("rm",), ("rm", "--nonsense", "x"),
-            ("start", "one"), ("start", "--help"),
+            ("start", "one"), ("start", "--help"), ("mount", "busybox"),
+            ("mount", "nope", "/mnt"), ("mount", "busybox", "etc"),
         )  # fmt: skip
         done = [box(*words, code=None) for words in tries]
         return [(one.returncode, one.stdout, one.stderr) for one in done]
@@ -179,7 +180,7 @@ def test_a_verb_that_the_spawner_does_is_the_same(box: Box) -> None:
         path.unlink()  # it ends then
     alone = told()
     assert not spawners()
-    assert [code for code, _, _ in alone] == [0, 1, 0, 125, 125, 1, 0]
+    assert [code for code, _, _ in alone] == [0, 1, 0, 125, 125, 1, 0, 125, 1, 1]
     box.sh("true")
     wait_until(spawners, 30, "the spawner")
     assert told() == alone

@@ -27,11 +27,12 @@ IMPORTS = (
     "container.lifecycle",
     "container.starting",
     "cli.engine",
+    "cli.mount",
     "cli.parser",
     "cli.rm",
     "cli.start",
 )
-VERBS = ("rm", "start")
+VERBS = ("mount", "rm", "start")
 ATTACHING = ("-a", "-i", "--a", "--i", "--d")  # begin the flags of `start` that want a terminal
 
 _forked = False
@@ -44,9 +45,10 @@ def ask(task: str, argument: Any, descriptors: Sequence[int]) -> Any:
 
 def command(words: Sequence[str]) -> int | None:
     """Have the spawner do a verb as a whole; its exit code, or None: do it by yourself."""
-    if not words or words[0] not in VERBS or os.geteuid() != 0:
+    verb = words[2:3] if words[:1] == ["--root"] else words[:1]
+    if not verb or verb[0] not in VERBS or os.geteuid() != 0:
         return None
-    if words[0] == "start" and any(word.startswith(ATTACHING) for word in words):
+    if verb[0] == "start" and any(word.startswith(ATTACHING) for word in words):
         return None
     code = ask("command", list(words), [2, 1])
     return None if code is None else int(code)

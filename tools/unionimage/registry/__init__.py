@@ -8,9 +8,10 @@
                        ├─ blob.py        a blob as a stream that survives cuts
                        ├─ auth.py        challenges and tokens
                        │    └─ credentials.py   docker's config.json and credential helpers
-                       └─ transport.py   HTTP: time limits, back-off, redirects
+                       └─ transport.py   a registry's connections: schemes, back-off, redirects
+                            └─ http.py       HTTP/1.1 over sockets
         └─ ssh.py                copy: the layers that the other side lacks, over one ssh connection
     errors.py                   what goes wrong, in one line
 
-Nothing in here is imported by other verbs: the HTTP library takes its time to load.
+Nothing in here is imported by verbs that need no registry.
 """

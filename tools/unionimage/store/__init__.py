@@ -13,7 +13,7 @@ On disk, below the root:
 
 The map of the package, arrows downwards:
 
-    check      damage and repair
+    check      damage and repair; mend: layers that are kept as files alone
     store      opened and cleaned up          lease      adding
     cleanup    garbage                        contents   reading, names, holds
     platforms  names for several platforms
