@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from harness.containers import COMMAND, Box, monitor_of, nothing_left
 from harness.waiting import wait_until
+from unionimage.container import prepare
+from unionimage.container.state import Containers
+from unionimage.store import Store
 
 
 def alive(pid: int) -> bool:
@@ -153,6 +156,23 @@ def test_commands_killed_at_odd_moments(box: Box) -> None:
     assert not list((box.root / "containers").glob(".new-*"))
     assert nothing_left(box)
     box("run", "--rm", "--name", "odd-0", "--network", "none", "busybox", "true")
+
+
+def test_a_start_that_was_killed_with_the_mount_made(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box("create", "--network", "none", "--name", "half", "busybox", "true")
+    for name, value in box.environment.items():
+        if name.startswith("UNIONFUSE_"):
+            monkeypatch.setenv(name, value)
+    container = Containers(box.root, box.run_root).find("half")
+    container.merged.mkdir(parents=True)
+    with Store.open(box.root) as store:
+        prepare.mount_root(container, store)
+    assert container.mounted()
+    box("start", "-a", "half")
+    box("rm", "half")
+    assert nothing_left(box)
 
 
 def test_several_commands_on_one_container(box: Box) -> None:

@@ -115,6 +115,8 @@ def _start(
             time.sleep(0.005)
         if state["Status"] in ALIVE or container.monitor_lives():
             raise Conflict(f"container {container.name} is {state['Status']} already")
+        if container.mounted():  # by a start that was killed
+            prepare.undo(container)
         chosen = runtime.find(container.record.get("Runtime"))
         # Forked before the work is done: the memory that this touches is not the monitor's.
         begin, answers = _fork_monitor(inventory, container, chosen, client)
