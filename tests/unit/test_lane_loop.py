@@ -252,6 +252,9 @@ def test_a_new_file_is_held_while_it_is_written(
     valid = SetattrValid
     found = asked(Opcode.SETATTR, setattr_in(valid.UID | valid.GID | valid.MODE, 0o104751, 12))
     assert (found.st_uid, found.st_gid, found.st_mode) == (12, 12, 0o104751)
+    chown = valid.UID | valid.GID | valid.KILL_SUIDGID  # as the kernel asks for it
+    found = asked(Opcode.SETATTR, setattr_in(chown, owner=13))
+    assert (found.st_uid, found.st_mode) == (13, 0o100751)
     found = asked(Opcode.SETATTR, setattr_in(valid.MTIME, times=(1, 2)))
     assert found.st_mtime_ns == 2 * 10**9 + 600 and found.st_atime_ns > 10**18
     found = asked(

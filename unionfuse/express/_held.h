@@ -9,8 +9,10 @@
 #include "_wire.h"
 
 #define HELD_TIMES (FATTR_ATIME | FATTR_MTIME)
-#define HELD_CHANGES (FATTR_MODE | FATTR_UID | FATTR_GID | HELD_TIMES)
-/* Those, and what goes with them. Sizes, and rights that somebody loses, are for the union. */
+#define HELD_OWNER (FATTR_UID | FATTR_GID)
+#define HELD_CHANGES (FATTR_MODE | HELD_OWNER | HELD_TIMES)
+/* Those, and what goes with them. Sizes, and set-uid that goes, are for the union; but fchown(2)
+ * takes set-uid away by itself. */
 #define HELD_KNOWN \
     (HELD_CHANGES | FATTR_ATIME_NOW | FATTR_MTIME_NOW | FATTR_FH | FATTR_LOCKOWNER | FATTR_CTIME)
 
@@ -27,8 +29,9 @@ static inline struct timespec held_time(uint32_t fields, uint32_t given, uint32_
  * nothing was done because it asks for something else. */
 static inline int held_change(int file, const struct fuse_setattr_in *in) {
     struct timespec times[2];
-    if (in->valid & ~HELD_KNOWN || !(in->valid & HELD_CHANGES)) return -1;
-    if (in->valid & (FATTR_UID | FATTR_GID)
+    uint32_t known = in->valid & HELD_OWNER ? HELD_KNOWN | FATTR_KILL_SUIDGID : HELD_KNOWN;
+    if (in->valid & ~known || !(in->valid & HELD_CHANGES)) return -1;
+    if (in->valid & HELD_OWNER
         && fchown(file, in->valid & FATTR_UID ? in->uid : (uid_t)-1,
                   in->valid & FATTR_GID ? in->gid : (gid_t)-1)) return errno;
     if (in->valid & FATTR_MODE && fchmod(file, in->mode & 07777)) return errno;
