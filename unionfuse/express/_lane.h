@@ -1,7 +1,6 @@
 /* What the compiled loop of the express lane needs of the system: atomic counters, splice, and
  * files by descriptor. For _lane.pyx alone.
  */
-#define XXH_INLINE_ALL
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -9,17 +8,7 @@
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
-#include <xxhash.h>
 #include "_wire.h"
-
-/* One node of the index; see unionfuse/index.py. */
-struct lane_node {
-    uint32_t record, parent;
-    uint16_t layer, flags;
-    uint32_t length;
-    uint64_t offset, places;
-};
-struct lane_slot { uint32_t tag, record; };
 
 #define LANE_WORTH_SPLICING 65536 /* bytes */
 #define LANE_PIPE (1 << 20)
@@ -29,15 +18,6 @@ static inline int lane_add(int *counter, int by) {
 }
 static inline int lane_load(int *counter) {
     return __atomic_load_n(counter, __ATOMIC_SEQ_CST);
-}
-static inline int lane_swap(int *counter, int value) {
-    return __atomic_exchange_n(counter, value, __ATOMIC_SEQ_CST);
-}
-
-static inline int lane_replace(int *counter, int expected, int value) { /* what was there */
-    __atomic_compare_exchange_n(counter, &expected, value, 0, __ATOMIC_SEQ_CST,
-                                __ATOMIC_SEQ_CST);
-    return expected;
 }
 static inline uint64_t lane_load_place(uint64_t *place) {
     return __atomic_load_n(place, __ATOMIC_SEQ_CST);

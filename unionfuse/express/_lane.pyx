@@ -11,18 +11,20 @@ files that it was given to hold (_held.pxd).
 """
 
 from libc.errno cimport EIO, EINTR, EAGAIN, EINVAL, ENAMETOOLONG, ENODATA, ENODEV, ENOENT, ENOSYS, \
-    ENOTCONN, ERANGE, errno
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+    ENOTCONN, errno
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memchr, memcmp, memcpy, memset
 from posix.types cimport off_t
 from posix.unistd cimport close, pread, read
 
 from unionfuse._tables cimport ABSENT, BELOW, FOUND, Tables
-from unionfuse._wire cimport (
-    ATTR_AT, ENTRY_SIZE, RECORD_SIZE, fuse_attr, fuse_dirent, record_length,
-)
+from unionfuse._wire cimport ATTR_AT, ENTRY_SIZE, fuse_attr, fuse_dirent, record_length
 from unionfuse.express._held cimport HELD, Held, held_attributes, hold, let_all_go, let_go
+from unionfuse.express._index cimport (
+    DIRECTORY, HAS_LINKS, HAS_XATTRS, METACOPY, PATH_MAX, SYMLINK, Index, find_record, has_node,
+    index_node, map_index, path_in_layer, record_before, record_of, seek, target_of,
+)
 from unionfuse.express._opens cimport (
     ASK, OURS, SLOTS, Opened, Opens, begin_open, begin_reading, count_opens, end_open, end_opening,
     end_reading, free_table, offer_file, open_table, stop_opening, swap_file,
@@ -56,22 +58,9 @@ cdef extern from "_lane.h":
     struct fuse_batch_forget_in:
         uint32_t count
         uint32_t dummy
-    struct lane_node:
-        uint32_t record
-        uint32_t parent
-        uint16_t layer
-        uint16_t flags
-        uint32_t length
-        uint64_t offset
-        uint64_t places
-    struct lane_slot:
-        uint32_t tag
-        uint32_t record
     int munmap(void *address, size_t size) nogil
     int lane_add(int *counter, int by) nogil
     int lane_load(int *counter) nogil
-    int lane_swap(int *counter, int value) nogil
-    int lane_replace(int *counter, int expected, int value) nogil
     uint64_t lane_load_place(uint64_t *place) nogil
     uint64_t lane_swap_place(uint64_t *place, uint64_t value) nogil
     long lane_most_files() nogil
@@ -81,7 +70,6 @@ cdef extern from "_lane.h":
     int lane_is_absent(int directory, const char *name) nogil
     int mlock(const void *address, size_t length) nogil
     ssize_t writev(int fd, const iovec *iov, int count) nogil
-    uint64_t XXH3_64bits_withSeed(const void *data, size_t length, uint64_t seed) nogil
     double lane_clock() nogil
 
 cdef extern from "_opens.h":
@@ -124,8 +112,6 @@ cdef enum:
     TRUNCATE = 0o1000  # O_TRUNC
     KEEP_CACHE_NOFLUSH = 1 << 1 | 1 << 5
     BROUGHT = 32768  # bytes of a file that goes into the page cache as a whole when it is opened
-    PATH_MAX = 4096
-    INHERITED = 0xFFFF  # of a place in the index: it has the directory's own name
     SHOWN = 64  # directories of upper, that the loop answers for
     BARE = 4096  # new files, of which the loop knows that they have no capabilities
     HANDLES = 1 << 16  # open files that the loop knows the descriptors of
@@ -141,21 +127,12 @@ cdef enum:
     ANSWERED = 1
     SILENT = 2  # no reply is due, or it has been sent
 
-# Flags of a node in the index.
-cdef enum:
-    HAS_XATTRS = 1
-    HAS_LINKS = 2
-    METACOPY = 4
-    DIRECTORY = 8
-    SYMLINK = 16
-
 # What has come to be known of a node of the index.
 cdef enum:
     CHANGED = 1  # its attributes, names or content differ from the index
     LISTING = 2  # a name in it leads to a node that is CHANGED
     CACHED = 4  # the page cache has its data, as far as it needs it
 
-cdef uint32_t DELETED = 0xFFFFFFFF
 cdef size_t BUFFER = MAX_WRITE + 8192  # the largest request: max_write and its headers
 cdef size_t MEMORY = 16  # directories whose place a thread remembers
 cdef double STATFS_VALID = 0.05  # seconds
@@ -223,18 +200,13 @@ cdef class Loop:
     """
 
     cdef int fd
-    cdef object handler, index, trace
+    cdef object handler, trace
     cdef bint tracing
     cdef size_t resident  # bytes of each buffer for requests; 0: as they are touched
     cdef uint64_t valid, forever
     cdef bint xattrs
     cdef int unlabelled
-    cdef const char *base
-    cdef const lane_slot *slots
-    cdef const lane_node *nodes
-    cdef const char *records
-    cdef const char *targets
-    cdef uint64_t mask, count, records_length, targets_length
+    cdef Index index
     cdef void *own_marks  # NULL where marks were given
     cdef uint8_t *dirty  # by node: what Python has told
     cdef unsigned char[:] marks
@@ -249,9 +221,6 @@ cdef class Loop:
     cdef Opens opens
     cdef void *own_opens  # NULL where the memory was given
     cdef unsigned char[:] given_opens
-    cdef const char *places
-    cdef uint64_t places_length
-    cdef int layer_count
     cdef char *rings  # NULL where they end with us
     cdef size_t rings_size
     cdef bint takes_over
@@ -298,7 +267,6 @@ cdef class Loop:
             marks: `size_of_marks` bytes, zeros or as another loop left them: what `changed` has
                 told.
         """
-        sections = index.sections
         size = self.size_of_marks(index.count)
         if marks is not None:
             if len(marks) != size:
@@ -310,20 +278,8 @@ cdef class Loop:
             if not self.own_marks:
                 raise MemoryError
             self.dirty = <uint8_t *>self.own_marks
-        self.index = index
         self.view = index.map
-        self.base = <const char *>&self.view[0]
-        self.slots = <const lane_slot *>(self.base + <size_t>sections["slots"].offset)
-        self.mask = sections["slots"].length // sizeof(lane_slot) - 1
-        self.nodes = <const lane_node *>(self.base + <size_t>sections["nodes"].offset)
-        self.records = self.base + <size_t>sections["records"].offset
-        self.records_length = sections["records"].length
-        self.targets = self.base + <size_t>sections["targets"].offset
-        self.targets_length = sections["targets"].length
-        self.places = self.base + <size_t>sections["places"].offset
-        self.places_length = sections["places"].length
-        self.layer_count = len(index.layers)
-        self.count = index.count
+        map_index(&self.index, <const char *>&self.view[0], index)
 
     @staticmethod
     def size_of_marks(uint64_t count):
@@ -372,15 +328,15 @@ cdef class Loop:
     def changed(self, uint64_t node, parents):
         """Ask Python about a node from now on, and about the listings that show it."""
         cdef uint64_t parent
-        if 0 < node <= self.count:
+        if has_node(&self.index, node):
             opens_mark(&self.dirty[node], CHANGED)
         for parent in parents:
-            if 0 < parent <= self.count:
+            if has_node(&self.index, parent):
                 opens_mark(&self.dirty[parent], LISTING)
 
     def is_changed(self, uint64_t node):
         """Whether Python is asked about a node."""
-        return not 0 < node <= self.count or bool(self.dirty[node] & CHANGED)
+        return not has_node(&self.index, node) or bool(self.dirty[node] & CHANGED)
 
     def stay_resident(self, size_t max_write):
         """Have memory that the kernel copies to or from in place before it does so.
@@ -450,7 +406,7 @@ cdef class Loop:
     def opened_elsewhere(self, uint64_t node):
         """Python has opened a node: its data is not put into the page cache from now on, and a
         node of a table is Python's to open again."""
-        if 0 < node <= self.count:
+        if has_node(&self.index, node):
             opens_mark(&self.dirty[node], CACHED)
         elif self.tables is not None:
             with nogil:
@@ -510,7 +466,7 @@ cdef class Loop:
             descriptor: of the file, for writing; becomes the loop's.
             inode: its number in the mount.
         """
-        if node <= self.count or lane_most_files() < HELD:
+        if node <= self.index.count or lane_most_files() < HELD:
             close(descriptor)
         else:
             hold(self.held, node, descriptor, inode)
@@ -863,61 +819,33 @@ cdef class Loop:
 
     cdef bint is_as_indexed(self, uint64_t node) noexcept nogil:
         """Whether a node is what the index says."""
-        return 0 < node <= self.count and not self.dirty[node] & CHANGED
+        return has_node(&self.index, node) and not self.dirty[node] & CHANGED
 
     cdef int fail(self, Reply *reply, int error) noexcept nogil:
         reply.error, reply.data, reply.length = error, NULL, 0
         return ANSWERED
 
-    cdef const char *record(self, uint64_t offset, uint64_t end) noexcept nogil:
-        """The record at an offset if it lies wholly before `end`; NULL where it does not."""
-        cdef const fuse_dirent *entry
-        if end > self.records_length or offset > end or end - offset < RECORD_SIZE:
-            return NULL
-        entry = <const fuse_dirent *>(self.records + offset + ENTRY_SIZE)
-        if entry.namelen > end - offset - RECORD_SIZE:
-            return NULL
-        return self.records + offset
-
     cdef int lookup(
         self, Thread *thread, uint64_t parent, const char *name, size_t size, Reply *reply
     ) noexcept nogil:
-        cdef const lane_node *node = &self.nodes[parent]
-        cdef uint64_t key, slot, tries, offset, start = node.offset, child
-        cdef uint64_t end = start + node.length
         cdef const char *record
-        cdef const fuse_dirent *entry
-        cdef size_t length = size - 1
         cdef int failure = self.check_name(name, size)
         if failure:
             return self.fail(reply, failure)
-        if not node.flags & DIRECTORY:
+        if not self.index.nodes[parent].flags & DIRECTORY:
             return FOR_PYTHON
-        key = XXH3_64bits_withSeed(name, length, parent)
-        slot = key & self.mask
-        for tries in range(self.mask + 1):
-            if self.slots[slot].record == 0:
-                return self.absent(thread, reply)
-            offset = <uint64_t>self.slots[slot].record * 8
-            if self.slots[slot].tag == key >> 32 and start <= offset < end:
-                record = self.record(offset, end)
-                if record == NULL:
-                    return self.fail(reply, EIO)
-                entry = <const fuse_dirent *>(record + ENTRY_SIZE)
-                if entry.namelen == length and memcmp(record + RECORD_SIZE, name, length) == 0:
-                    child = (<const uint64_t *>record)[0]
-                    if not 0 < child <= self.count:
-                        return self.fail(reply, EIO)
-                    if self.dirty[child] & CHANGED:
-                        return FOR_PYTHON
-                    reply.data, reply.length = record, ENTRY_SIZE
-                    if self.valid != self.forever:
-                        memcpy(thread.out, record, ENTRY_SIZE)
-                        self.limit(thread.out)
-                        reply.data = thread.out
-                    return ANSWERED
-            slot = (slot + 1) & self.mask
-        return self.fail(reply, EIO)
+        if not find_record(&self.index, parent, name, size - 1, &record):
+            return self.fail(reply, EIO)
+        if record == NULL:
+            return self.absent(thread, reply)
+        if self.dirty[(<const uint64_t *>record)[0]] & CHANGED:
+            return FOR_PYTHON
+        reply.data, reply.length = record, ENTRY_SIZE
+        if self.valid != self.forever:
+            memcpy(thread.out, record, ENTRY_SIZE)
+            self.limit(thread.out)
+            reply.data = thread.out
+        return ANSWERED
 
     cdef int check_name(self, const char *name, size_t size) noexcept nogil:
         """The errno for a name in a request, 0 for none."""
@@ -938,9 +866,7 @@ cdef class Loop:
         (<uint64_t *>entry)[3] = self.valid
 
     cdef int getattr(self, Thread *thread, uint64_t node, Reply *reply) noexcept nogil:
-        cdef const char *record = self.record(
-            <uint64_t>self.nodes[node].record * 8, self.records_length
-        )
+        cdef const char *record = record_of(&self.index, node)
         if record == NULL:
             return self.fail(reply, EIO)
         memcpy(thread.out + 16, record + ATTR_AT, ENTRY_SIZE - ATTR_AT)
@@ -1006,13 +932,10 @@ cdef class Loop:
         return self.fail(reply, failure) if failure else self.attributes(thread, reply)
 
     cdef int readlink(self, uint64_t node, Reply *reply) noexcept nogil:
-        cdef const lane_node *link = &self.nodes[node]
-        if not link.flags & SYMLINK:
+        if not self.index.nodes[node].flags & SYMLINK:
             return self.fail(reply, EINVAL)
-        if link.offset > self.targets_length or self.targets_length - link.offset < link.length:
-            return self.fail(reply, EIO)
-        reply.data, reply.length = self.targets + link.offset, link.length
-        return ANSWERED
+        reply.data = target_of(&self.index, node, &reply.length)
+        return ANSWERED if reply.data != NULL else self.fail(reply, EIO)
 
     cdef int xattr(
         self, Thread *thread, uint64_t node, bint all_names, const char *body, size_t size,
@@ -1021,7 +944,7 @@ cdef class Loop:
         cdef const fuse_getxattr_in *wanted = <const fuse_getxattr_in *>body
         if size < sizeof(fuse_getxattr_in):
             return self.fail(reply, EINVAL)
-        if not self.xattrs or self.nodes[node].flags & HAS_XATTRS:
+        if not self.xattrs or self.index.nodes[node].flags & HAS_XATTRS:
             return FOR_PYTHON
         if all_names:
             if wanted.size == 0:
@@ -1118,7 +1041,7 @@ cdef class Loop:
         how = self.tables.lookup(parent, name, size - 1, entry if self.shows_tables else NULL)
         if how == ABSENT:
             return self.absent(thread, reply)
-        if how == BELOW and 0 < parent <= self.count:
+        if how == BELOW and has_node(&self.index, parent):
             return self.lookup(thread, parent, name, size, reply)
         if how != FOUND:
             return FOR_PYTHON
@@ -1139,7 +1062,7 @@ cdef class Loop:
         self, Thread *thread, uint64_t directory, bint plus, const char *body, size_t size,
         Reply *reply
     ) noexcept nogil:
-        cdef const lane_node *node = &self.nodes[directory]
+        cdef const index_node *node = &self.index.nodes[directory]
         cdef const fuse_read_in *wanted = <const fuse_read_in *>body
         cdef uint64_t at, end = node.offset + node.length, start, cookie = 0
         cdef size_t room, used = 0, length, whole
@@ -1154,7 +1077,7 @@ cdef class Loop:
             return self.fail(reply, EIO)
         start = at
         while at < end:
-            record = self.record(at, end)
+            record = record_before(&self.index, at, end)
             if record == NULL:
                 return self.fail(reply, EIO)
             entry = <const fuse_dirent *>(record + ENTRY_SIZE)
@@ -1174,9 +1097,9 @@ cdef class Loop:
         if used == 0 and at < end:
             return self.fail(reply, EINVAL)
         if plus and self.valid == self.forever:
-            if at > self.records_length:
+            if at > self.index.records_length:
                 return self.fail(reply, EIO)
-            reply.data = self.records + start
+            reply.data = self.index.records + start
         else:
             reply.data = thread.out
         reply.length = used
@@ -1188,24 +1111,11 @@ cdef class Loop:
         self, Thread *thread, uint64_t directory, uint64_t cookie, uint64_t *offset
     ) noexcept nogil:
         """The offset of the record behind a cookie."""
-        cdef const lane_node *node = &self.nodes[directory]
         cdef const Place *known = &thread.places[directory % MEMORY]
-        cdef uint64_t at = node.offset, end = node.offset + node.length
-        cdef const char *record
-        cdef const fuse_dirent *entry
         if cookie and known.directory == directory and known.cookie == cookie:
             offset[0] = known.offset
             return True
-        while cookie and at < end:
-            record = self.record(at, end)
-            if record == NULL:
-                return False
-            entry = <const fuse_dirent *>(record + ENTRY_SIZE)
-            if entry.off > cookie:
-                break
-            at += record_length(entry.namelen)
-        offset[0] = at
-        return True
+        return seek(&self.index, directory, cookie, offset)
 
     cdef void remember(
         self, Thread *thread, uint64_t directory, uint64_t cookie, uint64_t offset
@@ -1313,10 +1223,10 @@ cdef class Loop:
         """Whether a node's file is the layer's, as far as can be told without a look at it."""
         cdef const char *record
         cdef uint8_t marks
-        if not 0 < node <= self.count:
+        if not has_node(&self.index, node):
             return self.tables is not None and self.tables.is_openable(node, cached)
         marks = self.dirty[node]
-        record = self.record(<uint64_t>self.nodes[node].record * 8, self.records_length)
+        record = record_of(&self.index, node)
         cached[0] = marks & CACHED != 0
         return (
             not marks & CHANGED and record != NULL
@@ -1326,7 +1236,7 @@ cdef class Loop:
     cdef void bring(self, Thread *thread, uint64_t node, int file, size_t size) noexcept nogil:
         if not opens_bring(self.fd, node, file, thread.out, size):
             return
-        if 0 < node <= self.count:
+        if has_node(&self.index, node):
             opens_mark(&self.dirty[node], CACHED)
         else:
             self.tables.note_cached(node)
@@ -1335,84 +1245,22 @@ cdef class Loop:
         """The file of a node in its layer, opened; -1 where only Python knows, or it fails."""
         cdef char path[PATH_MAX]
         cdef const char *found
-        if not 0 < node <= self.count:
+        if not has_node(&self.index, node):
             return self.tables.open_file(node) if self.tables is not None else -1
         # A file with several names may have another one in its layer; a metacopy is elsewhere.
         if (
             self.tables is None or self.dirty[node] & CHANGED
-            or self.nodes[node].flags & (HAS_LINKS | METACOPY | DIRECTORY | SYMLINK)
-            or self.nodes[node].layer >= min(self.layer_count, self.tables.layer_count)
+            or self.index.nodes[node].flags & (HAS_LINKS | METACOPY | DIRECTORY | SYMLINK)
+            or self.index.nodes[node].layer >= min(self.index.layers, self.tables.layer_count)
         ):
             return -1
-        found = self.path_in_layer(node, path)
+        found = path_in_layer(&self.index, node, path)
         if found == NULL:
             return -1
         # The index counts from the base.
         return opens_lower(
-            self.tables.layers[self.layer_count - 1 - self.nodes[node].layer], found
+            self.tables.layers[self.index.layers - 1 - self.index.nodes[node].layer], found
         )
-
-    cdef const char *path_in_layer(self, uint64_t node, char *room) noexcept nogil:
-        """Where a node lies in its layer, put together at the end of PATH_MAX bytes; or NULL."""
-        cdef uint16_t layer = self.nodes[node].layer
-        cdef uint64_t at = PATH_MAX - 1
-        cdef const char *record
-        cdef const char *place
-        cdef size_t length
-        room[at] = 0
-        while True:
-            record = self.record(<uint64_t>self.nodes[node].record * 8, self.records_length)
-            node = self.nodes[node].parent
-            if record == NULL or not 0 < node <= self.count:
-                return NULL
-            length = (<const fuse_dirent *>(record + ENTRY_SIZE)).namelen
-            if not self.prepend(room, &at, record + RECORD_SIZE, length):
-                return NULL
-            place = self.place_of(node, layer, &length)
-            if place == NULL:
-                return NULL
-            if length != INHERITED:
-                if length and not self.prepend(room, &at, place, length):
-                    return NULL
-                return room + at
-
-    cdef bint prepend(
-        self, char *room, uint64_t *at, const char *name, size_t length
-    ) noexcept nogil:
-        """Put a name in front of a path that begins at `at`."""
-        if length == 0 or at[0] < length + 1:
-            return False
-        if room[at[0]]:
-            at[0] -= 1
-            room[at[0]] = 47  # a slash
-        at[0] -= length
-        memcpy(room + at[0], name, length)
-        return True
-
-    cdef const char *place_of(
-        self, uint64_t directory, uint16_t layer, size_t *length
-    ) noexcept nogil:
-        """The path that the index has for a directory in a layer; NULL where it has none."""
-        cdef uint64_t at = self.nodes[directory].places, end = self.places_length
-        cdef uint16_t count, size
-        cdef const char *place
-        if at > end or end - at < 2:
-            return NULL
-        count = (<const uint16_t *>(self.places + at))[0]
-        at += 2
-        while count and end - at >= 4:
-            place = self.places + at
-            size = (<const uint16_t *>place)[1]
-            length[0] = size
-            if size == INHERITED:
-                size = 0
-            if end - at - 4 < size:
-                return NULL
-            if (<const uint16_t *>place)[0] == layer:
-                return place + 4
-            at += 4 + size
-            count -= 1
-        return NULL
 
     cdef int release(
         self, Thread *thread, const char *body, size_t size, Reply *reply
