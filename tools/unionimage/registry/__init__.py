@@ -9,7 +9,7 @@
                        ├─ auth.py        challenges and tokens
                        │    └─ credentials.py   docker's config.json and credential helpers
                        └─ transport.py   a registry's connections: schemes, back-off, redirects
-                            └─ http.py       HTTP/1.1 over sockets
+                            └─ http.py       connections of http.client, used again
         └─ ssh.py                copy: the layers that the other side lacks, over one ssh connection
     errors.py                   what goes wrong, in one line
 

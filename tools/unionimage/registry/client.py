@@ -101,7 +101,7 @@ class Repository:
             if response.status in expected:
                 return response
             answered_at_home = self.transport.is_home(response.url or url)
-            challenges = response.headers.getlist("WWW-Authenticate")
+            challenges = response.headers.get_all("WWW-Authenticate", [])
             problem = status_error(response, str(self))
             if last or response.status != 401 or not answered_at_home:
                 break

@@ -25,7 +25,7 @@ def check_login(session: Session, registry: str, credential: Credential) -> None
         if response.status == 200:
             finish(response)
             return
-        challenges = response.headers.getlist("WWW-Authenticate")
+        challenges = response.headers.get_all("WWW-Authenticate", [])
         problem = status_error(response, registry)
         if response.status != 401:
             raise _explain(problem, registry)
