@@ -32,7 +32,7 @@ _SIZE = JOURNAL_AT + 2 * HALF
 _INIT_AT = 1024
 _MOUNTPOINT_AT = JOURNAL_AT - 8192
 _DEVICE_AT = JOURNAL_AT - 2048
-_MAGIC = 0x0001_4B45_4550_0002  # its last digits count versions of this layout
+_MAGIC = 0x0001_4B45_4550_0003  # its last digits count versions of this layout
 
 
 class Word(enum.IntEnum):
