@@ -287,11 +287,7 @@ class Contents:
         if name.digest is not None:
             raise UserError(f"a name with a digest cannot be given: {name.familiar}")
         with self.database.write() as database:
-            if (
-                database.execute("SELECT 1 FROM images WHERE id = ?", (image.id,)).fetchone()
-                is None
-            ):
-                raise NotFound(f"image {image.id.short} was removed meanwhile")
+            self._require(image)
             database.execute(
                 "INSERT OR REPLACE INTO names VALUES (?, ?)",
                 (str(name.with_default_tag()), image.id),
@@ -342,11 +338,7 @@ class Contents:
     def hold(self, owner: str, image: Image) -> None:
         """Keep an image for an owner (`container:ID`), beyond the life of this process."""
         with self.database.write() as database:
-            if (
-                database.execute("SELECT 1 FROM images WHERE id = ?", (image.id,)).fetchone()
-                is None
-            ):
-                raise NotFound(f"image {image.id.short} was removed meanwhile")
+            self._require(image)
             database.execute(
                 "INSERT OR IGNORE INTO holds VALUES (?, 'image', ?)", (owner, image.id)
             )
