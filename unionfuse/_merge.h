@@ -4,31 +4,22 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/openat2.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/xattr.h>
 #include <unistd.h>
+#include "_beneath.h"
 
 struct merge_entry { uint64_t inode, offset; uint16_t size; uint8_t type; char name[1]; };
 
-/* A readable directory below a layer's root, entered without crossing mounts or following links;
- * -1 where it cannot be, or carries marks of an overlay. */
+/* A readable directory below a layer's root; -1 where it cannot be, or carries marks of an overlay. */
 static int merge_open(int root, const char *path, uint64_t *inode) {
-    struct open_how how;
     struct stat status;
     char names[4096];
     ssize_t length;
     int fd;
-    memset(&how, 0, sizeof how);
-    how.flags = O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW | O_NOATIME;
-    how.resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV;
-    fd = syscall(SYS_openat2, root, path, &how, sizeof how);
-    if (fd < 0 && errno == EPERM) { /* not our directory */
-        how.flags &= ~O_NOATIME;
-        fd = syscall(SYS_openat2, root, path, &how, sizeof how);
-    }
+    fd = beneath_open(root, path, O_RDONLY | O_DIRECTORY | O_NOATIME);
     if (fd < 0) return -1;
     length = flistxattr(fd, names, sizeof names);
     if ((length < 0 && errno != EOPNOTSUPP) || (length > 0 && memmem(names, length, "overlay", 7))

@@ -1,21 +1,16 @@
 /* What tables of merged directories need of the system. For _tables.pyx alone. */
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/openat2.h>
 #include <pthread.h>
 #include <stdio.h>
-#include <sys/syscall.h>
 #include <sys/xattr.h>
 #include <unistd.h>
+#include "_beneath.h"
 #include "_wire.h"
 
-/* A directory below a layer's root, entered without crossing mounts or following links. */
+/* A directory below a layer's root, to look names up in. */
 static int tables_open(int root, const char *path) {
-    struct open_how how;
-    memset(&how, 0, sizeof how);
-    how.flags = O_PATH | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW;
-    how.resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV;
-    return syscall(SYS_openat2, root, path, &how, sizeof how);
+    return beneath_open(root, path, O_PATH | O_DIRECTORY);
 }
 
 /* lstat of a name as a struct fuse_attr; 0 or an errno. */

@@ -4,26 +4,16 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fuse.h>
-#include <linux/openat2.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
+#include "_beneath.h"
 
-/* A regular file below a layer's root, entered without crossing mounts or following links; -1. */
+/* A regular file below a layer's root; -1. */
 static int opens_lower(int root, const char *path) {
-    struct open_how how;
     struct stat status;
-    int fd;
-    memset(&how, 0, sizeof how);
-    how.flags = O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK | O_NOATIME;
-    how.resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV;
-    fd = syscall(SYS_openat2, root, path, &how, sizeof how);
-    if (fd < 0 && errno == EPERM) { /* not our file */
-        how.flags &= ~O_NOATIME;
-        fd = syscall(SYS_openat2, root, path, &how, sizeof how);
-    }
+    int fd = beneath_open(root, path, O_RDONLY | O_NONBLOCK | O_NOATIME);
     if (fd >= 0 && (fstat(fd, &status) || !S_ISREG(status.st_mode))) {
         close(fd);
         return -1;
