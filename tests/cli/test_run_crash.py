@@ -63,7 +63,7 @@ def test_after_a_reboot_nothing_runs(box: Box, tmp_path: Path) -> None:
     identity = box.start("early", "--restart", "always")
     box.start("stopped", "--restart", "unless-stopped")
     box("stop", "-t", "0", "stopped")
-    box.start("modest", "--restart", "no")
+    modest = box.start("modest", "--restart", "no")
     stranger = subprocess.Popen(["sleep", "1000"])
     for name in ("early", "modest"):
         os.kill(monitor_of(box, name), signal.SIGKILL)
@@ -88,10 +88,12 @@ def test_after_a_reboot_nothing_runs(box: Box, tmp_path: Path) -> None:
         stranger.kill()
         stranger.wait()
     box.remove_all()
-    subprocess.run(
-        ["find", "/sys/fs/cgroup", "-depth", "-name", identity, "-exec", "rmdir", "{}", ";"],
-        stderr=subprocess.DEVNULL,
-    )
+    for left in (identity, modest):  # a reboot takes cgroups along
+        subprocess.run(
+            ["find", "/sys/fs/cgroup", "-depth", "-name", left, "-exec", "rmdir", "{}", ";"],
+            stderr=subprocess.DEVNULL,
+        )
+    assert nothing_left(box, (identity, modest))
 
 
 @pytest.mark.parametrize("verb", ["run", "delete", "state"])
@@ -119,8 +121,10 @@ def test_a_runtime_that_dies(box: Box, tmp_path: Path, verb: str) -> None:
         "true",
         code=code,
     )
+    identity = box.inspect("unlucky")["Id"]
     (tmp_path / "deadly").unlink()
     box("rm", "-f", "unlucky")
+    assert nothing_left(box, (identity,))
 
 
 def test_commands_killed_at_odd_moments(box: Box) -> None:

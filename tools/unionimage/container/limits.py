@@ -50,7 +50,9 @@ def host() -> Host:
         where = Path(fields.split(" ")[4])
         if kind == "cgroup":
             for option in options.split(","):
-                if option not in ("rw", "ro") and "=" not in option and _writable(where):
+                # `name=systemd` controls nothing, and runtimes make a cgroup there all the same.
+                named = option.startswith("name=") or "=" not in option
+                if option not in ("rw", "ro") and named and _writable(where):
                     legacy.setdefault(option, where)
         elif kind == "cgroup2":
             unified = where

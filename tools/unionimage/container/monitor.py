@@ -397,7 +397,8 @@ class Monitor:
         self._hooks.disconnect()
         if not restarts:
             self._hooks.unmount()  # beside the runtime: its process has ended, its mounts with it
-        deleting.wait()
+        if deleting.wait() != 0:
+            self._delete_again()
         if killed_by_oom:
             self._hooks.event("oom")
         self._hooks.event("die", exitCode=str(self._exit_code))
@@ -406,6 +407,13 @@ class Monitor:
             self._schedule_restart()
         else:
             self._finish()
+
+    def _delete_again(self) -> None:
+        """The runtime died, or could not: what it left would be in the way of the next start."""
+        from unionimage.container import prepare
+
+        self._runtime.delete(self._container.id, force=True)
+        prepare.remove_cgroup(self._container)
 
     def _should_restart(self) -> bool:
         if self._stopping:
