@@ -3,6 +3,7 @@
 import gzip
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,22 @@ class TestCheck:
             )
             assert problem.remedy.startswith("no other layer has 'd/file'")
             assert "load or pull the image again after 'rmi'" in problem.remedy
+
+    def test_nothing_is_taken_from_outside_the_layers(self, store: Store, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(b"x" * 500)
+        image = add_image(store, layer_tar())
+        outwards = member("d", tarfile.SYMTYPE, linkname=str(tmp_path))
+        add_image(store, archive(outwards), name="other:1")
+        DAMAGE["content"](image.layers[0].directory)
+        (problem,) = check(store, repair=True)
+        assert not problem.repaired
+
+    def test_a_fifo_in_place_of_a_file_holds_nobody_up(self, store: Store) -> None:
+        image = add_image(store, layer_tar())
+        (image.layers[0].directory / "d/file").unlink()
+        os.mkfifo(image.layers[0].directory / "d/file")
+        (problem,) = check(store, repair=True)
+        assert not problem.repaired
 
     def test_a_recipe_that_is_lost(self, store: Store) -> None:
         image = add_image(store, layer_tar())

@@ -23,7 +23,13 @@ RAW, FILE = 0, 1
 _SEGMENT = struct.Struct("<BI")
 _SIZE = struct.Struct("<Q")
 _FLUSH = 1 << 16
-_NOTHING: Mapping[bytes, bytes] = {}
+Place = tuple[str, bytes]
+"""A layer's directory, and the path of a file in it."""
+
+Instead = Mapping[bytes, Place]
+"""Path of a file in a layer -> the file of another layer to take its content from."""
+
+_NOTHING: Instead = {}
 
 
 class RecipeWriter:
@@ -101,14 +107,12 @@ def files(recipe: Readable) -> Iterator[tuple[bytes, int]]:
             yield data[_SIZE.size :], _SIZE.unpack_from(data)[0]
 
 
-def archive(
-    recipe: Readable, directory: int, instead: Mapping[bytes, bytes] = _NOTHING
-) -> Iterator[bytes]:
+def archive(recipe: Readable, directory: int, instead: Instead = _NOTHING) -> Iterator[bytes]:
     """The archive again, in pieces, from its recipe and its layer directory.
 
     Args:
         directory: descriptor of the layer directory.
-        instead: path of a file in the layer -> another file to take the content from.
+        instead: what to take from elsewhere.
 
     Raises:
         BadContent: a file is missing or has another size.
@@ -120,16 +124,23 @@ def archive(
             (size,) = _SIZE.unpack_from(data)
             path = data[_SIZE.size :]
             if path in instead:
-                yield from _content(directory, instead[path], size, 0)
+                yield from _content_elsewhere(instead[path], size)
             else:
                 yield from _content(directory, path, size)
 
 
-def _content(
-    directory: int, path: bytes, size: int, resolve: int = RESOLVE_IN_ROOT
-) -> Iterator[bytes]:
+def _content_elsewhere(place: Place, size: int) -> Iterator[bytes]:
+    directory = os.open(place[0], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        file = syscalls.openat2(directory, path, os.O_RDONLY | os.O_NOFOLLOW, resolve)
+        yield from _content(directory, place[1], size)
+    finally:
+        os.close(directory)
+
+
+def _content(directory: int, path: bytes, size: int) -> Iterator[bytes]:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # nobody writes to a FIFO in its place
+    try:
+        file = syscalls.openat2(directory, path, flags, RESOLVE_IN_ROOT)
     except OSError as error:
         name = os.fsdecode(path)
         raise BadContent(f"a layer lost its file {name!r}: {error.strerror}") from None

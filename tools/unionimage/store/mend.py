@@ -10,11 +10,12 @@ from __future__ import annotations
 import itertools
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from unionfuse import syscalls
 from unionimage.changeset import recipe as recipes
-from unionimage.changeset.paths import PieceStream
+from unionimage.changeset.paths import RESOLVE_IN_ROOT, PieceStream
 from unionimage.digest import Readable, VerifyingReader
 from unionimage.errors import BadContent
 from unionimage.store.contents import Contents
@@ -45,14 +46,10 @@ def lost(store: Contents, layer: Layer) -> list[Lost]:
         raise BadContent("its recipe is missing") from None
     row = store.database.row("SELECT created FROM layers WHERE diff_id = ?", (layer.diff_id,))
     made = row[0] if row else 0.0
-    with recipe:
+    with recipe, _Files(str(layer.directory)) as files:
         for path, size in recipes.files(recipe):
-            try:
-                status = os.lstat(os.fsencode(layer.directory) + b"/" + path)
-            except OSError:
-                found.append(Lost(path, size, True))
-                continue
-            if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+            status = files.status(path)
+            if status is None or not stat.S_ISREG(status.st_mode) or status.st_size != size:
                 found.append(Lost(path, size, True))
             elif status.st_ctime > made:
                 found.append(Lost(path, size, False))
@@ -85,7 +82,7 @@ def mended_tar(store: Contents, layer: Layer, found: list[Lost]) -> Iterator[Rea
     )
 
 
-def _trials(found: list[Lost], places: list[list[bytes]]) -> Iterator[dict[bytes, bytes]]:
+def _trials(found: list[Lost], places: list[list[recipes.Place]]) -> Iterator[recipes.Instead]:
     """What to take from elsewhere: what is surely lost; all; and each place for each in turn."""
     pairs = [(one, there) for one, there in zip(found, places, strict=True) if there]
     sure = {one.path: there[0] for one, there in pairs if one.sure}
@@ -97,7 +94,7 @@ def _trials(found: list[Lost], places: list[list[bytes]]) -> Iterator[dict[bytes
 
 
 @contextmanager
-def _tar(store: Contents, layer: Layer, instead: Mapping[bytes, bytes]) -> Iterator[Readable]:
+def _tar(store: Contents, layer: Layer, instead: recipes.Instead) -> Iterator[Readable]:
     with ExitStack() as stack:
         # Where all of it is lost, all comes from elsewhere.
         here = layer.directory if layer.directory.is_dir() else store.root
@@ -107,23 +104,50 @@ def _tar(store: Contents, layer: Layer, instead: Mapping[bytes, bytes]) -> Itera
         yield PieceStream(recipes.archive(recipe, directory, instead))
 
 
-def _elsewhere(store: Contents, layer: Layer, one: Lost) -> Iterator[bytes]:
+def _elsewhere(store: Contents, layer: Layer, one: Lost) -> Iterator[recipes.Place]:
     """Files of other layers that may have the content: of that path, or noted as the same."""
     rows = store.database.rows(
         "SELECT other.diff_id, other.path FROM files AS own JOIN files AS other"
         " USING (hash, size) WHERE own.diff_id = ? AND own.path = ? AND other.diff_id != ?",
         (layer.diff_id, one.path, layer.diff_id),
     )
-    places = [(store.diff_path(diff_id), path) for diff_id, path in rows]
-    places += [(each.directory, one.path) for each in store.layers() if each != layer]
+    places = [(str(store.diff_path(diff_id)), path) for diff_id, path in rows]
+    places += [(str(each.directory), one.path) for each in store.layers() if each != layer]
     for directory, path in dict.fromkeys(places):
-        place = os.fsencode(directory) + b"/" + path
+        with _Files(directory) as files:
+            status = files.status(path)
+        if status is not None and stat.S_ISREG(status.st_mode) and status.st_size == one.size:
+            yield directory, path
+
+
+class _Files:
+    """The files of a layer's directory, by paths that lead nowhere else."""
+
+    def __init__(self, directory: str) -> None:
         try:
-            status = os.lstat(place)
+            self._root = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
-            continue
-        if stat.S_ISREG(status.st_mode) and status.st_size == one.size:
-            yield place
+            self._root = -1  # all of it is lost
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._root >= 0:
+            os.close(self._root)
+
+    def status(self, path: bytes) -> os.stat_result | None:
+        """What lies at a path; None for nothing."""
+        if self._root < 0:
+            return None
+        try:
+            file = syscalls.openat2(self._root, path, os.O_PATH | os.O_NOFOLLOW, RESOLVE_IN_ROOT)
+        except OSError:
+            return None
+        try:
+            return os.fstat(file)
+        finally:
+            os.close(file)
 
 
 def _listed(found: list[Lost]) -> str:
