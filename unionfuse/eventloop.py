@@ -88,5 +88,7 @@ class EventLoop:
 
         try:
             trio.run(serve)
+        except* ConnectionAbortedError:
+            pass  # an unmount while a request was being read; libfuse knows ENODEV alone
         finally:
             pyfuse3.close(unmount=False)

@@ -51,7 +51,9 @@ _MOST_SHARED_RINGS = 8  # each has a thread, and each thread of a daemon a slot 
 _UNANSWERED = (Opcode.FORGET, Opcode.BATCH_FORGET)
 _OPCODE_NAMES = {int(opcode): opcode.name for opcode in Opcode}
 
-_ENDS = (0, errno.ENODEV, errno.ENOTCONN, errno.ECANCELED)  # of a mount, not failures
+# What the end of a mount looks like, which is not a failure: fs/fuse/dev.c says ECONNABORTED where
+# a request was just being read, fs/fuse/dev_uring.c ENOTCONN and ECANCELED.
+_ENDS = (0, errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN, errno.ECANCELED)
 _URING_REMEDY = "Linux 6.14 does, once root writes Y to /sys/module/fuse/parameters/enable_uring"
 
 Work = Callable[[], bytes | None]
