@@ -76,6 +76,10 @@ def run(path: str, task: str, argument: "Any", descriptors: "Sequence[int]") -> 
     Args:
         argument: plain values, lists and dicts of them.
         descriptors: one to four of them, for the task; the first becomes its standard error.
+
+    Raises:
+        KeyboardInterrupt: when the task has ended, which is interrupted too where it may be; the
+            next one is not waited for.
     """
     rights = b"".join(number.to_bytes(4, sys.byteorder) for number in descriptors)
     try:
@@ -91,7 +95,12 @@ def run(path: str, task: str, argument: "Any", descriptors: "Sequence[int]") -> 
             return None
         request = marshal.dumps((task, argument, os.getcwd(), dict(os.environ)))
         client.sendmsg([request], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
-        answer = client.recv(LONGEST_MESSAGE)
+        try:
+            answer = client.recv(LONGEST_MESSAGE)
+        except KeyboardInterrupt:
+            client.shutdown(_socket.SHUT_WR)
+            client.recv(LONGEST_MESSAGE)
+            raise
     except OSError:
         return None
     finally:

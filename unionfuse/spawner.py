@@ -18,11 +18,12 @@ import gc
 import importlib
 import marshal
 import os
+import select
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,17 @@ def mount(words: Sequence[str], _: Sequence[int] = ()) -> int:
 # --- the spawner ------------------------------------------------------------------------------
 
 
-def serve(path: Path, lock: int, tasks: Mapping[str, Task]) -> None:
+def serve(
+    path: Path, lock: int, tasks: Mapping[str, Task], interrupted: Collection[str] = ()
+) -> None:
     """Listen at `path` and fork; returns when it is not needed any more.
 
-    Import what the tasks need before. `lock` is closed when there is a spawner at `path`.
+    Import what the tasks need before.
+
+    Args:
+        lock: is closed when there is a spawner at `path`.
+        interrupted: the tasks that get a KeyboardInterrupt when the caller ends or has got one;
+            others are done all the same.
     """
     staged = path.with_name(f".{path.name}-{os.getpid()}")
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -125,12 +133,14 @@ def serve(path: Path, lock: int, tasks: Mapping[str, Task]) -> None:
         with connection:
             if os.fork() == 0:
                 server.close()
-                _answer(connection, tasks)
+                _answer(connection, tasks, interrupted)
     if _still_ours(path, mine):
         path.unlink()
 
 
-def _answer(connection: socket.socket, tasks: Mapping[str, Task]) -> None:
+def _answer(
+    connection: socket.socket, tasks: Mapping[str, Task], interrupted: Collection[str]
+) -> None:
     """In the child: do it, answer, end."""
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -144,11 +154,24 @@ def _answer(connection: socket.socket, tasks: Mapping[str, Task]) -> None:
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(directory)
+        if task in interrupted:
+            _end_with(connection)
         answer = tasks[task](argument, descriptors)
         with contextlib.suppress(OSError):
             connection.send(marshal.dumps(answer))
     finally:
         os._exit(0)
+
+
+def _end_with(connection: socket.socket) -> None:
+    """Interrupt this process when the other end is closed, or says that nothing more comes."""
+    signal.signal(signal.SIGIO, signal.default_int_handler)
+    fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(connection, fcntl.F_SETFL, os.O_ASYNC)
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    if poll.poll(0):  # it was closed before
+        raise KeyboardInterrupt
 
 
 def prepare() -> None:

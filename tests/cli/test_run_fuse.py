@@ -160,15 +160,21 @@ def test_a_copy_of_the_mounts_keeps_no_container_from_starting_again(box: Box) -
     wait_until(lambda: file.read_text() == "more\n" * 2)
 
 
-def test_a_verb_that_the_spawner_does_is_the_same(box: Box) -> None:
+def test_a_verb_that_the_spawner_does_is_the_same(box: Box, tmp_path: Path) -> None:
     """Output, errors, exit codes, environment and working directory are the command's."""
+    (tmp_path / "Dockerfile").write_text("FROM busybox\nENV A=b\nCMD true\n")
 
     def told() -> list[tuple[int, str, str]]:
         box("create", "--network", "none", "--name", "one", "busybox", "true")
         tries = (
             ("rm", "one"), ("rm", "one"), ("rm", "-f", "one"), ("rm",), ("rm", "--nonsense", "x"),
             ("start", "one"), ("start", "--help"), ("mount", "busybox"),
-            ("mount", "nope", "/mnt"), ("mount", "busybox", "etc"),
+            ("mount", "nope", "/mnt"), ("mount", "busybox", "etc"), ("ps", "-a", "-q"),
+            ("images", "-q"), ("images", "--nonsense"), ("history", "busybox"), ("history", "nope"),
+            ("tag", "busybox", "b:1"), ("rmi", "b:1"), ("rmi", "b:1"), ("commit", "nope", "c"),
+            ("build", "-q", "-t", "b:2", str(tmp_path)), ("rmi", "-f", "b:2"),
+            ("build", "-q", str(tmp_path / "nope")), ("load", "-i", "nope"), ("save", "nope"),
+            ("push", "127.0.0.1:1/busybox"), ("pull", "127.0.0.1:1/busybox"),
         )  # fmt: skip
         done = [box(*words, code=None) for words in tries]
         return [(one.returncode, one.stdout, one.stderr) for one in done]
@@ -180,10 +186,38 @@ def test_a_verb_that_the_spawner_does_is_the_same(box: Box) -> None:
         path.unlink()  # it ends then
     alone = told()
     assert not spawners()
-    assert [code for code, _, _ in alone] == [0, 1, 0, 125, 125, 1, 0, 125, 1, 1]
+    assert [code for code, _, _ in alone][:10] == [0, 1, 0, 125, 125, 1, 0, 125, 1, 1]
+    assert [code for code, _, _ in alone][10:] == [
+        *(0, 0, 125, 0, 1, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1, 1)
+    ]
     box.sh("true")
     wait_until(spawners, 30, "the spawner")
     assert told() == alone
+
+
+@pytest.mark.parametrize(("way", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_verb_that_the_spawner_does_ends_with_the_command(
+    box: Box, way: signal.Signals, code: int
+) -> None:
+    """Ctrl-C, or whatever else ends the command, ends what is done for it."""
+    box.sh("true")
+    wait_until(lambda: list(box.run_root.glob("spawner-*")), 30, "the spawner")
+    archive = subprocess.check_output([COMMAND, "save", "busybox"], env=box.environment)
+    with subprocess.Popen(
+        [COMMAND, "load"], env=box.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE) as load:  # fmt: skip
+        assert load.stdin is not None and load.stdout is not None and load.stderr is not None
+        load.stdin.write(archive[:1024])
+        load.stdin.flush()
+        wait_until(lambda: list((box.root / "locks").glob("*.lease")), 30, "the lease")
+        assert b"load" in Path(f"/proc/{load.pid}/cmdline").read_bytes()
+        load.send_signal(way)
+        assert load.wait(30) == code
+        wait_until(
+            lambda: not list((box.root / "locks").glob("*.lease")), 30, "the end of the lease"
+        )
+        load.stdin.close()
+        assert (load.stdout.read(), load.stderr.read()) == (b"", b"")
 
 
 def test_a_shared_file_is_cached_once(box: Box) -> None:

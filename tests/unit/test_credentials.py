@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from unionimage.registry.auth import _same_site
-from unionimage.registry.credentials import Credential, CredentialFile
+from unionimage.registry.credentials import Credential, CredentialFile, registry_of
 from unionimage.registry.errors import RegistryError
-from unionimage.registry.login import registry_of
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from unionfuse import errand
 from unionimage.container.places import run_path
@@ -17,22 +18,35 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-PACKAGES = ("", "/cli", "/container", "/store", "/changeset")
-# What is imported late elsewhere.
+PACKAGES = (
+    *("", "/archive", "/changeset", "/cli", "/container", "/dockerfile", "/registry", "/store"),
+)
+VERBS = (
+    *("build", "commit", "history", "images", "load", "mount", "ps", "pull", "push", "rm", "rmi"),
+    *("save", "start", "tag"),
+)
+# What these import late. Never the parser of Dockerfiles: it runs threads, which no fork has.
 IMPORTS = (
-    "mounts",
-    "store",
-    "store.holds",
+    "archive.load",
+    "archive.save",
+    "cli.engine",
+    "cli.parser",
+    "cli.progress",
+    "commit",
     "container.inventory",
     "container.lifecycle",
     "container.starting",
-    "cli.engine",
-    "cli.mount",
-    "cli.parser",
-    "cli.rm",
-    "cli.start",
+    "dockerfile.build",
+    "image_config",
+    "mounts",
+    "registry.pull",
+    "registry.push",
+    "store",
+    "store.holds",
+    "store.lease",
+    "store.platforms",
+    *(f"cli.{verb}" for verb in VERBS),
 )
-VERBS = ("mount", "rm", "start")
 ATTACHING = ("-a", "-i", "--a", "--i", "--d")  # begin the flags of `start` that want a terminal
 
 _forked = False
@@ -46,11 +60,11 @@ def ask(task: str, argument: Any, descriptors: Sequence[int]) -> Any:
 def command(words: Sequence[str]) -> int | None:
     """Have the spawner do a verb as a whole; its exit code, or None: do it by yourself."""
     verb = words[2:3] if words[:1] == ["--root"] else words[:1]
-    if not verb or verb[0] not in VERBS or os.geteuid() != 0:
+    if not verb or verb[0] not in VERBS or os.geteuid() != 0 or not _may_be_there():
         return None
     if verb[0] == "start" and any(word.startswith(ATTACHING) for word in words):
         return None
-    code = ask("command", list(words), [2, 1])
+    code = ask("command", list(words), [2, 1, 0])
     return None if code is None else int(code)
 
 
@@ -72,6 +86,14 @@ def start() -> None:
         spawner.start(path, __name__)
 
 
+def _may_be_there() -> bool:
+    """Whether there is a spawner of whatever kind; to find one's own takes longer."""
+    try:
+        return any(name.startswith("spawner-") for name in os.listdir(run_path()))
+    except OSError:
+        return False
+
+
 def _socket() -> str:
     here = os.path.dirname(__file__)
     return errand.socket_of(run_path(), [here + name for name in PACKAGES])
@@ -84,7 +106,10 @@ def _command(words: list[str], descriptors: list[int]) -> int:
     """The command line, in a process that was forked for it; returns its exit code."""
     from unionimage.cli import main
 
-    os.dup2(descriptors[1], 1)
+    for number in (0, 1):
+        os.dup2(descriptors[2 - number], number)
+    time.tzset()  # that of the caller's environment
+    sys.stdin = os.fdopen(0, errors="surrogateescape", closefd=False)
     sys.stdout = os.fdopen(1, "w", errors="surrogateescape", closefd=False)
     sys.stderr = os.fdopen(2, "w", errors="backslashreplace", closefd=False)
     code = main(words)
@@ -108,7 +133,7 @@ def main() -> None:
     path, lock = sys.argv[1:]
     os.set_inheritable(int(lock), False)
     _forked = True
-    spawner.serve(Path(path), int(lock), tasks)
+    spawner.serve(Path(path), int(lock), tasks, interrupted=("command",))
 
 
 if __name__ == "__main__":

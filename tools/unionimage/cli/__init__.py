@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Sequence
 
 from unionfuse import __version__
 from unionimage import spawn
@@ -18,17 +17,23 @@ from unionimage.cli.verbs import ALIASES, GROUPS, VERBS
 TYPE_CHECKING = False  # see unionfuse.errand
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
     from types import ModuleType
     from typing import NoReturn
 
 USAGE = 125
 """Docker's exit code for a flag that does not exist."""
+INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
 
 
 def command() -> NoReturn:
     """The console script: `main`, and an end without taking the interpreter apart (10 ms)."""
     gc.set_threshold(20_000)  # imports make much that lives, and nothing to collect (3 ms)
-    code = spawn.command(sys.argv[1:])
+    try:
+        code = spawn.command(sys.argv[1:])
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     if code is None:
         code = main()
     sys.stdout.flush()
@@ -153,7 +158,7 @@ def _report(verb: str, error: BaseException, error_code: int) -> int:
             print(f"{name}: {error.message}", file=sys.stderr)
             return error.exit_code if error.exit_code != 1 else error_code
         case KeyboardInterrupt():
-            return 130
+            return INTERRUPTED
         case BrokenPipeError():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing left to flush at exit
             return 141

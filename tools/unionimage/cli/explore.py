@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from unionimage.cli.common import open_store
 
@@ -76,16 +77,11 @@ def _serve(data: bytes, port: int) -> int:
 
 def _write(path: str, data: bytes) -> None:
     """Write a file in one step."""
-    import tempfile
+    from unionimage.store.files import new_id
 
-    descriptor, staged = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".explore-")
+    staged = Path(path).with_name(f".explore-{new_id()}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(staged, 0o666 & ~mask)
+        staged.write_bytes(data)
         os.replace(staged, path)
-    except BaseException:
-        os.unlink(staged)
-        raise
+    finally:
+        staged.unlink(missing_ok=True)

@@ -25,8 +25,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from unionimage import config
     from unionimage.errors import UserError
-    from unionimage.registry.credentials import Credential, CredentialFile
-    from unionimage.registry.login import check_login, registry_of
+    from unionimage.registry.credentials import Credential, CredentialFile, registry_of
+    from unionimage.registry.login import check_login
     from unionimage.registry.session import Session
 
     if args.password is not None:

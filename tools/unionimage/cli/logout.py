@@ -12,8 +12,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from unionimage.registry.credentials import DOCKER_HUB, DOCKER_HUB_KEY, CredentialFile
-    from unionimage.registry.login import registry_of
+    from unionimage.registry.credentials import (
+        DOCKER_HUB,
+        DOCKER_HUB_KEY,
+        CredentialFile,
+        registry_of,
+    )
 
     registry = registry_of(args.server)
     shown = DOCKER_HUB_KEY if registry == DOCKER_HUB else registry

@@ -8,11 +8,13 @@ number. What a command *means* is said in `instructions.py`.
 from __future__ import annotations
 
 import re
-
-import dockerfile as official
+from typing import TYPE_CHECKING
 
 from unionimage.errors import UserError
 from unionimage.tuples import NamedTuple
+
+if TYPE_CHECKING:
+    import dockerfile as official
 
 _DIRECTIVE = re.compile(r"^#\s*([a-zA-Z][a-zA-Z0-9]*)\s*=\s*(.+?)\s*$")
 # Patterns that few files need are compiled when they are used: start-up counts.
@@ -73,12 +75,22 @@ def parse(text: str) -> Dockerfile:
     syntax = directives.get("syntax")
     if syntax is not None and not re.match(_BUILT_IN_SYNTAX, syntax):
         raise DockerfileError(f"syntax={syntax}: only docker/dockerfile is understood here", 1)
-    try:
-        found = official.parse_string(text)
-    except official.GoParseError as error:
-        raise DockerfileError(str(error), _failing_line(text, str(error))) from None
+    found = _read(text)
+    if isinstance(found, str):
+        raise DockerfileError(found, _failing_line(text, found))
     lines = text.splitlines()
     return Dockerfile(tuple(_command(each, lines) for each in found), escape)
+
+
+def _read(text: str) -> tuple[official.Command, ...] | str:
+    """What the official parser makes of it, or its complaint."""
+    import dockerfile as official  # runs threads, which must not be where processes are forked
+
+    try:
+        commands: tuple[official.Command, ...] = official.parse_string(text)
+    except official.GoParseError as error:
+        return str(error)
+    return commands
 
 
 def _directives(text: str) -> dict[str, str]:
@@ -117,16 +129,8 @@ def _failing_line(text: str, message: str) -> int:
     low, high = 0, len(lines)
     while low < high:
         middle = (low + high) // 2
-        if _message("".join(lines[:middle])) == message:
+        if _read("".join(lines[:middle])) == message:
             high = middle
         else:
             low = middle + 1
     return low
-
-
-def _message(text: str) -> str | None:
-    try:
-        official.parse_string(text)
-    except official.GoParseError as error:
-        return str(error)
-    return None

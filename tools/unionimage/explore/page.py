@@ -10,8 +10,8 @@ import base64
 import gzip
 import json
 from collections.abc import Sequence
-from importlib.resources import files
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from unionimage.explore.survey import LayerSurvey, Survey, readable
@@ -30,7 +30,7 @@ def page(image: Image, survey: Survey, title: str) -> bytes:
     """
     data = json.dumps(_table(image, survey, title), ensure_ascii=False, separators=(",", ":"))
     packed = gzip.compress(data.encode(), 6, mtime=0)
-    frame = files(__package__).joinpath("explorer.html").read_bytes()
+    frame = Path(__file__).with_name("explorer.html").read_bytes()
     before, found, after = frame.partition(_PLACE)
     assert found
     return before + base64.b64encode(packed) + after

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import subprocess
 
 DOCKER_HUB = "docker.io"
+_HUB_HOSTS = ("index.docker.io", "registry-1.docker.io")
 DOCKER_HUB_KEY = "https://index.docker.io/v1/"
 TOKEN_USER = "<token>"  # what helpers store as the name when the secret is an identity token
 HELPER_TIMEOUT = 60  # seconds: a helper may ask the person something
@@ -159,6 +160,18 @@ class CredentialFile:
         )
 
 
+def registry_of(server: str | None) -> str:
+    """The registry that a user means by SERVER: `https://HOST/v1/`, `HOST[:PORT]`, or nothing."""
+    if not server:
+        return DOCKER_HUB
+    host = (server.partition("://")[2] if "://" in server else server).partition("/")[0].lower()
+    if host in (DOCKER_HUB, *_HUB_HOSTS):
+        return DOCKER_HUB
+    if not host or "@" in host or not host.isprintable() or " " in host:
+        raise RegistryError(printable(server), "is no registry", "give HOST[:PORT]")
+    return host
+
+
 def _key(host: str) -> str:
     return DOCKER_HUB_KEY if host == DOCKER_HUB else host
 
@@ -167,7 +180,7 @@ def _host_of_key(key: str) -> str:
     """The registry that a key of `auths` means: `https://HOST/v1/`, `HOST/`, `HOST`."""
     host = key.partition("://")[2] or key
     host = host.partition("/")[0].lower()
-    return DOCKER_HUB if host in ("index.docker.io", "registry-1.docker.io") else host
+    return DOCKER_HUB if host in _HUB_HOSTS else host
 
 
 def _mapping(config: dict[str, Any], name: str) -> dict[str, Any]:

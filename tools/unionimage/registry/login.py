@@ -5,7 +5,7 @@ from __future__ import annotations
 from unionimage.reference import DEFAULT_REGISTRY
 from unionimage.registry.auth import parse_challenges
 from unionimage.registry.credentials import Credential
-from unionimage.registry.errors import RegistryError, RegistryStatusError, printable
+from unionimage.registry.errors import RegistryError, RegistryStatusError
 from unionimage.registry.session import DOCKER_HUB_HOST, Session
 from unionimage.registry.transport import finish, status_error
 
@@ -36,18 +36,6 @@ def check_login(session: Session, registry: str, credential: Credential) -> None
     raise RegistryError(
         registry, "unauthorized: incorrect username or password", "check both, and try again"
     )
-
-
-def registry_of(server: str | None) -> str:
-    """The registry that a user means by SERVER: `https://HOST/v1/`, `HOST[:PORT]`, or nothing."""
-    if not server:
-        return DEFAULT_REGISTRY
-    host = (server.partition("://")[2] if "://" in server else server).partition("/")[0].lower()
-    if host in ("index.docker.io", "docker.io", DOCKER_HUB_HOST):
-        return DEFAULT_REGISTRY
-    if not host or "@" in host or not host.isprintable() or " " in host:
-        raise RegistryError(printable(server), "is no registry", "give HOST[:PORT]")
-    return host
 
 
 def _explain(problem: RegistryStatusError, registry: str) -> RegistryError:

@@ -29,7 +29,6 @@ from unionimage.image_config import ImageConfig
 from unionimage.reference import Reference
 from unionimage.spec import Manifest, compression_of
 from unionimage.store import dedupe
-from unionimage.store.ahead import Ahead
 from unionimage.store.files import publish, sync_file_system
 from unionimage.store.layer_tar import open_layer_tar
 from unionimage.store.locks import FileLock
@@ -359,6 +358,8 @@ class Lease:
         known = self.store.layer_blobs(diff_id).get(compression)
         if known is not None and self.use_blob(known[0]):
             return known
+        from unionimage.store.ahead import Ahead
+
         work = self.scratch() / "blob"
         machine = compressions.compressor(compression)
         counter = CountingWriter()
@@ -511,4 +512,8 @@ class Lease:
 
 def _ahead(source: Readable, stream: Readable) -> AbstractContextManager[Readable]:
     """Read ahead, but for what is made here as it is read: that needs the same processor."""
-    return nullcontext(stream) if isinstance(source, PieceStream) else Ahead(stream)
+    if isinstance(source, PieceStream):
+        return nullcontext(stream)
+    from unionimage.store.ahead import Ahead
+
+    return Ahead(stream)
