@@ -51,10 +51,11 @@ def _fold_mask(tree: Tree, node: Node, attributes: Attributes) -> None:
 
 
 def _links(tree: Tree, node: Node, status: os.stat_result) -> int:
+    if not isinstance(node, Directory):
+        # A file that no known name leads to may have names that nobody has looked up yet.
+        return max(0, status.st_nlink + node.link_offset)
     if node.deleted and node is not tree.root:
         return 0
-    if not isinstance(node, Directory):
-        return status.st_nlink + node.link_offset
     if tree.options.static_nlink or _is_merged(tree, node):
         return 1  # overlayfs does so, and find(1) takes it for "not known"
     return status.st_nlink

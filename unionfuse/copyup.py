@@ -47,6 +47,8 @@ class CopyUp:
         self._lock: Any = lock
         self._published = published
         self._unshared: set[int] = set()  # st_dev of files whose blocks upper cannot share
+        self._filling: set[Node] = set()  # metacopies whose data is being copied without the lock
+        self._filled = threading.Condition(self._lock)
 
     # --- what is to be done --------------------------------------------------------------
 
@@ -60,6 +62,13 @@ class CopyUp:
             return 0
         directory, name = self._tree.data_location(node)
         return view.entry_status(directory, name).st_blocks * 512 if name else 0
+
+    def wait(self, node: Node) -> None:
+        """Wait until nobody is filling in a metacopy's data: what changes now would be lost.
+
+        The lock, which the caller holds, is let go meanwhile.
+        """
+        self._filled.wait_for(lambda: node not in self._filling)
 
     def _whole(self, node: Node) -> bool:
         """Whether even a change of metadata copies the data."""
@@ -84,6 +93,7 @@ class CopyUp:
             return  # and never will be again
         tree = self._tree
         with self._lock:
+            self.wait(node)
             if not self.needed(node, data):
                 return
             if tree.upper is None:
@@ -93,6 +103,7 @@ class CopyUp:
                     self._drop_data(node)
                     return
                 source = self._open_data(node)
+                self._filling.add(node)
             else:
                 self._parents(node)
                 if isinstance(node, Directory):
@@ -105,7 +116,7 @@ class CopyUp:
                     return
                 source = self._open_data(node)
         try:
-            if node.in_upper:
+            if node in self._filling:
                 self._complete(node, source, size)
             else:
                 self._stage_and_publish(node, status, source, size)
@@ -239,32 +250,48 @@ class CopyUp:
 
     def _complete(self, node: Node, source: int, size: int | None) -> None:
         """Fill in the data that a metacopy left below; nobody reads it before the mark is gone."""
+        try:
+            with self._lock:
+                directory, name = self._tree.location(node)
+                before = _status(directory, name)
+                capability = _capability(directory, name)
+                target = _open_to_write(directory, name)
+            self._fill(target, source, size)
+            with self._lock:
+                self._end_metacopy(node, before, capability)
+        finally:
+            with self._lock:
+                self._filling.discard(node)
+                self._filled.notify_all()
+
+    def _fill(self, target: int, source: int, size: int | None) -> None:
         upper = self._tree.upper
         assert upper is not None
-        with self._lock:
-            directory, name = self._tree.location(node)
-            target = view.open_entry(directory, name, os.O_WRONLY)
         try:
             self._copy_data(source, target, size)
             upper.settle(target)
         finally:
             os.close(target)
-        with self._lock:
-            if node.metacopy:
-                self._end_metacopy(node)
 
     def _drop_data(self, node: Node) -> None:
         directory, name = self._tree.location(node)
         syscalls.truncate(directory, name, 0)
-        self._end_metacopy(node)
+        self._end_metacopy(node, _status(directory, name), b"")
 
-    def _end_metacopy(self, node: Node) -> None:
+    def _end_metacopy(self, node: Node, before: os.stat_result, capability: bytes) -> None:
+        """Take the mark off, with the times and the capability put back that a write took away.
+
+        Arguments:
+            before: whose times it gets.
+            capability: the value of `security.capability`; empty for none.
+        """
         upper = self._tree.upper
         assert upper is not None
         directory, name = self._tree.location(node)
-        status = view.entry_status(directory, name) if name else os.stat(directory)
+        if capability:
+            syscalls.setxattr(directory, name, b"security.capability", capability)
         upper.marker.remove(directory, name, b"metacopy")
-        syscalls.utimens(directory, name, (status.st_atime_ns, status.st_mtime_ns))
+        syscalls.utimens(directory, name, (before.st_atime_ns, before.st_mtime_ns))
         node.metacopy = False
         node.lower = None
         self._published(node)
@@ -461,6 +488,23 @@ def _copy_range(source: int, target: int, start: int, stop: int) -> int:
     while written < len(data):
         written += syscalls.pwrite(target, data[written:], start + written)
     return written
+
+
+def _status(directory: int, name: bytes) -> os.stat_result:
+    return view.entry_status(directory, name) if name else os.stat(directory)
+
+
+def _open_to_write(directory: int, name: bytes) -> int:
+    if name:
+        return view.open_entry(directory, name, os.O_WRONLY)
+    return os.open(syscalls.proc_path(directory), os.O_WRONLY | os.O_CLOEXEC)
+
+
+def _capability(directory: int, name: bytes) -> bytes:
+    try:
+        return syscalls.getxattr(directory, name, b"security.capability")
+    except OSError:
+        return b""
 
 
 def copy_attributes(source: int, name: bytes, target: int, new: bytes) -> None:

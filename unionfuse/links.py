@@ -22,8 +22,11 @@ class Links:
         return self._lower.get(key)
 
     def upper(self, status: os.stat_result) -> Node | None:
-        """The node of a file in upper."""
-        return self._upper.get(status.st_ino)
+        """The node of a file in upper, also of one whose other names have gone."""
+        node = self._upper.get(status.st_ino)
+        if node is None or (node.deleted and node.unnamed < 0):
+            return None  # nothing holds such a file: another may have its inode number by now
+        return node
 
     def remember_lower(self, node: Node, key: tuple[int, int]) -> None:
         """Note that a lower file has several links."""

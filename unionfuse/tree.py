@@ -365,10 +365,9 @@ class Tree:
         status = view.entry_status(parent, name)
         if stat.S_ISDIR(status.st_mode):
             return self._upper_directory_node(directory, name, parent)
-        if status.st_nlink > 1:
-            known = self.links.upper(status)
-            if known is not None:
-                return self.alias(known, directory, name)
+        known = self.links.upper(status)
+        if known is not None:
+            return self.alias(known, directory, name)
         stub = self.below(directory, name)
         place = self._file_below(directory, name)
         node = self._make_upper_node(parent, name, status, place, directory)
@@ -479,12 +478,16 @@ class Tree:
         return node
 
     def alias(self, node: Node, parent: Directory, name: bytes) -> Node:
-        """Put a node that is known already under one more of its names."""
+        """Put a known node under one more of its names, which may be its only one again."""
+        nameless = node.deleted
         if (parent, name) not in node.names:
             node.names.append((parent, name))
         parent.children[name] = node
         if not node.id:
             self.number(node)
+        elif nameless:
+            self.journal.name(node)
+            self.close_unnamed(node)
         elif len(node.names) > 1:
             self.journal.also(node)
         return node

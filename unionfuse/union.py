@@ -134,6 +134,13 @@ class Union:
             raise failure(errno.EROFS)
         return self._upper
 
+    def _to_change(self, number: int) -> Node:
+        """A node whose file may be changed now. Raises EROFS, ESTALE."""
+        self._changes()
+        node = self.tree.node(number)
+        self._copy.wait(node)
+        return node
+
     def _changed(self, node: Node) -> None:
         self.tree.leave_table(node)
         if self._watcher is not None:
@@ -218,8 +225,7 @@ class Union:
     def setattr(self, number: int, changes: Changes, handle: int | None = None) -> Attributes:
         """Change mode, owner, size or times; returns the new attributes."""
         with self.lock:
-            self._changes()
-            node = self.tree.node(number)
+            node = self._to_change(number)
             if changes.mode is not None and stat.S_ISLNK(node.kind):
                 raise failure(errno.EOPNOTSUPP)
             self._copy.copy_up(node, data=changes.size is not None, size=changes.size)
@@ -246,8 +252,7 @@ class Union:
     def write_inode_flags(self, number: int, command: int, flags: bytes) -> None:
         """What chattr(1) sets, in upper; see syscalls.WRITE_INODE_FLAGS."""
         with self.lock:
-            self._changes()
-            node = self.tree.node(number)
+            node = self._to_change(number)
             self._copy.copy_up(node)
             descriptor = self._open_itself(node)
             try:
@@ -582,7 +587,7 @@ class Union:
             if attribute == xattrs.LAYER:
                 raise failure(errno.EPERM)
             stored = xattrs.stored_name(self.tree, attribute)
-            node = self.tree.node(number)
+            node = self._to_change(number)
             self._copy.copy_up(node, data=False)
             syscalls.setxattr(*self.tree.location(node), stored, value, flags)
             self._attribute_changed(node, attribute)
@@ -592,7 +597,7 @@ class Union:
         with self.lock:
             self._changes()
             stored = xattrs.stored_name(self.tree, attribute)
-            node = self.tree.node(number)
+            node = self._to_change(number)
             if not node.in_upper:
                 syscalls.getxattr(*self.tree.location(node), stored)  # ENODATA before any copy
             self._copy.copy_up(node, data=False)

@@ -316,8 +316,6 @@ class Upper:
         else:
             syscalls.link(source, old, directory, name)
         self.record(parent, name, node.kind)
-        if node.deleted:
-            self._tree.close_unnamed(node)
         self._tree.alias(node, parent, name)
         self._tree.journal.name(node)
         self._tree.links.remember_upper(node, view.entry_status(directory, name))
@@ -428,7 +426,7 @@ class Upper:
 
     def _keep_last_attributes(self, node: Node) -> None:
         node.last = shown(self._tree, node)
-        node.last.nlink = 0
+        node.last.nlink = 0 if node.is_directory else node.last.nlink - 1
 
     def _last_link(self, node: Node) -> bool:
         if not node.index_name:

@@ -311,6 +311,61 @@ def test_metacopy_copies_no_data_for_attributes(workshop: Workshop) -> None:
     assert "trusted.overlay.metacopy" not in os.listxattr(tree.upper / "small")
 
 
+@pytest.mark.doors
+@pytest.mark.on("unionfuse")
+@pytest.mark.parametrize("size", [1000, 300_000])
+def test_a_metacopy_that_gets_its_data_stays_as_it_was(workshop: Workshop, size: int) -> None:
+    file = File(data=os.urandom(size), xattrs={"security.capability": CAPABILITY})
+    tree = workshop({"file": file}, options={"metacopy": "on"})
+    os.chmod(tree / "file", 0o4711)
+    before = tree.snapshot(times=["mtime_ns"])
+    os.close(os.open(tree / "file", os.O_RDWR))
+    assert "trusted.overlay.metacopy" not in os.listxattr(tree.upper / "file")
+    assert_equal(tree.snapshot(times=["mtime_ns"]), before)
+
+
+@pytest.mark.doors
+@pytest.mark.on("unionfuse")
+@pytest.mark.parametrize("change", ["O_TRUNC", "truncate", "utimens"])
+def test_a_change_counts_that_comes_while_a_metacopy_gets_its_data(
+    workshop: Workshop, change: str
+) -> None:
+    armed, trace = workshop.directory / "armed", workshop.directory / "trace"
+    environment = {
+        "UNIONFUSE_TEST_HOLD": "clone_file",
+        "UNIONFUSE_TEST_ARMED_BY": str(armed),
+        "UNIONFUSE_TEST_TRACE": str(trace),
+    }
+    options = {"metacopy": "on"}
+    tree = workshop({"f": File(data=b"x" * 300_000)}, options=options, environment=environment)
+    changes: dict[str, Callable[[str], None]] = {
+        "O_TRUNC": lambda path: _open_write(path, os.O_WRONLY | os.O_TRUNC),
+        "truncate": lambda path: os.truncate(path, 0),
+        "utimens": lambda path: os.utime(path, ns=(1, 2)),
+    }
+    os.chmod(tree / "f", 0o600)
+    armed.touch()
+    filling = threading.Thread(target=lambda: os.close(os.open(tree / "f", os.O_RDWR)))
+    changing = threading.Thread(target=changes[change], args=(str(tree / "f"),))
+    filling.start()
+    try:
+        while not trace.exists() or " clone_file " not in trace.read_text():
+            time.sleep(0.01)
+        changing.start()
+        changing.join(0.5)  # until it waits, or has been done too early
+    finally:
+        armed.unlink()
+        filling.join()
+        changing.join()
+    for _ in range(2):
+        if change == "utimens":
+            assert os.stat(tree / "f").st_mtime_ns == 2
+        else:
+            wanted = b"more" if change == "O_TRUNC" else b""
+            assert (tree / "f").read_bytes() == wanted
+        tree.remount()
+
+
 @pytest.mark.on("overlay", "unionfuse")
 def test_a_full_disk_leaves_the_tree_as_it_was(workshop: Workshop) -> None:
     from harness import linux

@@ -146,3 +146,23 @@ def test_the_other_file_system_sees_the_same_links(workshop: Workshop) -> None:
         tree.remount(kind)
         assert same(tree, "a/one", "b/three", "b/new").st_nlink == 3
         assert (tree / "b/three").read_text() == "changed"
+
+
+@pytest.mark.doors
+def test_a_file_stays_one_whose_only_known_name_goes_while_it_is_open(workshop: Workshop) -> None:
+    tree = workshop({"lower": "x"})
+    (tree / "a").write_text("before")
+    os.link(tree / "a", tree / "b")
+    if tree.kind != "plain":
+        tree.remount()  # nobody has looked for b
+    with open(tree / "a", "rb", buffering=0) as opened:
+        assert opened.read() == b"before"
+        os.unlink(tree / "a")
+        assert os.fstat(opened.fileno()).st_nlink == 1
+        with open(tree / "b", "wb") as other:
+            other.write(b"after!")
+        assert os.pread(opened.fileno(), 10, 0) == b"after!"
+        assert os.path.samestat(os.fstat(opened.fileno()), os.stat(tree / "b"))
+        os.unlink(tree / "b")
+        assert os.fstat(opened.fileno()).st_nlink == 0
+        assert os.pread(opened.fileno(), 10, 0) == b"after!"
