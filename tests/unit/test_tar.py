@@ -151,6 +151,17 @@ def test_noise_is_refused_or_empty(noise: bytes) -> None:
         pass
 
 
+@pytest.mark.parametrize("at, number", [(108, 1 << 32), (116, 1 << 55), (136, 1 << 63)])
+def test_owners_and_times_that_no_system_has_are_refused(at: int, number: int) -> None:
+    block = bytearray(tar.header(tar.Entry(b"f", tar.FILE)))
+    width = 12 if at == 136 else 8
+    block[at : at + width] = b"\x80" + number.to_bytes(width - 1, "big")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    with pytest.raises(BadContent, match="'f' has an impossible"):
+        entries(bytes(block) + tar.END)
+
+
 def test_truncated_archives_are_refused_wherever_they_end() -> None:
     for end in range(1, len(VALID.rstrip(b"\0"))):
         if end % tar.BLOCK:

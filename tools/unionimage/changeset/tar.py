@@ -27,6 +27,8 @@ _ZEROS = bytes(BLOCK)
 _XATTR = b"SCHILY.xattr."
 _MAX_EXTENDED = 1 << 20
 _MAX_PATH = 4096
+_MAX_OWNER = (1 << 32) - 1  # uid_t and gid_t
+_MAX_SECONDS = 1 << 63  # time_t
 _NO_XATTRS: Mapping[bytes, bytes] = {}
 
 
@@ -217,6 +219,10 @@ class Reader:
             stored = entry.size = 0
         if b"\0" in entry.name or b"\0" in entry.link or len(entry.name) >= _MAX_PATH:
             raise BadContent(f"{self._what} has an impossible name {entry.name[:60]!r}…")
+        if entry.uid > _MAX_OWNER or entry.gid > _MAX_OWNER:
+            raise BadContent(f"{self._what}: {entry.name!r} has an impossible owner")
+        if not -_MAX_SECONDS <= entry.mtime_ns // 1_000_000_000 < _MAX_SECONDS:
+            raise BadContent(f"{self._what}: {entry.name!r} has an impossible time")
         self._left, self._padding = stored, -stored % BLOCK
         if entry.sparse is not None and pax.get(b"GNU.sparse.major") == b"1":
             self._sparse_map(entry)
