@@ -90,6 +90,7 @@ class MountOptions(NamedTuple):
 
     express: bool = True
     uring: str = "auto"  # auto, on, off
+    spin: str = "auto"  # auto, on, off
     passthrough: str = "auto"  # auto, upper, off
     lookup_index: bytes | None = None
     stats: bool = False
@@ -224,8 +225,10 @@ def _check(options: MountOptions) -> None:
         raise UsageError("keeper=on needs the express lane; leave express=off out")
     if options.upperdir is None and options.workdir is not None:
         raise UsageError("workdir= without upperdir=; give both, or none for a read-only mount")
-    if not options.express and (options.uring == "on" or options.passthrough == "upper"):
-        raise UsageError("uring=on and passthrough=upper need the express lane: not express=off")
+    if not options.express:
+        for name, value in (("uring", "on"), ("spin", "on"), ("passthrough", "upper")):
+            if getattr(options, name) == value:
+                raise UsageError(f"{name}={value} needs the express lane; leave express=off out")
 
 
 # --- one handler an option: it writes what it understood into the settings ------------------
@@ -362,6 +365,7 @@ _HANDLERS: dict[str, _Handler] = {
     "rootcontext": _context,
     "express": _switch,
     "uring": _choice(b"auto", b"on", b"off"),
+    "spin": _choice(b"auto", b"on", b"off"),
     "passthrough": _choice(b"auto", b"upper", b"off"),
     "lookup_index": _path,
     "stats": _present,

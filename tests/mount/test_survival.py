@@ -71,9 +71,11 @@ def run_programs(root: Path, rounds: dict[str, int]) -> None:
     assert not failures, "\n".join(failures)
 
 
-def survive(workshop: Workshop, rounds: dict[str, int], least: float, most: float) -> int:
+def survive(
+    workshop: Workshop, rounds: dict[str, int], least: float, most: float, **options: str
+) -> int:
     """Torture a mount and kernel overlayfs alike; the first one's daemon is killed on and on."""
-    tree = workshop(GIVEN, options={"keeper": "on"})
+    tree = workshop(GIVEN, options={"keeper": "on", **options})
     killer = Killer(tree, least, most)
     killer.start()
     try:
@@ -103,6 +105,11 @@ SHORT = {
 def test_nobody_notices_that_the_daemon_is_killed(workshop: Workshop) -> None:
     kills = survive(workshop, SHORT, 1.0, 3.0)
     assert kills >= 2
+
+
+def test_nobody_notices_while_a_reader_always_looks(workshop: Workshop) -> None:
+    rounds = {"names": 100, "listing": 40, "lower": 400}
+    assert survive(workshop, rounds, 0.2, 0.8, spin="on") >= 2
 
 
 @pytest.mark.long

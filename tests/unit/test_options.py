@@ -99,7 +99,7 @@ def test_squash() -> None:
 def test_values() -> None:
     chosen = mount(
         f"{UPPER},timeout=2.5,fsync=0,noxattrs=1,static_nlink,xattr_permissions=2,redirect_dir=off,"
-        "metacopy=on,userxattr,xino=off,noacl,volatile,express=on,uring=on,passthrough=upper,"
+        "metacopy=on,userxattr,xino=off,noacl,volatile,express=on,uring=on,passthrough=upper,spin=off,"
         "stats,log=/log,lookup_index=/i,max_read=65536"
     )
     assert chosen.timeout == 2.5
@@ -112,6 +112,7 @@ def test_values() -> None:
         True,
     )
     assert (chosen.express, chosen.uring, chosen.passthrough) == (True, "on", "upper")
+    assert chosen.spin == "off" and mount(UPPER).spin == "auto"
     assert (chosen.stats, chosen.log, chosen.lookup_index) == (True, b"/log", b"/i")
     assert chosen.max_read == 65536
 
@@ -156,6 +157,8 @@ def test_unknown_options_are_refused_by_name(name: str) -> None:
         "xattr_permissions=3",
         "keeper=on,express=off",
         "express=off,uring=on",
+        "express=off,spin=on",
+        "spin=30",
         "lowerdir=",
     ],
 )

@@ -16,7 +16,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memchr, memcmp, memcpy, memset
 from posix.types cimport off_t
-from posix.unistd cimport close, pread, read
+from posix.unistd cimport close, pread
 
 from unionfuse._tables cimport ABSENT, BELOW, FOUND, Tables
 from unionfuse._wire cimport ATTR_AT, ENTRY_SIZE, fuse_attr, fuse_dirent, record_length
@@ -71,6 +71,15 @@ cdef extern from "_lane.h":
     int mlock(const void *address, size_t length) nogil
     ssize_t writev(int fd, const iovec *iov, int count) nogil
     double lane_clock() nogil
+
+cdef extern from "_spin.h":
+    enum:
+        SPIN_ALWAYS
+    struct spin:
+        int enabled
+        uint64_t found
+    ssize_t spin_read(spin *turns, int fd, void *buffer, size_t size) nogil
+    void spin_open(spin *turns) nogil
 
 cdef extern from "_opens.h":
     int opens_lower(int root, const char *path) nogil
@@ -214,6 +223,7 @@ cdef class Loop:
     cdef double statfs_until
     cdef Thread *threads[1024]
     cdef int thread_count
+    cdef spin turns
     cdef bint stopping
     cdef const unsigned char[:] view
     cdef bint opening
@@ -349,6 +359,18 @@ cdef class Loop:
             max_write: the most data that a request brings.
         """
         self.resident = min(max_write + BUFFER - MAX_WRITE, BUFFER)
+
+    def spin(self, bint always=False):
+        """Look for the next request before sleeping (_spin.h). Called before any thread runs.
+
+        Arguments:
+            always: whenever requests come, not only while it is seen to pay.
+        """
+        self.turns.enabled = SPIN_ALWAYS if always else 1
+
+    def found_awake(self):
+        """How many requests were there before their reader slept."""
+        return self.turns.found
 
     def read_from(self, uint64_t handle, int descriptor):
         """READ of an open handle reads this descriptor from now on; -1 asks Python again."""
@@ -508,6 +530,7 @@ cdef class Loop:
     def stop(self):
         """Threads end after the request that they are at."""
         self.stopping = True
+        spin_open(&self.turns)
 
     # --- the classic transport ----------------------------------------------------------------
 
@@ -522,7 +545,7 @@ cdef class Loop:
         cdef Reply reply
         with nogil:
             while not self.stopping:
-                size = read(self.fd, thread.request, BUFFER)
+                size = spin_read(&self.turns, self.fd, thread.request, BUFFER)
                 if size < 0:
                     # ENOENT: the request was interrupted before we could read it.
                     if errno == EINTR or errno == EAGAIN or errno == ENOENT:
@@ -565,6 +588,7 @@ cdef class Loop:
         cdef bint is_due
         if how == FOR_PYTHON:
             thread.python[opcode] += 1
+            spin_open(&self.turns)
             with gil:
                 is_due = self.ask_python(thread, size, &reply)
             if is_due:

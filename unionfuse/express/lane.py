@@ -118,6 +118,8 @@ class Lane:
         union.watcher = self
         if survivor is not None:
             survivor.ask_again(fuse)
+        if options.spin != "off" and not self._has_rings:
+            self._loop.spin(always=options.spin == "on")
         for cpu in range(_queues() if self._has_rings else 0):
             self._start(partial(self._serve_until_end, cpu), f"lane-ring-{cpu}")
         if self._has_rings and survivor is not None and survivor.taken_over:
