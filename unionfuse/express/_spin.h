@@ -9,7 +9,9 @@
  *
  * Whether looking pays nobody can know: on a busy machine it takes the processor from those who
  * ask. So it is tried: a few stretches of requests each way, then the better way for many, then
- * the next trial. A mount that is asked little never looks; an idle one sleeps.
+ * the next trial. Where somebody else wants the reader's processor, looking loses: who does not
+ * sleep is made to wait later, for longer than a stretch can show. A mount that is asked little
+ * never looks; an idle one sleeps.
  */
 #include <errno.h>
 #include <limits.h>
@@ -17,6 +19,7 @@
 #include <poll.h>
 #include <sched.h>
 #include <stdint.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -27,8 +30,9 @@
 #define SPIN_PAIRS 4         /* of stretches in a trial, one without and one with looking */
 #define SPIN_WINS 3          /* of them, where looking has to gain enough to be chosen */
 #define SPIN_GAIN 90         /* per cent of the time without looking that is enough */
-#define SPIN_LEAST 64        /* stretches from one trial to the next */
-#define SPIN_MOST 1024
+#define SPIN_LASTS 256       /* stretches from a trial that looking won to the next */
+#define SPIN_LEAST 64        /* from one that it lost: twice as many each time, from so many ... */
+#define SPIN_MOST 1024       /* ... to so many */
 #define SPIN_CAP 1000000     /* ns between two requests; more counts as so much */
 #define SPIN_PAUSE 5000000   /* ns without a request that end looking and all trials */
 #define SPIN_WATCH 2000000   /* ns after which those who stand aside see to it that somebody reads */
@@ -51,8 +55,9 @@ struct spin {
     int number; /* of this stretch since the trial began */
     int wins;   /* pairs that looking won */
     int slow;   /* stretches of late that took longer than is usual without looking */
-    int chosen; /* by the last trial */
-    int lasts;  /* stretches until the next one */
+    int lasts;  /* stretches until the next trial; 0: in one */
+    int won;    /* looking did, in the last one */
+    int rests;  /* those after looking lost for the last time */
     uint64_t found; /* requests that were there before the reader slept */
 };
 
@@ -61,6 +66,13 @@ static int64_t spin_clock(void) {
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * 1000000000ll + now.tv_nsec;
 }
+
+/* How often this thread was taken off its processor. */
+static long spin_preempted(void) {
+    struct rusage usage;
+    return getrusage(RUSAGE_THREAD, &usage) ? 0 : usage.ru_nivcsw;
+}
+static __thread long spin_before = -1; /* the same at the start of this stretch */
 
 static int spin_processors(void) {
     cpu_set_t set;
@@ -82,39 +94,48 @@ static void spin_set(struct spin *s, int looks) {
 }
 
 static void spin_begin_trial(struct spin *s) {
-    s->number = s->wins = s->slow = 0;
+    s->number = s->wins = s->slow = s->lasts = 0;
     s->usual = 0;
     spin_set(s, 0);
 }
 
-static void spin_choose(struct spin *s) {
-    int chosen = s->wins >= SPIN_WINS;
-    if (chosen != s->chosen || !s->lasts)
-        s->lasts = SPIN_LEAST;
-    else if (s->lasts < SPIN_MOST)
-        s->lasts *= 2;
-    s->chosen = chosen;
-    spin_set(s, chosen);
+static void spin_end_trial(struct spin *s, int looks) {
+    if (!looks) s->rests = s->rests ? s->rests < SPIN_MOST ? 2 * s->rests : SPIN_MOST : SPIN_LEAST;
+    s->won = looks;
+    s->lasts = looks ? SPIN_LASTS : s->rests;
+    spin_set(s, looks);
+}
+
+static void spin_try(struct spin *s, int disturbed) {
+    if (s->number & 1) {
+        s->wins += !disturbed && s->stretch < s->plain / 100 * SPIN_GAIN;
+    } else {
+        s->plain = s->stretch;
+        s->usual += s->stretch / SPIN_PAIRS;
+    }
+    if (++s->number < 2 * SPIN_PAIRS)
+        spin_set(s, s->number & 1);
+    else
+        spin_end_trial(s, s->wins >= SPIN_WINS);
 }
 
 /* A stretch is over: what the next one does. */
 static void spin_next(struct spin *s) {
+    int preempted = spin_before >= 0 && spin_preempted() != spin_before;
     int vain = !s->looks || s->missed > SPIN_STRETCH / 4;
-    if (s->number < 2 * SPIN_PAIRS) {
-        if (s->number & 1) {
-            s->wins += !vain && s->stretch < s->plain / 100 * SPIN_GAIN;
-        } else {
-            s->plain = s->stretch;
-            s->usual += s->stretch / SPIN_PAIRS;
-        }
-        if (++s->number < 2 * SPIN_PAIRS)
-            spin_set(s, s->number & 1);
-        else
-            spin_choose(s);
+    spin_before = -1;
+    if (!s->lasts) {
+        spin_try(s, vain || preempted);
         return;
     }
-    if (s->looks) s->slow += vain || s->stretch > s->usual ? 1 : s->slow > 0 ? -1 : 0;
-    if (++s->number > s->lasts || s->slow > SPIN_PAIRS) spin_begin_trial(s);
+    if (s->looks) s->slow += preempted ? 2 : vain || s->stretch > s->usual ? 1 : s->slow ? -1 : 0;
+    if (s->slow > SPIN_PAIRS) {
+        s->slow = 0;
+        spin_end_trial(s, 0);
+    } else if (!--s->lasts) {
+        if (s->won) s->rests = 0;
+        spin_begin_trial(s);
+    }
 }
 
 /* A request has come. */
@@ -126,10 +147,11 @@ static void spin_judge(struct spin *s, int late) {
     if (s->enabled == SPIN_ALWAYS) {
         spin_set(s, 1);
     } else if (since > SPIN_PAUSE) {
-        spin_begin_trial(s);
+        if (!s->lasts || s->won) spin_begin_trial(s);
         s->count = SPIN_STRETCH;
     } else {
         s->missed += late;
+        if (s->count == SPIN_SETTLE) spin_before = s->looks ? spin_preempted() : -1;
         if (++s->count > SPIN_SETTLE) s->stretch += since < SPIN_CAP ? since : SPIN_CAP;
         if (s->count == SPIN_STRETCH) spin_next(s);
     }
