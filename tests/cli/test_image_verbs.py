@@ -545,3 +545,12 @@ def test_a_store_on_an_overlay_holds_whiteouts(
     assert "whole" in there("check")
     there("save", "-o", str(tmp_path / "again.tar"), "app:2")
     assert (tmp_path / "again.tar").read_bytes() == archived.read_bytes()
+
+
+def test_what_is_no_archive_is_named(unionfuse: Command, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("no tar\n")
+    for words in (("load", "-i", str(text)), ("import", str(text)), ("import", str(tmp_path))):
+        message = unionfuse(*words, code=1)
+        assert message.startswith(f"unionfuse {words[0]}: {words[-1]}") and message.count("\n") == 1
+    assert f"pack it: tar -C {tmp_path}" in message

@@ -6,6 +6,7 @@ the single place where errors become messages and exit codes.
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
@@ -148,6 +149,10 @@ def _help(words: list[str]) -> int:
     return 0
 
 
+_ROOM = "; make room on that disk: 'unionfuse prune' removes what nothing uses"
+_REMEDIES = {errno.ENOSPC: _ROOM, errno.EDQUOT: _ROOM}
+
+
 def _report(verb: str, error: BaseException, error_code: int) -> int:
     """Say on stderr what went wrong, in one line, and return the exit code."""
     from unionimage.errors import UserError
@@ -166,9 +171,11 @@ def _report(verb: str, error: BaseException, error_code: int) -> int:
             return error.code if isinstance(error.code, int) else 0
         case OSError(strerror=str(reason)):
             where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
-            print(f"{name}: {where}{reason}", file=sys.stderr)
+            remedy = _REMEDIES.get(error.errno or 0, "")
+            print(f"{name}: {where}{reason}{remedy}", file=sys.stderr)
         case _ if type(error).__module__ == "sqlite3":
-            print(f"{name}: the store's database: {error}", file=sys.stderr)
+            remedy = "see that the store's disk has room and can be written"
+            print(f"{name}: the store's database: {error}; {remedy}", file=sys.stderr)
         case _:
             print(
                 f"{name}: internal error: {type(error).__name__}: {error}"

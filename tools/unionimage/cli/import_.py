@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from unionimage.cli.common import (
@@ -11,7 +12,7 @@ from unionimage.cli.common import (
     source_date_epoch,
     take_layer_options,
 )
-from unionimage.errors import UserError
+from unionimage.errors import BadContent, UserError
 from unionimage.reference import Reference
 
 EXAMPLE = """
@@ -42,6 +43,10 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.file == "-" and sys.stdin.isatty():
         raise UserError("nothing to import: name a file, or pipe a tar in")
+    if os.path.isdir(args.file):
+        raise UserError(
+            f"{args.file} is a directory; pack it: tar -C {args.file} -c . | unionfuse import -"
+        )
     names = [Reference.parse(args.name)] if args.name else []
     platform = Platform.parse(args.platform) if args.platform else Platform.host()
     created = format_time(source_date_epoch())
@@ -50,7 +55,10 @@ def run(args: argparse.Namespace) -> int:
     with open_store(args) as store, store.lease("import") as lease:
         take_layer_options(args, store)
         with open(0 if args.file == "-" else args.file, "rb", closefd=args.file != "-") as file:
-            layer = lease.add_layer(file)
+            try:
+                layer = lease.add_layer(file)
+            except BadContent as error:
+                raise BadContent(f"{args.file}: {error.message}") from None
         if not layer.entries:
             raise UserError(f"{args.file}: the tar is empty")
         step = History(created, comment=message)

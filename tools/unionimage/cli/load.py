@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from unionimage.cli.common import add_layer_options, open_store, take_layer_options
-from unionimage.errors import UserError
+from unionimage.errors import BadContent, UserError
 
 EXAMPLE = """
 unionfuse load -i debian.tar
@@ -40,7 +40,10 @@ def run(args: argparse.Namespace) -> int:
         take_layer_options(args, store)
         with reporter(quiet=args.quiet, stream=sys.stderr) as report:
             stream = None if path else os.fdopen(os.dup(0), "rb")
-            images = load(lease, path, stream, report, every_platform=args.platform == "all")
+            try:
+                images = load(lease, path, stream, report, every_platform=args.platform == "all")
+            except BadContent as error:
+                raise BadContent(f"{path or 'the input'}: {error.message}") from None
         for image in images:
             if image.names:
                 for name in image.names:
