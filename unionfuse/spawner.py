@@ -54,7 +54,7 @@ def start(path: Path, module: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.set_inheritable(lock, True)
         os.chdir("/")
-        os.execv(sys.executable, [sys.executable, "-m", module, str(path), str(lock)])
+        os.execv(sys.executable, [sys.executable, "-P", "-m", module, str(path), str(lock)])
     finally:
         os._exit(1)
 

@@ -118,3 +118,20 @@ def _read_terminal(descriptor: int) -> bytes:
         return os.read(descriptor, 1 << 16)
     except OSError:  # EIO: nobody has the other end any more
         return b""
+
+
+def test_no_module_is_taken_from_the_working_directory(
+    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = tmp_path / "taken"
+    for name in ("unionfuse", "unionimage", "trio", "json", "struct"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(taken)!r}, 'w')\nraise SystemExit(3)\n")
+    (tmp_path / "Dockerfile").write_text("FROM base\nRUN true\n")
+    (tmp_path / "mnt").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UNIONFUSE_RUNROOT", str(tmp_path / "run"))  # there is no spawner yet
+    builder.run("build", "-q", "--no-cache", ".")
+    for _ in range(2):
+        builder.run("mount", "base", "mnt")
+        builder.run("umount", "mnt")
+    assert not taken.exists()

@@ -294,7 +294,7 @@ def start_program(words: Sequence[str]) -> tuple[int, str]:
     import subprocess
 
     done = subprocess.run(
-        [sys.executable, "-m", "unionfuse", *words],
+        [sys.executable, "-P", "-m", "unionfuse", *words],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

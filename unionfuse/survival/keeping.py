@@ -104,7 +104,7 @@ class Keeping:
             return cls(ours, stored, cwd)
         ours.close()
         python = os.fsencode(sys.executable)
-        command = [python, b"-m", b"unionfuse", *map(os.fsencode, words)]
+        command = [python, b"-P", b"-m", b"unionfuse", *map(os.fsencode, words)]
         if cls.share_memory and not stored:
             os.chdir("/")
             posix.environ.clear()

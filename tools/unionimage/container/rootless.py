@@ -55,7 +55,7 @@ def enter(store_root: Path) -> None:
 def _this_program() -> list[str]:
     if os.path.exists(sys.argv[0]):
         return [sys.argv[0]]
-    return ["-c", "from unionimage.cli import main; raise SystemExit(main())"]
+    return ["-P", "-c", "from unionimage.cli import main; raise SystemExit(main())"]
 
 
 def _keeper(directory: Path) -> int:

@@ -38,7 +38,7 @@ class Helper:
         """Start the process; `staging` is the directory that all mounts of the build lie in."""
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, staging],
+            [sys.executable, "-P", "-m", __name__, staging],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
