@@ -1,18 +1,22 @@
 """The survey behind the explore page: kinds of change, and bytes that nobody sees."""
 
 import itertools
+import json
 import os
 import shutil
 import stat
 import tempfile
+import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from unionimage.chain import Chain
-from unionimage.explore.survey import Entry, readable, survey
+from unionimage.explore import page
+from unionimage.explore.survey import Entries, LayerSurvey, readable, survey
 
 
 @dataclass
@@ -36,7 +40,7 @@ def make(directory: Path, files: dict[str, int | str | None]) -> Layer:
     return Layer(directory)
 
 
-def changes(entries: list[Entry]) -> dict[str, str]:
+def changes(entries: Entries) -> dict[str, str]:
     """path → letter."""
     found, above = {}, []
     for entry in entries:
@@ -73,7 +77,8 @@ def test_added_changed_deleted_and_wasted(tmp_path: Path) -> None:
     }
     assert changes(found.layers[2].entries) == {"etc": "=", "etc/a": "D", "etc/b": "A"}
     wasted = {
-        path.decode(): (one.layers, one.total, one.hidden) for path, one in found.wasted.items()
+        path.decode(): (list(one.layers), one.total, one.hidden)
+        for path, one in found.wasted.items()
     }
     assert wasted == {
         "etc/a": ([0, 1, 2], 230, 230),
@@ -111,7 +116,45 @@ def test_hard_links_count_once_and_special_files_not_at_all(tmp_path: Path) -> N
         b"fifo": ("p", 0),
         b"link": ("l", 0),
     }
-    assert found.layers[0].entries[-1].target == b"a"
+    assert list(found.layers[0].entries)[-1].target == b"a"
+
+
+def test_a_file_costs_little_memory(tmp_path: Path) -> None:
+    """200,000 of them have to fit into 100 MB."""
+    count = 4000
+    layers = []
+    for number in "01":
+        for folder in range(count // 20):
+            (tmp_path / number / f"usr/share/package-{folder}").mkdir(parents=True)
+            for file in range(20):
+                path = tmp_path / number / f"usr/share/package-{folder}/name-{number}-{file}.txt"
+                path.write_bytes(bytes(300))
+        layers.append(Layer(tmp_path / number))
+    survey(layers[:1])  # imports and the like
+    tracemalloc.start()
+    found = survey(layers)
+    length = sum(len(piece) for layer in found.layers for piece in page.columns(layer))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert length > 40 * count
+    assert most < 300 * 2 * count, most / count
+
+
+@pytest.mark.parametrize("piece", [1, 3, 10_000])
+def test_columns_are_the_same_in_pieces_of_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    files: dict[str, int | str | None] = {f"name-{n}/\N{SNOWMAN}'\"<": n for n in range(200)}
+    layer = survey([make(tmp_path / "0", files)]).layers[0]
+    monkeypatch.setattr(page, "PIECE", piece)
+    for one in (layer, LayerSurvey("empty", Entries())):
+        found = json.loads("".join(page.columns(one)))
+        entries = list(one.entries)
+        assert found["names"] == "/".join(entry.name.decode() for entry in entries)
+        assert found["bytes"] == [entry.size for entry in entries]
+        assert found["mode"] == [entry.mode for entry in entries]
+        assert [found["owners"][number] for number in found["owner"]] == ["0:0"] * len(entries)
+        assert found["kind"] == "".join(entry.kind for entry in entries)
 
 
 NAMES = st.sampled_from("abc")

@@ -77,11 +77,14 @@ def _serve(data: bytes, port: int) -> int:
 
 def _write(path: str, data: bytes) -> None:
     """Write a file in one step."""
+    from unionimage.errors import UserError
     from unionimage.store.files import new_id
 
     staged = Path(path).with_name(f".explore-{new_id()}")
     try:
         staged.write_bytes(data)
         os.replace(staged, path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     finally:
         staged.unlink(missing_ok=True)

@@ -7,9 +7,10 @@ the file stays small. Everything in it is shown as text, never as HTML: names co
 from __future__ import annotations
 
 import base64
-import gzip
 import json
-from collections.abc import Sequence
+import zlib
+from array import array
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from unionimage.image_config import History
 from unionimage.store import Image
 
 WORST = 1000  # paths in the table of wasted bytes
+PIECE = 10_000  # entries that are written out at a time: a million need no more memory
+_GZIP = 16 + zlib.MAX_WBITS
 _PLACE = b"@DATA@"
 
 
@@ -28,15 +31,30 @@ def page(image: Image, survey: Survey, title: str) -> bytes:
     Args:
         title: what the image is called.
     """
-    data = json.dumps(_table(image, survey, title), ensure_ascii=False, separators=(",", ":"))
-    packed = gzip.compress(data.encode(), 6, mtime=0)
+    machine = zlib.compressobj(6, zlib.DEFLATED, _GZIP)
+    parts = [machine.compress(piece.encode()) for piece in _pieces(image, survey, title)]
+    packed = b"".join(parts) + machine.flush()
     frame = Path(__file__).with_name("explorer.html").read_bytes()
     before, found, after = frame.partition(_PLACE)
     assert found
     return before + base64.b64encode(packed) + after
 
 
+def _pieces(image: Image, survey: Survey, title: str) -> Iterator[str]:
+    """The data as JSON, piece by piece."""
+    yield _json(_table(image, survey, title))[:-1] + ',"layers":['
+    for number, layer in enumerate(survey.layers):
+        yield "," if number else ""
+        yield from columns(layer)
+    yield "]}"
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
 def _table(image: Image, survey: Survey, title: str) -> dict[str, Any]:
+    """All but the layers."""
     config = image.config
     return {
         "title": title,
@@ -47,7 +65,6 @@ def _table(image: Image, survey: Survey, title: str) -> dict[str, Any]:
         "size": survey.size,
         "hidden": survey.hidden,
         "steps": _steps([step for step, _ in image.steps()], [s for _, s in image.steps()]),
-        "layers": [_columns(layer) for layer in survey.layers],
         "wasted": _worst(survey),
         "wastedPaths": len(survey.wasted),
     }
@@ -68,24 +85,42 @@ def _steps(history: Sequence[History], layers: Sequence[object | None]) -> list[
     return steps
 
 
-def _columns(layer: LayerSurvey) -> dict[str, Any]:
+def columns(layer: LayerSurvey) -> Iterator[str]:
     """A layer's entries by column; names are joined by `/`, which no name has."""
-    owners: dict[tuple[int, int], int] = {}
     entries = layer.entries
-    return {
+    columns = {
         "id": layer.diff_id,
         "size": layer.size,
-        "names": "/".join(readable(entry.name) for entry in entries),
-        "depth": [entry.depth for entry in entries],
-        "kind": "".join(entry.kind for entry in entries),
-        "change": "".join(entry.change for entry in entries),
-        "bytes": [entry.size for entry in entries],
-        "hides": {n: entry.hides for n, entry in enumerate(entries) if entry.hides},
-        "mode": [entry.mode for entry in entries],
-        "owner": [owners.setdefault(entry.owner, len(owners)) for entry in entries],
-        "owners": [f"{uid}:{gid}" for uid, gid in owners],
-        "targets": {n: readable(entry.target) for n, entry in enumerate(entries) if entry.target},
+        "kind": entries.kind.decode(),
+        "change": entries.change.decode(),
+        "hides": entries.hides,
+        "owners": [f"{uid}:{gid}" for uid, gid in entries.owners],
+        "targets": {number: readable(target) for number, target in entries.targets.items()},
     }
+    yield _json(columns)[:-1]
+    for name in ("depth", "bytes", "mode", "owner"):
+        yield f',"{name}":['
+        yield from _numbers(getattr(entries, name))
+        yield "]"
+    yield ',"names":"'
+    yield from _names(entries.names)
+    yield '"}'
+
+
+def _numbers(column: array[int]) -> Iterator[str]:
+    for start in range(0, len(column), PIECE):
+        yield ("," if start else "") + ",".join(map(str, column[start : start + PIECE]))
+
+
+def _names(names: bytearray) -> Iterator[str]:
+    """The inside of a JSON string: all but the last `/`."""
+    start, end = 0, len(names) - 1
+    while start < end:
+        # The end of a name that lies a piece further on, or of all.
+        stop = names.find(b"/", min(start + 20 * PIECE, end))
+        text = "/".join(map(readable, bytes(names[start:stop]).split(b"/")))
+        yield ("/" if start else "") + _json(text)[1:-1]
+        start = stop + 1
 
 
 def _worst(survey: Survey) -> list[list[Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -55,6 +56,66 @@ class Entry(NamedTuple):
     target: bytes = b""
 
 
+class Entries:
+    """Entries in a row, held by column: 30 bytes each beside the name, where tuples take 250.
+
+    Attributes:
+        names: each with a `/` after it, which no name has.
+        owners: each different one; `owner` has the numbers of these.
+        hides, targets: by the number of the entry, for those that have such.
+        size: bytes of all files.
+    """
+
+    def __init__(self) -> None:
+        self.names = bytearray()
+        self.depth = array("I")
+        self.kind = bytearray()
+        self.change = bytearray()
+        self.bytes = array("Q")
+        self.mode = array("H")
+        self.owner = array("I")
+        self.owners: dict[tuple[int, int], int] = {}
+        self.hides: dict[int, int] = {}
+        self.targets: dict[int, bytes] = {}
+        self.size = 0
+
+    def append(self, entry: Entry) -> None:
+        number = len(self.depth)
+        self.names += entry.name
+        self.names += b"/"
+        self.depth.append(entry.depth)
+        self.kind.append(ord(entry.kind))
+        self.change.append(ord(entry.change))
+        self.bytes.append(entry.size)
+        self.mode.append(entry.mode)
+        self.owner.append(self.owners.setdefault(entry.owner, len(self.owners)))
+        if entry.hides:
+            self.hides[number] = entry.hides
+        if entry.target:
+            self.targets[number] = entry.target
+        if entry.change != DELETED:
+            self.size += entry.size
+
+    def __len__(self) -> int:
+        return len(self.depth)
+
+    def __iter__(self) -> Iterator[Entry]:
+        owners = list(self.owners)
+        names = self.names.split(b"/")
+        for number in range(len(self)):
+            yield Entry(
+                self.depth[number],
+                bytes(names[number]),
+                chr(self.kind[number]),
+                chr(self.change[number]),
+                self.bytes[number],
+                self.hides.get(number, 0),
+                self.mode[number],
+                owners[self.owner[number]],
+                self.targets.get(number, b""),
+            )
+
+
 class Known(Protocol):
     """What of a stored layer is needed."""
 
@@ -67,10 +128,13 @@ class Known(Protocol):
 class LayerSurvey:
     """A layer: its entries in preorder, and the wasted bytes it causes by path."""
 
-    def __init__(self, diff_id: str, entries: list[Entry], size: int = 0) -> None:
+    def __init__(self, diff_id: str, entries: Entries) -> None:
         self.diff_id = diff_id
         self.entries = entries
-        self.size = size
+
+    @property
+    def size(self) -> int:
+        return self.entries.size
 
 
 class Wasted:
@@ -85,7 +149,7 @@ class Wasted:
     __slots__ = ("hidden", "layers", "total")
 
     def __init__(self) -> None:
-        self.layers: list[int] = []
+        self.layers: tuple[int, ...] = ()
         self.total = 0
         self.hidden = 0
 
@@ -106,15 +170,26 @@ class Survey:
         return sum(one.hidden for one in self.wasted.values())
 
 
+class _Look(NamedTuple):
+    """What most names have in common with others."""
+
+    kind: str
+    mode: int
+    owner: tuple[int, int]
+
+
 class _Node:
     """A name as the layers so far have made it; `layers` are those that hold a version of it."""
 
-    __slots__ = ("children", "kind", "layers", "mode", "owner", "size")
+    __slots__ = ("children", "layers", "look", "size")
 
-    def __init__(self, kind: str, size: int, mode: int, owner: tuple[int, int], layer: int) -> None:
-        self.kind, self.size, self.mode, self.owner = kind, size, mode, owner
-        self.layers: tuple[int, ...] = (layer,)
-        self.children: dict[bytes, _Node] | None = {} if kind == DIRECTORY else None
+    def __init__(self, look: _Look, size: int, layers: tuple[int, ...]) -> None:
+        self.look, self.size, self.layers = look, size, layers
+        self.children: dict[bytes, _Node] | None = {} if look.kind == DIRECTORY else None
+
+    @property
+    def is_directory(self) -> bool:
+        return self.children is not None
 
 
 def survey(layers: Sequence[Known]) -> Survey:
@@ -123,17 +198,17 @@ def survey(layers: Sequence[Known]) -> Survey:
     Raises:
         OSError: a layer directory cannot be read.
     """
-    merged = _Node(DIRECTORY, 0, 0o755, (0, 0), -1)
+    merged = _Node(_Look(DIRECTORY, 0o755, (0, 0)), 0, ())
     result = Survey([], {})
+    shared = _Shared()
     for number, layer in enumerate(layers):
         root = os.open(layer.directory, _DIRECTORY_FLAGS)
         try:
-            reading = _Reading(number, result.wasted)
+            reading = _Reading(number, result.wasted, shared)
             reading.directory(root, b"", merged, 1)
         finally:
             os.close(root)
-        size = sum(entry.size for entry in reading.entries if entry.change != DELETED)
-        result.layers.append(LayerSurvey(layer.diff_id, reading.entries, size))
+        result.layers.append(LayerSurvey(layer.diff_id, reading.entries))
     for path, one in result.wasted.items():
         one.total = one.hidden + _visible_size(merged, path)
     return result
@@ -149,13 +224,29 @@ def _visible_size(node: _Node, path: bytes) -> int:
     return node.size
 
 
+class _Shared:
+    """Values that many nodes have, each held once."""
+
+    def __init__(self) -> None:
+        self._looks: dict[_Look, _Look] = {}
+        self._layers: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def look(self, kind: str, mode: int, owner: tuple[int, int]) -> _Look:
+        made = _Look(kind, mode, owner)
+        return self._looks.setdefault(made, made)
+
+    def layers(self, *numbers: int) -> tuple[int, ...]:
+        return self._layers.setdefault(numbers, numbers)
+
+
 class _Reading:
     """The walk through one layer; `merged` nodes are brought up to date on the way."""
 
-    def __init__(self, number: int, wasted: dict[bytes, Wasted]) -> None:
+    def __init__(self, number: int, wasted: dict[bytes, Wasted], shared: _Shared) -> None:
         self.number = number
         self.wasted = wasted
-        self.entries: list[Entry] = []
+        self.shared = shared
+        self.entries = Entries()
         self._links: set[tuple[int, int]] = set()
 
     def directory(
@@ -199,23 +290,24 @@ class _Reading:
         kind, size = self._kind(status)
         mode, owner = stat.S_IMODE(status.st_mode), (status.st_uid, status.st_gid)
         target = os.readlink(name, dir_fd=descriptor) if kind == LINK else b""
-        node = _Node(kind, size, mode, owner, self.number)
+        look = self.shared.look(kind, mode, owner)
+        node = _Node(look, size, self.shared.layers(self.number))
         old = below.get(name)
         hides = 0
         change = ADDED if old is None else CHANGED
         if old is not None:
-            if kind == DIRECTORY == old.kind:
+            if node.is_directory and old.is_directory:
                 node.children = old.children
-                change = PASSED if (old.mode, old.owner) == (mode, owner) else CHANGED
-            elif kind != DIRECTORY and old.kind != DIRECTORY:
+                change = PASSED if old.look == look else CHANGED
+            elif not node.is_directory and not old.is_directory:
                 hides = old.size
-                node.layers = (*old.layers, self.number)
+                node.layers = self.shared.layers(*old.layers, self.number)
                 self._waste(path, node, hides)
             else:
                 hides = self._hide(path, old)
         below[name] = node
         self.entries.append(Entry(depth, name, kind, change, size, hides, mode, owner, target))
-        if kind == DIRECTORY:
+        if node.is_directory:
             child = os.open(name, _DIRECTORY_FLAGS, dir_fd=descriptor)
             try:
                 self.directory(child, path, node, depth + 1, replaces)
@@ -224,19 +316,19 @@ class _Reading:
 
     def _deleted(self, name: bytes, path: bytes, old: _Node, depth: int) -> None:
         """A name that this layer takes away, with everything below it."""
-        position = len(self.entries)
-        self.entries.append(Entry(depth, name, old.kind, DELETED, old.size, 0, old.mode, old.owner))
+        kind, mode, owner = old.look
+        hides = 0 if old.is_directory else old.size
+        self.entries.append(Entry(depth, name, kind, DELETED, old.size, hides, mode, owner))
         for child, node in sorted((old.children or {}).items()):
             self._deleted(child, path + b"/" + child, node, depth + 1)
-        if old.kind != DIRECTORY:
-            self.entries[position] = self.entries[position]._replace(hides=old.size)
-            old.layers = (*old.layers, self.number)
-            self._waste(path, old, old.size)
+        if not old.is_directory:
+            old.layers = self.shared.layers(*old.layers, self.number)
+            self._waste(path, old, hides)
 
     def _hide(self, path: bytes, old: _Node) -> int:
         """Count everything at `path` as hidden; returns the bytes."""
-        if old.kind != DIRECTORY:
-            old.layers = (*old.layers, self.number)
+        if not old.is_directory:
+            old.layers = self.shared.layers(*old.layers, self.number)
             self._waste(path, old, old.size)
             return old.size
         return sum(
@@ -247,7 +339,7 @@ class _Reading:
         if not hidden:
             return
         entry = self.wasted.setdefault(path, Wasted())
-        entry.layers = sorted({*entry.layers, *node.layers})
+        entry.layers = self.shared.layers(*sorted({*entry.layers, *node.layers}))
         entry.hidden += hidden
 
     def _kind(self, status: os.stat_result) -> tuple[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
+from functools import cached_property
 
 from unionimage.digest import Digest
 from unionimage.progress import Reporter, Task
@@ -128,16 +129,22 @@ class _Sources:
     """Other repositories of the same registry that a layer is known to be in."""
 
     def __init__(self, store: Store, reference: Reference) -> None:
-        self._paths: dict[Digest, dict[str, None]] = {}
-        for image in store.images(all=True):
-            for name in (*image.names, *image.digests):
-                if name.registry == reference.registry and name.path != reference.path:
-                    for diff_id in image.diff_ids:
-                        self._paths.setdefault(diff_id, {})[name.path] = None
+        self._store, self._reference = store, reference
 
     def of(self, diff_id: Digest) -> list[str]:
         """At most three repositories to try."""
         return list(self._paths.get(diff_id, ()))[:3]
+
+    @cached_property
+    def _paths(self) -> dict[Digest, dict[str, None]]:
+        found: dict[Digest, dict[str, None]] = {}
+        for image in self._store.images(all=True):
+            for name in (*image.names, *image.digests):
+                same = name.registry == self._reference.registry
+                if same and name.path != self._reference.path:
+                    for diff_id in image.diff_ids:
+                        found.setdefault(diff_id, {})[name.path] = None
+        return found
 
 
 def _push_layer(
