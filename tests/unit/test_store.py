@@ -10,6 +10,7 @@ import sys
 import tarfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -424,3 +425,26 @@ def test_lock_files_of_the_dead_are_removed(store: Store) -> None:
         store.collect()
         assert not stale.exists()
         assert [path.name for path in stale.parent.iterdir()] == [f"{lease.owner[6:]}.lease"]
+
+
+def test_no_monitor_is_forked_with_the_database_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It opens the database itself; SQLite's notes of files that are open would be wrong there."""
+    from unionimage.container import starting
+
+    def open_files() -> list[str]:
+        links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+        return [os.readlink(link) for link in links if os.path.islink(link)]
+
+    forked = []
+    monkeypatch.setattr(os, "fork", lambda: forked.append(open_files()) or 1)
+    monkeypatch.setattr(os, "waitpid", lambda *_: None)
+    with Store.open(tmp_path / "store") as store:
+        assert any("store.db" in name for name in open_files())
+        nothing: Any = None
+        for pipe in starting._fork_monitor(nothing, nothing, nothing, nothing):
+            pipe.close()
+        (names,) = forked
+        assert not [name for name in names if str(tmp_path) in name and "store.db" in name]
+        assert store.images() == []

@@ -137,6 +137,9 @@ def _fork_monitor(
     client: socket.socket | None,
 ) -> tuple[BinaryIO, BinaryIO]:
     """Fork the monitor: a line tells it to begin, its end not to; how that went it answers."""
+    from unionimage.store import database
+
+    database.before_fork()  # the monitor opens it when the container has ended
     told, begin = os.pipe2(os.O_CLOEXEC)
     answers, ready = os.pipe2(os.O_CLOEXEC)
     gc.freeze()  # the child never touches what was made before: its pages stay shared
