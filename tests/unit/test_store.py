@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import zstandard
+from harness.disks import Disk
 from harness.stores import add_image, assert_whole, layer_tar
 from harness.tars import archive, member
 from harness.users import NOBODY, as_user
@@ -54,6 +55,22 @@ def test_a_layer_comes_back_byte_for_byte(store: Store, packing: str) -> None:
             assert store.blobs.path(Digest.of(blob)).read_bytes() == blob
         assert (layer.directory / "d/hard").samefile(layer.directory / "d/file")
         assert_whole(store)
+
+
+def test_layers_do_not_lie_where_others_were_just_removed(tmp_path: Path) -> None:
+    """On ext4, which looks at each removed file for every new one; others know no such mark."""
+    for kind in ("ext4", "xfs"):
+        (tmp_path / kind).mkdir()
+        disk = Disk(tmp_path / kind, kind)
+        try:
+            with Store.open(disk.root / "store") as store, store.lease("test") as lease:
+                lease.add_layer(io.BytesIO(layer_tar()))
+                assert_whole(store)
+            words = ["lsattr", "-d", disk.root / "store/staging"]
+            flags = subprocess.check_output(words, text=True).split()[0]
+            assert ("T" in flags) is (kind == "ext4")
+        finally:
+            disk.unmount()
 
 
 @pytest.mark.parametrize("packing", PACKED)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
+import sys
 from contextlib import suppress
 from pathlib import Path
+
+# Of linux/fs.h, for machines of 64 bits.
+_FS_IOC_GETFLAGS = 0x80086601
+_FS_IOC_SETFLAGS = 0x40086602
+_FS_TOPDIR_FL = 0x20000
 
 
 def new_id() -> str:
@@ -77,6 +84,25 @@ def _remove_tree(parent: int, name: str) -> None:
         os.close(opened)
     with suppress(FileNotFoundError):
         os.rmdir(name, dir_fd=parent)
+
+
+def spread_trees(directory: Path) -> None:
+    """Have ext4 begin each tree below a directory in a part of the disk of its own (chattr +T).
+
+    Where files have just been deleted it looks at each of their inodes for every new file, for
+    minutes: a layer that is unpacked there after a `prune` takes twice the time. (Linux,
+    fs/ext4/ialloc.c, `find_group_orlov` and `recently_deleted`.) Other file systems refuse.
+    """
+    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            answer = fcntl.ioctl(opened, _FS_IOC_GETFLAGS, bytes(8))
+            flags = int.from_bytes(answer[:4], sys.byteorder)
+            if not flags & _FS_TOPDIR_FL:
+                wanted = (flags | _FS_TOPDIR_FL).to_bytes(4, sys.byteorder)
+                fcntl.ioctl(opened, _FS_IOC_SETFLAGS, wanted + bytes(4))
+    finally:
+        os.close(opened)
 
 
 def sync_file_system(path: Path) -> None:

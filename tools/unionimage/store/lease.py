@@ -29,7 +29,7 @@ from unionimage.image_config import ImageConfig
 from unionimage.reference import Reference
 from unionimage.spec import Manifest, compression_of
 from unionimage.store import dedupe
-from unionimage.store.files import publish, sync_file_system
+from unionimage.store.files import publish, spread_trees, sync_file_system
 from unionimage.store.layer_tar import open_layer_tar
 from unionimage.store.locks import FileLock
 from unionimage.store.model import Image, Layer
@@ -67,6 +67,8 @@ class Lease:
         with self.store.thread_lock:
             self._count += 1
             path = self._staging / str(self._count)
+            if self._count == 1:
+                spread_trees(self.store.root / "staging")
         path.mkdir(mode=0o700, parents=True)
         return path
 
