@@ -17,6 +17,9 @@ cdef enum Answer:
     ABSENT = 2
     BELOW = 3  # as the lookup index says
 
+cdef enum:
+    SPARSE_NAMES = 128  # names of a directory that may be listed without its files
+
 
 @cython.final
 cdef class Tables:
@@ -34,7 +37,8 @@ cdef class Tables:
     cdef int getattr(self, uint64_t number, char *out) noexcept nogil
     cdef int forget(self, uint64_t number, uint64_t count, bint held) noexcept nogil
     cdef ssize_t readdir(
-        self, uint64_t directory, uint64_t cookie, size_t room, uint64_t valid, char *out
+        self, uint64_t directory, uint64_t cookie, size_t room, uint64_t valid, bint *sparse,
+        char *out
     ) noexcept nogil
     cdef ssize_t readlink(self, uint64_t number, char *out, size_t room) noexcept nogil
     cdef int getxattr(self, uint64_t number, const char *name) noexcept nogil
@@ -50,7 +54,7 @@ cdef class Tables:
     cdef bint is_still_so(self, Block *block, uint32_t position) noexcept nogil
     cdef Block *pinned_listing(self, uint64_t directory) noexcept nogil
     cdef ssize_t write_record(
-        self, Block *block, uint64_t cookie, uint64_t valid, char *record
+        self, Block *block, uint64_t cookie, uint64_t valid, bint sparse, char *record
     ) noexcept nogil
     cdef bint stat_pinned(self, Block *block, uint32_t position, char *attributes) noexcept nogil
     cdef int open_place(self, Block *block, Place *place) noexcept nogil

@@ -549,11 +549,16 @@ cdef class Tables:
         return how
 
     cdef ssize_t readdir(
-        self, uint64_t directory, uint64_t cookie, size_t room, uint64_t valid, char *out
+        self, uint64_t directory, uint64_t cookie, size_t room, uint64_t valid, bint *sparse,
+        char *out
     ) noexcept nogil:
         """The records of READDIRPLUS behind a cookie; how many bytes, or -1: ask the union.
 
         A name that only the union can tell about is listed without its node.
+
+        Arguments:
+            sparse: whether all but directories are, if the directory is small; set to whether
+                they were.
         """
         cdef uint64_t next_cookie = cookie + 1
         cdef ssize_t length, used = 0
@@ -561,11 +566,12 @@ cdef class Tables:
         cdef Block *block = self.pinned_listing(directory)
         if block == NULL:
             return -1
+        sparse[0] = sparse[0] and block.count <= SPARSE_NAMES
         while next_cookie and next_cookie <= block.count + DOTS:
             if used + record_size(block, next_cookie) > room:
                 is_right = used > 0
                 break
-            length = self.write_record(block, next_cookie, valid, out + used)
+            length = self.write_record(block, next_cookie, valid, sparse[0], out + used)
             if length < 0:
                 is_right = False
                 break
@@ -592,7 +598,7 @@ cdef class Tables:
         return block
 
     cdef ssize_t write_record(
-        self, Block *block, uint64_t cookie, uint64_t valid, char *record
+        self, Block *block, uint64_t cookie, uint64_t valid, bint sparse, char *record
     ) noexcept nogil:
         """The record of one name, or of `.` or `..`; its length, or -1: ask the union."""
         cdef size_t size = record_size(block, cookie)
@@ -613,7 +619,7 @@ cdef class Tables:
         entry.type = block.names[position].kind & TYPE
         entry.namelen = block.names[position].length
         memcpy(record + RECORD_SIZE, block.text + block.names[position].at, entry.namelen)
-        if is_right and not is_taken(block, position):
+        if is_right and not is_taken(block, position) and not (sparse and entry.type != DT_DIR):
             (<uint64_t *>record)[0] = block.first + position
             (<uint64_t *>record)[2] = valid
             (<uint64_t *>record)[3] = valid

@@ -83,14 +83,16 @@ def test_a_listing_asks_for_directories_and_for_nothing_else(workshop: Workshop)
     drop_caches()
     with tree.asked() as first:
         list_all(tree)
-    assert first.get("LOOKUP", 0) == 0 and first.get("GETATTR", 0) <= 2
+    assert first.get("LOOKUP", 0) <= 4  # in one directory that was listed without its files
+    assert first.get("GETATTR", 0) <= 2
     assert first["READDIRPLUS"] <= 2 * directories + 1
     assert first.get("OPENDIR", 0) <= 1  # it said ENOSYS
     with tree.asked() as second:
         list_all(tree)
     # where something may be written, the kernel doubts a directory's atime after reading it
     assert second.get("GETATTR", 0) <= directories
-    for name in ("LOOKUP", "READDIRPLUS", "OPENDIR", "READLINK"):
+    assert second.get("READDIRPLUS", 0) <= directories  # those that were: as a whole now
+    for name in ("LOOKUP", "OPENDIR", "READLINK"):
         assert second.get(name, 0) == 0
 
 

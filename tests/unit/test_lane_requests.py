@@ -30,7 +30,7 @@ class QuietLane:
     def keep_statfs(self, answer: bytes) -> None:
         assert len(answer) == 80
 
-    def listed(self, node: int, cookie: int, size: int) -> None:
+    def listed(self, call: Call, cookie: int, size: int) -> None:
         pass
 
     def looked_up(self, parent: int, name: bytes) -> None:

@@ -18,8 +18,10 @@ from libc.string cimport memchr, memcmp, memcpy, memset
 from posix.types cimport off_t
 from posix.unistd cimport close, pread
 
-from unionfuse._tables cimport ABSENT, BELOW, FOUND, Tables
-from unionfuse._wire cimport ATTR_AT, ENTRY_SIZE, fuse_attr, fuse_dirent, record_length
+from unionfuse._tables cimport ABSENT, BELOW, FOUND, SPARSE_NAMES, Tables
+from unionfuse._wire cimport (
+    ATTR_AT, ENTRY_SIZE, RECORD_SIZE, fuse_attr, fuse_dirent, record_length,
+)
 from unionfuse.express._held cimport HELD, Held, held_attributes, hold, let_all_go, let_go
 from unionfuse.express._index cimport (
     DIRECTORY, HAS_LINKS, HAS_XATTRS, METACOPY, PATH_MAX, SYMLINK, Index, find_record, has_node,
@@ -28,6 +30,9 @@ from unionfuse.express._index cimport (
 from unionfuse.express._opens cimport (
     ASK, OURS, SLOTS, Opened, Opens, begin_open, begin_reading, count_opens, end_open, end_opening,
     end_reading, free_table, offer_file, open_table, stop_opening, swap_file,
+)
+from unionfuse.express._sparse cimport (
+    SPARSE, Sparse, is_regretted, note_listing, wants_sparse,
 )
 from unionfuse.express._ring cimport (
     DEPTH, ENTRY, HEADER, HEADROOM, MAX_WRITE, OUT_HEADER, PAYLOAD, WAKE, Entry, Queue, await_wake,
@@ -114,6 +119,7 @@ cdef enum:
 
 cdef enum:
     NAME_MAX = 255
+    DT_DIR = 4
     SHORT = 4096  # bytes of a reply
 
 cdef enum:
@@ -239,6 +245,9 @@ cdef class Loop:
     cdef bint shows_tables  # attributes, not names alone
     cdef Shown shown[64]
     cdef Held held[HELD]
+    cdef Sparse sparse
+    cdef object list_again  # None: all directories are listed in full
+    cdef bint lists_sparsely
     cdef uint64_t bare[4096]  # by a hash of the node: the node
     # By a hash of the handle: handle and the descriptor that READ reads, in one number.
     cdef uint64_t *descriptors
@@ -305,14 +314,29 @@ cdef class Loop:
         """
         self.tables, self.shows_tables = tables, attributes
 
-    def list_from_tables(self, uint64_t node, uint64_t cookie, size_t size):
-        """The records of READDIRPLUS that a table has; None where it does not have all of them."""
+    def list_sparsely(self, list_again):
+        """Leave out of listings what is known of files, as long as nobody looks them up (_sparse.pxd).
+
+        Called before any thread runs.
+
+        Arguments:
+            list_again: called, in any thread, with the nodes of directories that the kernel is to
+                have listed anew. It must not wait for the kernel.
+        """
+        self.list_again, self.lists_sparsely = list_again, True
+
+    def list_from_tables(self, uint64_t node, uint64_t cookie, size_t size, uint32_t thread=0):
+        """The records of READDIRPLUS that a table has; None where it does not have all of them.
+
+        Arguments:
+            thread: who asks.
+        """
         cdef bytearray out
         cdef ssize_t got
         if self.tables is None or not self.shows_tables:
             return None
         out = bytearray(min(size, BUFFER))
-        got = self.tables.readdir(node, cookie, len(out), self.valid, out)
+        got = self.list_table(thread, node, cookie, len(out), out)
         return bytes(out[:got]) if got >= 0 else None
 
     def look_up_in_tables(self, uint64_t parent, bytes name):
@@ -585,7 +609,7 @@ cdef class Loop:
         cdef Reply reply
         cdef int how = self.answer(thread, size, &reply)
         cdef uint32_t opcode = header.opcode if header.opcode < OPCODES else OPCODES - 1
-        cdef bint is_due
+        cdef bint is_due, regret
         if how == FOR_PYTHON:
             thread.python[opcode] += 1
             spin_open(&self.turns)
@@ -595,14 +619,49 @@ cdef class Loop:
                 self.send(NULL, header.unique, &reply)
             return
         thread.here[opcode] += 1
+        regret = (
+            self.lists_sparsely and opcode == LOOKUP and self.found_file(&reply)
+            and is_regretted(&self.sparse, header.nodeid)
+        )
         if how == ANSWERED:
             self.send(thread.entry, header.unique, &reply)
+        if regret:
+            with gil:
+                self.relist()
         if self.tracing:
             with gil:
                 self.trace(
                     header.opcode, header.nodeid, (<char *>thread.request)[HEADER:size],
                     reply.error,
                 )
+
+    cdef bint found_file(self, const Reply *reply) noexcept nogil:
+        """Whether the answer to a LOOKUP is a node that is no directory."""
+        cdef const char *entry = reply.data
+        return (
+            reply.length == ENTRY_SIZE and (<const uint64_t *>entry)[0] != 0
+            and (<const fuse_attr *>(entry + ATTR_AT)).mode & 0o170000 != 0o040000
+        )
+
+    cdef void relist(self) noexcept:
+        """Have those directories listed anew that are without their files."""
+        found = []
+        for i in range(SPARSE):
+            if self.sparse.directories[i]:
+                found.append(lane_swap_place(&self.sparse.directories[i], 0))
+        self.list_again(found)
+
+    cdef ssize_t list_table(
+        self, uint32_t thread, uint64_t node, uint64_t cookie, size_t room, char *out
+    ) noexcept nogil:
+        cdef bint sparse = self.lists_sparsely and wants_sparse(&self.sparse, thread, node, cookie)
+        cdef ssize_t got
+        if sparse and not cookie:
+            sparse = note_listing(&self.sparse, node, True)
+        got = self.tables.readdir(node, cookie, room, self.valid, &sparse, out)
+        if not sparse:
+            note_listing(&self.sparse, node, False)
+        return got
 
     cdef void send(self, Entry *entry, uint64_t unique, const Reply *reply) noexcept nogil:
         cdef fuse_out_header out
@@ -1034,9 +1093,10 @@ cdef class Loop:
         if opcode == OPEN:
             return self.open(thread, node, body, size, reply)
         if opcode == READDIRPLUS and size >= sizeof(fuse_read_in):
-            got = self.tables.readdir(
-                node, (<const fuse_read_in *>body).offset,
-                min((<const fuse_read_in *>body).size, PAYLOAD), self.valid, thread.out
+            got = self.list_table(
+                (<const fuse_in_header *>thread.request).pid, node,
+                (<const fuse_read_in *>body).offset,
+                min((<const fuse_read_in *>body).size, PAYLOAD), thread.out
             )
         elif opcode == READLINK:
             got = self.tables.readlink(node, thread.out, 4096)
@@ -1092,6 +1152,7 @@ cdef class Loop:
         cdef size_t room, used = 0, length, whole
         cdef const char *record
         cdef const fuse_dirent *entry
+        cdef bint sparse = False, copies
         if size < sizeof(fuse_read_in):
             return self.fail(reply, EINVAL)
         if not node.flags & DIRECTORY or (plus and self.dirty[directory] & LISTING):
@@ -1100,6 +1161,12 @@ cdef class Loop:
         if not self.seek(thread, directory, wanted.offset, &at):
             return self.fail(reply, EIO)
         start = at
+        if plus and self.lists_sparsely:
+            sparse = node.length <= SPARSE_NAMES * RECORD_SIZE and wants_sparse(
+                &self.sparse, (<const fuse_in_header *>thread.request).pid, directory, wanted.offset
+            )
+            sparse = note_listing(&self.sparse, directory, sparse)
+        copies = sparse or self.valid != self.forever
         while at < end:
             record = record_before(&self.index, at, end)
             if record == NULL:
@@ -1112,15 +1179,19 @@ cdef class Loop:
                 break
             if not plus:
                 memcpy(thread.out + used, record + ENTRY_SIZE, length)
-            elif self.valid != self.forever:
+            elif sparse and entry.type != DT_DIR:
+                memset(thread.out + used, 0, ENTRY_SIZE)
+                memcpy(thread.out + used + ENTRY_SIZE, record + ENTRY_SIZE, length - ENTRY_SIZE)
+            elif copies:
                 memcpy(thread.out + used, record, length)
-                self.limit(thread.out + used)
+                if self.valid != self.forever:
+                    self.limit(thread.out + used)
             used += length
             at += whole
             cookie = entry.off
         if used == 0 and at < end:
             return self.fail(reply, EINVAL)
-        if plus and self.valid == self.forever:
+        if plus and not copies:
             if at > self.index.records_length:
                 return self.fail(reply, EIO)
             reply.data = self.index.records + start

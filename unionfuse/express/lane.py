@@ -103,6 +103,7 @@ class Lane:
             marks = survivor.marks(size) if survivor is not None else None
             self._loop.use_index(self._index, marks)
         self._loop.use_tables(union.tree.tables, self._as_on_disk)
+        self._loop.list_sparsely(self._list_again)
         if self._as_on_disk:
             size = self._loop.size_of_opens()
             opens = survivor.opens(size) if survivor is not None else None
@@ -368,10 +369,10 @@ class Lane:
 
     # --- what Requests asks of the lane -------------------------------------------------------
 
-    def listed(self, node: int, cookie: int, size: int) -> bytes | None:
+    def listed(self, call: Call, cookie: int, size: int) -> bytes | None:
         """What the loop lists of a directory, merged now if it was not. The lock is held."""
-        self._union.tree.load_for_listing(node)
-        return self._loop.list_from_tables(node, cookie, size)
+        self._union.tree.load_for_listing(call.node)
+        return self._loop.list_from_tables(call.node, cookie, size, call.pid)
 
     def looked_up(self, parent: int, name: bytes) -> bytes | None:
         """What the loop finds in a directory that only now was merged. The lock is held."""
@@ -478,6 +479,17 @@ class Lane:
         with self._lock:
             self._direct.setdefault(node, set()).add(handle)
         self._loop.read_from(handle, descriptor)
+
+    def _list_again(self, directories: list[int]) -> None:
+        """Have the kernel drop its listings of directories; not while a request is answered."""
+
+        def drop() -> None:
+            for node in directories:
+                body = protocol.NOTIFY_INVAL_INODE_OUT.pack(node, 0, 0)
+                with contextlib.suppress(OSError):  # the kernel does not know it any more
+                    os.write(self._fuse, protocol.notification(protocol.Notify.INVAL_INODE, body))
+
+        self.later(0, drop)
 
     # --- what the union tells -----------------------------------------------------------------
 

@@ -354,7 +354,7 @@ class Requests:
         _, cookie, size, *_ = protocol.READ_IN.unpack_from(call.body)
         out = bytearray()
         with self._union.lock:
-            if plus and (tabled := self._lane.listed(call.node, cookie, size)) is not None:
+            if plus and (tabled := self._lane.listed(call, cookie, size)) is not None:
                 return tabled
             for dot in self._dots(call.node, cookie, plus):
                 if len(out) + len(dot) <= size:
