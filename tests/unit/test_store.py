@@ -1,5 +1,6 @@
 """The store: content comes in whole or not at all, stays while it is used, and then goes."""
 
+import fcntl
 import gzip
 import importlib
 import io
@@ -32,6 +33,7 @@ from unionimage.reference import Reference
 from unionimage.spec import OCI_CONFIG, OCI_MANIFEST, Descriptor, Manifest, Platform
 from unionimage.store import Store
 from unionimage.store.check import check
+from unionimage.store.locks import FileLock
 
 PACKED = {
     "none": lambda data: data,
@@ -275,6 +277,25 @@ def test_many_commands_at_once(root: Path) -> None:
     with Store.open(root) as store:
         store.collect()
         assert_whole(store)
+
+
+def test_no_lock_is_taken_on_a_file_that_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others would take the lock on a new file, and the lease that it stands for is dead."""
+    place = tmp_path / "x.lease"
+    lock = fcntl.flock
+
+    def too_late(descriptor: int, operation: int) -> None:
+        place.unlink()
+        lock(descriptor, operation)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", too_late)
+        assert FileLock.try_take(place) is None
+    taken = FileLock.try_take(place)
+    assert taken is not None and FileLock.try_take(place) is None
+    taken.release()
 
 
 def test_threads_share_a_store(store: Store) -> None:
