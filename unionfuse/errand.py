@@ -1,11 +1,13 @@
 """Having a spawner do something (see `unionfuse.spawner`), by a caller that has imported nothing.
 
 A request is one message: the name of a task, its argument, the caller's working directory and
-environment, and the descriptors that the task needs. The answer is one message; that there is none
-says that the task was not done. Both are in the form of `marshal`, which is compiled into Python:
-one interpreter is at both ends.
+environment, whether signals are passed on, and the descriptors that the task needs. The answers are
+two: that it is begun, and what came of it. Meanwhile a signal that is passed on is a message with
+its number, and the end of the connection says that the caller is gone. All but these numbers are in
+the form of `marshal`, which is compiled into Python: one interpreter is at both ends.
 """
 
+import _signal  # type: ignore[import-not-found]
 import _socket
 import binascii
 import marshal
@@ -18,8 +20,18 @@ if TYPE_CHECKING:
     from typing import Any
 
 LONGEST_MESSAGE = 1 << 18
+# Not passed on: what cannot be caught, and what is about one process or its terminal.
+OWN_SIGNALS = frozenset(
+    (
+        *(_signal.SIGKILL, _signal.SIGSTOP, _signal.SIGCONT, _signal.SIGTSTP, _signal.SIGTTIN),
+        *(_signal.SIGTTOU, _signal.SIGCHLD, _signal.SIGPIPE, _signal.SIGURG, _signal.SIGWINCH),
+        *(_signal.SIGSEGV, _signal.SIGBUS, _signal.SIGFPE, _signal.SIGILL, _signal.SIGABRT),
+        *(_signal.SIGSYS, _signal.SIGTRAP),
+    )
+)
 # What a child inherits, by the names that /proc/PID/status has for it.
-INHERITED = ("Umask", "Uid", "Gid", "Groups", "Cap", "NoNewPrivs", "Seccomp", "Cpus_allowed")
+INHERITED = ("Umask", "Uid", "Gid", "Groups", "Cap", "NoNewPrivs", "Seccomp", "Cpus_allowed",
+             "SigIgn")  # fmt: skip
 
 
 def socket_of(directory: str, packages: "Iterable[str]" = ()) -> str:
@@ -70,16 +82,19 @@ def _contents(name: str) -> bytes:
         os.close(descriptor)
 
 
-def run(path: str, task: str, argument: "Any", descriptors: "Sequence[int]") -> "Any":
+def run(
+    path: str, task: str, argument: "Any", descriptors: "Sequence[int]", pass_signals: bool = False
+) -> "Any":
     """Have the spawner that listens at `path` do something; its answer, None when there is none.
 
     Args:
         argument: plain values, lists and dicts of them.
         descriptors: one to four of them, for the task; the first becomes its standard error.
+        pass_signals: from when it is begun until this process ends, signals go to who does it, and
+            what kills that one kills this process too; that one exits when this one is gone.
 
     Raises:
-        KeyboardInterrupt: when the task has ended, which is interrupted too where it may be; the
-            next one is not waited for.
+        EOFError: it was begun, and who did it ended before it was done.
     """
     rights = b"".join(number.to_bytes(4, sys.byteorder) for number in descriptors)
     try:
@@ -87,23 +102,43 @@ def run(path: str, task: str, argument: "Any", descriptors: "Sequence[int]") -> 
     except OSError:
         return None
     client = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
+    answer, passed, begun = b"", [], False
     try:
         # By a descriptor: the path may be longer than an address.
         client.connect(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
         peer = client.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
         if int.from_bytes(peer[4:8], sys.byteorder) != os.geteuid():
             return None
-        request = marshal.dumps((task, argument, os.getcwd(), dict(os.environ)))
+        request = marshal.dumps((task, argument, os.getcwd(), dict(os.environ), pass_signals))
         client.sendmsg([request], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
-        try:
-            answer = client.recv(LONGEST_MESSAGE)
-        except KeyboardInterrupt:
-            client.shutdown(_socket.SHUT_WR)
-            client.recv(LONGEST_MESSAGE)
-            raise
+        if not client.recv(LONGEST_MESSAGE):
+            return None
+        begun = True
+        passed = _pass_signals(client) if pass_signals else []
+        answer = client.recv(LONGEST_MESSAGE)
     except OSError:
-        return None
+        if not begun:
+            return None
     finally:
         client.close()
         os.close(directory)
-    return marshal.loads(answer) if answer else None
+    if answer:
+        return marshal.loads(answer)
+    if passed:
+        _signal.signal(passed[-1], _signal.SIG_DFL)
+        os.kill(os.getpid(), passed[-1])
+    raise EOFError(task)
+
+
+def _pass_signals(client: "_socket.socket") -> "list[int]":
+    """Send the number of each signal that comes; the list is of those that came."""
+    passed: list[int] = []
+
+    def send(number: int, _: object) -> None:
+        passed.append(number)
+        client.send(bytes([number]))
+
+    for number in range(1, 32):
+        if number not in OWN_SIGNALS and _signal.getsignal(number) != _signal.SIG_IGN:
+            _signal.signal(number, send)
+    return passed

@@ -18,12 +18,11 @@ import gc
 import importlib
 import marshal
 import os
-import select
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,17 +96,10 @@ def mount(words: Sequence[str], _: Sequence[int] = ()) -> int:
 # --- the spawner ------------------------------------------------------------------------------
 
 
-def serve(
-    path: Path, lock: int, tasks: Mapping[str, Task], interrupted: Collection[str] = ()
-) -> None:
+def serve(path: Path, lock: int, tasks: Mapping[str, Task]) -> None:
     """Listen at `path` and fork; returns when it is not needed any more.
 
-    Import what the tasks need before.
-
-    Args:
-        lock: is closed when there is a spawner at `path`.
-        interrupted: the tasks that get a KeyboardInterrupt when the caller ends or has got one;
-            others are done all the same.
+    Import what the tasks need before. `lock` is closed when there is a spawner at `path`.
     """
     staged = path.with_name(f".{path.name}-{os.getpid()}")
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -133,29 +125,28 @@ def serve(
         with connection:
             if os.fork() == 0:
                 server.close()
-                _answer(connection, tasks, interrupted)
+                _answer(connection, tasks)
     if _still_ours(path, mine):
         path.unlink()
 
 
-def _answer(
-    connection: socket.socket, tasks: Mapping[str, Task], interrupted: Collection[str]
-) -> None:
+def _answer(connection: socket.socket, tasks: Mapping[str, Task]) -> None:
     """In the child: do it, answer, end."""
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _call_it_unionfuse()
         connection.settimeout(None)
         data, descriptors, _, _ = socket.recv_fds(connection, LONGEST_MESSAGE, MOST_DESCRIPTORS)
-        task, argument, directory, environment = marshal.loads(data)
+        task, argument, directory, environment, with_signals = marshal.loads(data)
         for descriptor in descriptors:
             os.set_inheritable(descriptor, False)
         os.dup2(descriptors[0], 2)
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(directory)
-        if task in interrupted:
-            _end_with(connection)
+        connection.send(b"begun")
+        if with_signals:
+            _take_signals(connection)
         answer = tasks[task](argument, descriptors)
         with contextlib.suppress(OSError):
             connection.send(marshal.dumps(answer))
@@ -163,15 +154,25 @@ def _answer(
         os._exit(0)
 
 
-def _end_with(connection: socket.socket) -> None:
-    """Interrupt this process when the other end is closed, or says that nothing more comes."""
-    signal.signal(signal.SIGIO, signal.default_int_handler)
-    fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(connection, fcntl.F_SETFL, os.O_ASYNC)
-    poll = select.poll()
-    poll.register(connection, select.POLLIN)
-    if poll.poll(0):  # it was closed before
-        raise KeyboardInterrupt
+def _take_signals(connection: socket.socket) -> None:
+    """Get the signals that the caller passes on, and be told to exit when it is gone.
+
+    SIGURG tells of them: it is nobody's, and does nothing to those who do not ask for it.
+    """
+
+    def take(*_: object) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while data := connection.recv(1, socket.MSG_DONTWAIT):
+                os.kill(os.getpid(), data[0])
+            raise SystemExit(128 + signal.SIGHUP)
+
+    signal.signal(signal.SIGURG, take)
+    descriptor = connection.fileno()
+    fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC)
+    take()  # what came before
 
 
 def prepare() -> None:

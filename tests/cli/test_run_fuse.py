@@ -4,6 +4,7 @@ import contextlib
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -209,7 +210,9 @@ def test_a_verb_that_the_spawner_does_ends_with_the_command(
         assert load.stdin is not None and load.stdout is not None and load.stderr is not None
         load.stdin.write(archive[:1024])
         load.stdin.flush()
-        wait_until(lambda: list((box.root / "locks").glob("*.lease")), 30, "the lease")
+        with contextlib.closing(sqlite3.connect(box.root / "store.db")) as database:
+            query = "SELECT 1 FROM leases"
+            wait_until(lambda: database.execute(query).fetchall(), 30, "the lease")
         assert b"load" in Path(f"/proc/{load.pid}/cmdline").read_bytes()
         load.send_signal(way)
         assert load.wait(30) == code
@@ -218,6 +221,38 @@ def test_a_verb_that_the_spawner_does_ends_with_the_command(
         )
         load.stdin.close()
         assert (load.stdout.read(), load.stderr.read()) == (b"", b"")
+
+
+def test_what_runs_by_the_spawner_gets_input_and_signals(box: Box) -> None:
+    """A command that the spawner does is killed, interrupted and fed as if it did it itself."""
+    box.sh("true")
+    wait_until(lambda: list(box.run_root.glob("spawner-*")), 30, "the spawner")
+    fed = box("run", "--rm", "-i", "--network", "none", "busybox", "cat", input="one\ntwo\n")
+    assert fed.stdout == "one\ntwo\n"
+    assert box("run", "--rm", "--network", "none", "busybox", "sh", "-c", "exit 7", code=7)
+    script = "trap 'echo caught; exit 9' TERM; echo ready; while :; do sleep 0.05; done"
+
+    def begun(*words: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen([COMMAND, *words, "sh", "-c", script], env=box.environment,
+                                   stdout=subprocess.PIPE, text=True)  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    with begun("run", "--rm", "--network", "none", "busybox") as process:
+        process.terminate()
+        assert process.wait(30) == 9
+        assert process.stdout is not None
+        assert process.stdout.read() == "caught\n"
+    with begun("run", "--network", "none", "--name", "left", "busybox") as process:
+        process.kill()
+        process.wait(30)
+        assert process.stdout is not None
+        assert process.stdout.read() == ""  # whoever wrote there is gone, too
+    assert box.state("left")["Status"] == "running"
+    with begun("exec", "left") as process:
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(30) == -signal.SIGHUP
 
 
 def test_a_shared_file_is_cached_once(box: Box) -> None:

@@ -1,7 +1,8 @@
 """What the spawner does for commands (see `unionfuse.spawner`), and asking it.
 
-`python -m unionimage.spawn PATH LOCK` is the spawner itself. Short verbs of root are done by it as
-a whole: in the command nothing is imported for them.
+`python -m unionimage.spawn PATH LOCK` is the spawner itself. The everyday verbs of root are done by
+it as a whole: in the command nothing is imported for them, it only passes signals on. What types
+into a container is not among them: that has to be of the terminal's own session.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ PACKAGES = (
     *("", "/archive", "/changeset", "/cli", "/container", "/dockerfile", "/registry", "/store"),
 )
 VERBS = (
-    *("build", "commit", "history", "images", "load", "mount", "ps", "pull", "push", "rm", "rmi"),
-    *("save", "start", "tag"),
+    *("build", "commit", "create", "exec", "history", "images", "kill", "load", "mount", "pause"),
+    *("port", "ps", "pull", "push", "rename", "restart", "rm", "rmi", "run", "save", "start"),
+    *("stop", "tag", "unpause", "wait"),
 )
 # What these import late. Never the parser of Dockerfiles: it runs threads, which no fork has.
 IMPORTS = (
@@ -45,16 +47,25 @@ IMPORTS = (
     "store.holds",
     "store.lease",
     "store.platforms",
-    *(f"cli.{verb}" for verb in VERBS),
+    "cli.image_for_run",
+    "container.create",
+    "container.execute",
+    "container.terminal",
 )
-ATTACHING = ("-a", "-i", "--a", "--i", "--d")  # begin the flags of `start` that want a terminal
+TYPING_VERBS = ("exec", "run", "start")
+TYPING_FLAGS = ("--a", "--d", "--i", "--t")  # the long ones begin so
+TYPING_LETTERS = frozenset("ait")
+KILLED = 125
 
 _forked = False
 
 
 def ask(task: str, argument: Any, descriptors: Sequence[int]) -> Any:
-    """Have the spawner do a task; its answer, or None when there is no spawner yet."""
-    return errand.run(_socket(), task, argument, descriptors)
+    """Have the spawner do a task; its answer, or None: do it by yourself."""
+    try:
+        return errand.run(_socket(), task, argument, descriptors)
+    except EOFError:
+        return None
 
 
 def command(words: Sequence[str]) -> int | None:
@@ -62,10 +73,25 @@ def command(words: Sequence[str]) -> int | None:
     verb = words[2:3] if words[:1] == ["--root"] else words[:1]
     if not verb or verb[0] not in VERBS or os.geteuid() != 0 or not _may_be_there():
         return None
-    if verb[0] == "start" and any(word.startswith(ATTACHING) for word in words):
+    if verb[0] in TYPING_VERBS and _may_type(words):
         return None
-    code = ask("command", list(words), [2, 1, 0])
+    try:
+        code = errand.run(_socket(), "command", list(words), [2, 1, 0], pass_signals=True)
+    except EOFError:
+        print(f"unionfuse {verb[0]}: it was killed before it was done", file=sys.stderr)
+        return KILLED
     return None if code is None else int(code)
+
+
+def _may_type(words: Sequence[str]) -> bool:
+    """Whether this may be about a terminal: one is there, and a word looks like -a, -i or -t."""
+    if not (os.isatty(0) or os.isatty(1)):
+        return False
+    return any(
+        word.startswith(TYPING_FLAGS)
+        or (word[:1] == "-" != word[1:2] and not TYPING_LETTERS.isdisjoint(word))
+        for word in words
+    )
 
 
 def is_fork() -> bool:
@@ -111,7 +137,7 @@ def _command(words: list[str], descriptors: list[int]) -> int:
     time.tzset()  # that of the caller's environment
     sys.stdin = os.fdopen(0, errors="surrogateescape", closefd=False)
     sys.stdout = os.fdopen(1, "w", errors="surrogateescape", closefd=False)
-    sys.stderr = os.fdopen(2, "w", errors="backslashreplace", closefd=False)
+    sys.stderr = os.fdopen(2, "w", errors="backslashreplace", closefd=False, buffering=1)
     code = main(words)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -125,15 +151,18 @@ def main() -> None:
     from pathlib import Path
 
     from unionfuse import spawner
+    from unionimage import cli
 
     for name in IMPORTS:
         importlib.import_module(f"unionimage.{name}")
+    for verb in VERBS:
+        cli.load_verb(verb)
     starting = importlib.import_module("unionimage.container.starting")
     tasks = {"mount": spawner.mount, "start": starting.serve, "command": _command}
     path, lock = sys.argv[1:]
     os.set_inheritable(int(lock), False)
     _forked = True
-    spawner.serve(Path(path), int(lock), tasks, interrupted=("command",))
+    spawner.serve(Path(path), int(lock), tasks)
 
 
 if __name__ == "__main__":

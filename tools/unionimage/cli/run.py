@@ -40,21 +40,21 @@ def run(args: argparse.Namespace) -> int:
     with engine.open_store() as store:
         image = image_for(args, store)
         container = engine.create(args, image, store, detach=args.detach)
-        config = container.config
-        request = None
-        if not args.detach:
-            request = terminal.request(
-                stdin=config["AttachStdin"],
-                stdout=config["AttachStdout"],
-                stderr=config["AttachStderr"],
-            )
-        try:
-            size = terminal.terminal_size() if args.tty else None
-            connection = engine.start(container, attach=request, console_size=size, store=store)
-        except BaseException:
-            if args.rm:
-                engine.remove(container, force=True, anonymous_volumes=True)
-            raise
+    config = container.config
+    request = None
+    if not args.detach:
+        request = terminal.request(
+            stdin=config["AttachStdin"],
+            stdout=config["AttachStdout"],
+            stderr=config["AttachStderr"],
+        )
+    try:
+        size = terminal.terminal_size() if args.tty else None
+        connection = engine.start(container, attach=request, console_size=size)
+    except BaseException:
+        if args.rm:
+            engine.remove(container, force=True, anonymous_volumes=True)
+        raise
     if connection is None:
         print(container.id)
         return 0

@@ -104,7 +104,6 @@ class Engine(Inventory):
         *,
         attach: bytes | None = None,
         console_size: tuple[int, int] | None = None,
-        store: Store | None = None,
     ) -> socket.socket | None:
         """Start a container; with `attach` (a `terminal.request`) a connection to it is returned.
 
@@ -112,9 +111,7 @@ class Engine(Inventory):
         """
         from unionimage.container import starting
 
-        return starting.start(
-            self, container, attach=attach, console_size=console_size, store=store
-        )
+        return starting.start(self, container, attach=attach, console_size=console_size)
 
     # ---- stopping
 

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from unionimage.container.inventory import Inventory
-    from unionimage.store import Store
 
 
 def start(
@@ -42,7 +41,6 @@ def start(
     *,
     attach: bytes | None = None,
     console_size: tuple[int, int] | None = None,
-    store: Store | None = None,
 ) -> socket.socket | None:
     """Start a container; with `attach` (a `terminal.request`) a connection to it is returned.
 
@@ -61,7 +59,7 @@ def start(
         if not spawn.is_fork():
             answer = spawn.ask("start", wanted, [2] if theirs is None else [2, theirs.fileno()])
         if answer is None:
-            _start(inventory, container, theirs, console_size, store)
+            _start(inventory, container, theirs, console_size)
             if not spawn.is_fork():
                 spawn.start()
         elif answer:
@@ -89,7 +87,7 @@ def serve(wanted: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
     client = socket.socket(fileno=descriptors[1]) if len(descriptors) > 1 else None
     try:
         container = inventory.containers.find(wanted["container"])
-        _start(inventory, container, client, wanted["console_size"], None)
+        _start(inventory, container, client, wanted["console_size"])
     except UserError as error:
         kind = type(error) if type(error) in KINDS.values() else UserError
         return {"error": error.message, "exit_code": error.exit_code, "kind": kind.__name__}
@@ -101,7 +99,6 @@ def _start(
     container: Container,
     client: socket.socket | None,
     console_size: tuple[int, int] | None,
-    store: Store | None,
 ) -> None:
     """Make ready, and have a monitor start the process; `client` is attached to it."""
     with container.locked():
@@ -121,8 +118,8 @@ def _start(
         # Forked before the work is done: the memory that this touches is not the monitor's.
         begin, answers = _fork_monitor(inventory, container, chosen, client)
         with answers:
-            with begin, contextlib.ExitStack() as stack:
-                opened = store or stack.enter_context(inventory.open_store())
+            # Nor is a database open then: SQLite's locks are not for a child.
+            with begin, inventory.open_store() as opened:
                 prepare.prepare(container, opened, inventory.containers, console_size)
                 kept = {"BootId": boot_id(), "RestartCount": 0, "StoppedByUser": False}
                 container.write_state(state | kept | {"Error": ""})

@@ -20,33 +20,15 @@ import termios
 import tty
 from collections.abc import Iterator
 
+from unionfuse import errand
 from unionimage.container import wire
 from unionimage.errors import UserError
 
 DETACH_KEYS = "ctrl-p,ctrl-q"
 CHUNK = 1 << 16
 IMPATIENT = 3  # so many Ctrl-C end the command, whatever the container does
-# Not passed on: about this process, or about the terminal that the container does not have.
-OWN_SIGNALS = {
-    signal.SIGCHLD,
-    signal.SIGCONT,
-    signal.SIGHUP,
-    signal.SIGKILL,
-    signal.SIGPIPE,
-    signal.SIGSTOP,
-    signal.SIGTSTP,
-    signal.SIGTTIN,
-    signal.SIGTTOU,
-    signal.SIGURG,
-    signal.SIGWINCH,
-    signal.SIGSEGV,
-    signal.SIGBUS,
-    signal.SIGFPE,
-    signal.SIGILL,
-    signal.SIGABRT,
-    signal.SIGSYS,
-    signal.SIGTRAP,
-}
+# Not passed on, save that the terminal is gone: that is for this process.
+OWN_SIGNALS = errand.OWN_SIGNALS | {signal.SIGHUP}
 
 
 def parse_detach_keys(text: str) -> bytes:
