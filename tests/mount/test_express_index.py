@@ -83,7 +83,7 @@ def test_a_listing_asks_for_directories_and_for_nothing_else(workshop: Workshop)
     drop_caches()
     with tree.asked() as first:
         list_all(tree)
-    assert first.get("LOOKUP", 0) <= 4  # in one directory that was listed without its files
+    assert first.get("LOOKUP", 0) <= 12  # in small directories that were listed without their files
     assert first.get("GETATTR", 0) <= 2
     assert first["READDIRPLUS"] <= 2 * directories + 1
     assert first.get("OPENDIR", 0) <= 1  # it said ENOSYS
