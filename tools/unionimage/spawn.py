@@ -57,7 +57,7 @@ TYPING_FLAGS = ("--a", "--d", "--i", "--t")  # the long ones begin so
 TYPING_LETTERS = frozenset("ait")
 KILLED = 125
 
-_forked = False
+_served_at = ""  # the socket of the spawner that forked this process
 
 
 def ask(task: str, argument: Any, descriptors: Sequence[int]) -> Any:
@@ -96,7 +96,7 @@ def _may_type(words: Sequence[str]) -> bool:
 
 def is_fork() -> bool:
     """Whether this is a process that the spawner has forked: all is imported here."""
-    return _forked
+    return bool(_served_at)
 
 
 def start() -> None:
@@ -121,6 +121,8 @@ def _may_be_there() -> bool:
 
 
 def _socket() -> str:
+    if _served_at:
+        return _served_at
     here = os.path.dirname(__file__)
     return errand.socket_of(run_path(), [here + name for name in PACKAGES])
 
@@ -146,7 +148,7 @@ def _command(words: list[str], descriptors: list[int]) -> int:
 
 def main() -> None:
     """Be the spawner until nobody needs it."""
-    global _forked
+    global _served_at
     import importlib
     from pathlib import Path
 
@@ -161,7 +163,7 @@ def main() -> None:
     tasks = {"mount": spawner.mount, "start": starting.serve, "command": _command}
     path, lock = sys.argv[1:]
     os.set_inheritable(int(lock), False)
-    _forked = True
+    _served_at = path
     spawner.serve(Path(path), int(lock), tasks)
 
 

@@ -55,9 +55,8 @@ def start(
             "container": container.id,
             "console_size": console_size,
         }
-        answer = None
-        if not spawn.is_fork():
-            answer = spawn.ask("start", wanted, [2] if theirs is None else [2, theirs.fileno()])
+        # In a fork of the spawner, too: the monitor has a copy of all that its parent has touched.
+        answer = spawn.ask("start", wanted, [2] if theirs is None else [2, theirs.fileno()])
         if answer is None:
             _start(inventory, container, theirs, console_size)
             if not spawn.is_fork():
