@@ -22,6 +22,7 @@ from unionimage.container import (
     wire,
 )
 from unionimage.container import volumes as volume_flags
+from unionimage.container.networks import Networks
 from unionimage.container.processes import signal_number
 from unionimage.container.state import Containers, new_id
 from unionimage.errors import Conflict, NotFound, UserError
@@ -416,3 +417,10 @@ def test_a_name_left_by_a_killed_command_is_free(tmp_path: Path) -> None:
     (known.directory / ".dead-x").mkdir()
     known.sweep()
     assert not list(known.directory.glob(".*-x"))
+
+
+@pytest.mark.parametrize("name", ["x", "a b", "-a", "host", "default"])
+def test_a_network_name_that_does_not_fit_is_told_what_does(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="only .* fit"):
+        Networks(tmp_path).create(name)
+    assert not any(tmp_path.rglob("*.json"))

@@ -99,7 +99,10 @@ class Networks:
         import ipaddress
 
         if not NAME.fullmatch(name) or name in ("none", "host", "container", "default"):
-            raise UserError(f"invalid network name {name!r}")
+            raise UserError(
+                f"invalid network name {name!r}: only [a-zA-Z0-9][a-zA-Z0-9_.-] fit, two of them at"
+                " least, and not none, host, container or default"
+            )
         with self._locked():
             path = self.directory / f"{name}.json"
             if path.exists():
