@@ -421,6 +421,6 @@ def test_a_name_left_by_a_killed_command_is_free(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x", "a b", "-a", "host", "default"])
 def test_a_network_name_that_does_not_fit_is_told_what_does(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="only .* fit"):
+    with pytest.raises(UserError, match=r"only .* fit"):
         Networks(tmp_path).create(name)
     assert not any(tmp_path.rglob("*.json"))
