@@ -6,8 +6,13 @@
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 
+/* The kernel's new_encode_dev. */
+static inline uint32_t wire_device(uint64_t device) {
+    unsigned major_number = major(device), minor_number = minor(device);
+    return (minor_number & 0xff) | (major_number & 0xfff) << 8 | (minor_number & ~0xffu) << 12;
+}
+
 static inline void wire_attributes(const struct stat *status, struct fuse_attr *out) {
-    unsigned major_number = major(status->st_rdev), minor_number = minor(status->st_rdev);
     memset(out, 0, sizeof *out);
     out->ino = status->st_ino;
     out->size = status->st_size;
@@ -22,8 +27,7 @@ static inline void wire_attributes(const struct stat *status, struct fuse_attr *
     out->nlink = status->st_nlink;
     out->uid = status->st_uid;
     out->gid = status->st_gid;
-    out->rdev = (minor_number & 0xff) | (major_number & 0xfff) << 8
-        | (minor_number & ~0xffu) << 12; /* the kernel's new_encode_dev */
+    out->rdev = wire_device(status->st_rdev);
     out->blksize = status->st_blksize;
 }
 #endif

@@ -11,7 +11,8 @@ import stat
 import time
 
 from unionfuse import syscalls, view
-from unionfuse.node import NOW, Attributes, Changes, Directory, Node
+from unionfuse._attributes import Attributes
+from unionfuse.node import NOW, Changes, Directory, Node
 from unionfuse.owners import acl_group_bits
 from unionfuse.tree import Tree, failure
 
@@ -22,7 +23,7 @@ def shown(tree: Tree, node: Node, status: os.stat_result | None = None) -> Attri
     Arguments:
         status: what is on disk, where the caller has just looked.
     """
-    if node.deleted and node is not tree.root and node.unnamed < 0 and status is None:
+    if status is None and node.unnamed < 0 and node.deleted and node is not tree.root:
         if node.last is None:
             raise failure(errno.ENOENT)
         return node.last

@@ -20,10 +20,14 @@ class Forgetting:
 
     def release_if_unused(self, node: Node) -> None:
         """Let go of a node that neither the kernel nor anyone else needs, and of its parents."""
+        if node.lookups > 0 or node.opened:
+            return
         waiting = [node]
         while waiting:
             node = waiting.pop()
-            if self._is_unused(node) and not self._keep_idle(node):
+            if not self._is_unused(node):
+                continue
+            if not isinstance(node, Directory) or not self._keep_idle(node):
                 waiting += self._let_go(node)
 
     def _is_unused(self, node: Node) -> bool:
@@ -39,10 +43,10 @@ class Forgetting:
         # does once.
         return node.lookups < 0 if node.deleted else not node.in_upper
 
-    def _keep_idle(self, node: Node) -> bool:
+    def _keep_idle(self, node: Directory) -> bool:
         """Keep directories that were used last and can be made again: each costs a walk."""
         tree = self._tree
-        if not isinstance(node, Directory) or node.deleted:
+        if node.deleted:
             return False
         if not tree.is_indexed(node) and not (node.tabled and tree.tables.lookups(node.id)):
             return False
@@ -60,8 +64,10 @@ class Forgetting:
         tree = self._tree
         del tree.nodes[node.id]
         tree.journal.drop(node.id)
-        tree.close_unnamed(node)
-        tree.links.forget(node)
+        if node.unnamed >= 0:
+            tree.close_unnamed(node)
+        if node.lower_key is not None or node.upper_key:
+            tree.links.forget(node)
         for parent, name in node.names:
             if parent.children.get(name) is node:
                 del parent.children[name]
@@ -73,4 +79,4 @@ class Forgetting:
             self._idle.pop(node.id, None)
             tree.stack.cache.discard(("upper", node.id))
             tree.tables.release(node.id)
-        return [parent for parent, _ in node.names]
+        return [parent for parent, _ in node.names] if node.names else []

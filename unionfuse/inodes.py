@@ -37,6 +37,8 @@ class InodeNumbers:
 
     def of(self, status: os.stat_result) -> int:
         """The st_ino to show."""
+        if self._devices.get(status.st_dev) == 0:
+            return status.st_ino  # it is mixed with nothing
         return status.st_ino ^ self.bits(status.st_dev)
 
     def bits(self, device: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 import threading
 from bisect import bisect_left, bisect_right
@@ -12,6 +11,7 @@ from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
+from unionfuse._attributes import Attributes
 from unionfuse.layer import Place
 from unionfuse.view import View
 
@@ -42,39 +42,6 @@ class Changes(NamedTuple):
     mtime_ns: int | None = None
     kill_privileges: bool = False
     kill_capabilities: bool = False
-
-
-class Attributes:
-    """What stat(2) shows of a node. Times in nanoseconds, size in bytes, blocks of 512 bytes."""
-
-    __slots__ = (
-        "atime_ns",
-        "blksize",
-        "blocks",
-        "ctime_ns",
-        "gid",
-        "ino",
-        "mode",
-        "mtime_ns",
-        "nlink",
-        "rdev",
-        "size",
-        "uid",
-    )
-
-    def __init__(self, status: os.stat_result, ino: int, nlink: int) -> None:
-        self.ino = ino
-        self.nlink = nlink
-        self.mode = status.st_mode
-        self.size = status.st_size
-        self.blocks = status.st_blocks
-        self.blksize = status.st_blksize
-        self.uid = status.st_uid
-        self.gid = status.st_gid
-        self.rdev = status.st_rdev
-        self.atime_ns = status.st_atime_ns
-        self.mtime_ns = status.st_mtime_ns
-        self.ctime_ns = status.st_ctime_ns
 
 
 class Entry(NamedTuple):

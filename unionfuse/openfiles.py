@@ -114,7 +114,8 @@ class OpenFiles:
 
     def _take_in(self, handle: int, node: Node, descriptor: int, flags: int) -> None:
         opened = OpenFile(node, descriptor, flags)
-        self._make_room()
+        if len(self._closable) >= _FEW:
+            self._make_room()
         self._handles[handle] = self._closable[handle] = opened
         node.opened += 1
         node.mappable = node.mappable or flags & os.O_ACCMODE == os.O_RDWR
@@ -193,7 +194,9 @@ class OpenFiles:
 
     def descriptor(self, handle: int) -> int:
         """The descriptor of an open file; good for as long as the caller holds the union's lock."""
-        opened = self._file(handle)
+        opened = self._handles.get(handle)
+        if not isinstance(opened, OpenFile):
+            raise failure(errno.EBADF)
         if opened.descriptor < 0:
             descriptor = self._open_again(opened.node, opened.flags)
             self._make_room()

@@ -24,7 +24,8 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 
-from unionfuse.node import Attributes, Caller, Changes, Entry
+from unionfuse._attributes import Attributes
+from unionfuse.node import Caller, Changes, Entry
 from unionfuse.union import Union
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Sequence
 
 from unionfuse import syscalls
-from unionfuse.node import Attributes
+from unionfuse._attributes import Attributes
 from unionfuse.options import Mapping, MountOptions
 
 OVERFLOW_ID = 65534

@@ -125,7 +125,9 @@ class Tree:
 
     def directory(self, number: int) -> Directory:
         """The directory with this id. Raises ENOTDIR, ESTALE."""
-        node = self.node(number)
+        node = self.nodes.get(number)
+        if node is None:
+            node = self.revive(number)
         if not isinstance(node, Directory):
             raise failure(errno.ENOTDIR)
         return node
@@ -246,8 +248,9 @@ class Tree:
 
     def below(self, directory: Directory, name: bytes) -> view.Stub | None:
         """What the lower layers have under a name, whatever upper says."""
-        self.load(directory)
-        assert directory.view is not None
+        if directory.view is None:
+            self.load(directory)
+            assert directory.view is not None
         return directory.view.get(name)
 
     def find(self, directory: Directory, name: bytes) -> Node:
@@ -257,8 +260,9 @@ class Tree:
             return child
         if len(name) > 255:
             raise failure(errno.ENAMETOOLONG)
-        self.load(directory)
-        assert directory.view is not None
+        if directory.view is None:
+            self.load(directory)
+            assert directory.view is not None
         kind = directory.changes.get(name) if directory.changes else None
         if kind is not None:
             if kind == WHITEOUT:
@@ -273,11 +277,11 @@ class Tree:
         """Whether the merged tree shows a name; cheaper than `find`."""
         if name in directory.children:
             return True
-        self.load(directory)
-        assert directory.view is not None
-        if directory.changes and name in directory.changes:
-            return directory.changes[name] != WHITEOUT
-        return directory.view.get(name) is not None
+        if directory.view is None:
+            self.load(directory)
+            assert directory.view is not None
+        kind = directory.changes.get(name) if directory.changes else None
+        return directory.view.get(name) is not None if kind is None else kind != WHITEOUT
 
     def _from_lower(self, directory: Directory, name: bytes, stub: view.Stub) -> Node:
         assert directory.view is not None
@@ -546,7 +550,8 @@ class Tree:
 
     def about_to_lose_last_name(self, node: Node) -> None:
         """Write down what will be left of a node without its name, should nobody else know."""
-        self.leave_table(node)
+        if node.tabled:
+            self.leave_table(node)
         if node.unnamed >= 0:
             self.journal.keep(node)
         self.journal.going(node, farewell)

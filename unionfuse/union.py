@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from unionfuse import attributes, syscalls, view, xattrs
+from unionfuse._attributes import Attributes
 from unionfuse.copyup import INLINE_SIZE, CopyUp
 from unionfuse.forgetting import Forgetting
 from unionfuse.journal import Journal
 from unionfuse.layer import LayerStack, Place
-from unionfuse.node import Attributes, Caller, Changes, Directory, Entry, Node
+from unionfuse.node import Caller, Changes, Directory, Entry, Node
 from unionfuse.openfiles import OpenFiles
 from unionfuse.options import MountOptions
 from unionfuse.renaming import Renaming
@@ -142,7 +143,8 @@ class Union:
         return node
 
     def _changed(self, node: Node) -> None:
-        self.tree.leave_table(node)
+        if node.tabled:
+            self.tree.leave_table(node)
         if self._watcher is not None:
             self._watcher.changed(node.id)
 
@@ -151,9 +153,13 @@ class Union:
         self.files.published(node)
         self._changed(node)
 
-    def _entry(self, node: Node, status: os.stat_result | None = None) -> Entry:
-        entry = Entry(node.id, attributes.shown(self.tree, node, status), self._valid(node))
-        if self.tree.is_indexed(node):
+    def _entry(
+        self, node: Node, status: os.stat_result | None = None, valid: float | None = None
+    ) -> Entry:
+        if valid is None:
+            valid = self._valid(node)
+        entry = Entry(node.id, attributes.shown(self.tree, node, status), valid)
+        if node.id <= self.tree.indexed_ids:
             self._forgetting.release_if_unused(node)
         elif node.tabled:
             self.tree.tables.count(node.id)
@@ -191,7 +197,7 @@ class Union:
                 elif not known:
                     self._journal.forgotten(number, count)
             else:
-                if node.deleted or not self.tree.is_indexed(node):
+                if number > self.tree.indexed_ids or node.deleted:
                     node.lookups -= count
                     self._journal.count(node)
                 self._forgetting.release_if_unused(node)
@@ -309,8 +315,7 @@ class Union:
             handle = self.files.add(made.node, made.descriptor, flags)
             # An empty file has no page that a map could change: what makes it grow tells us, or
             # has the kernel ask. One that was just opened would be asked for at once otherwise.
-            entry = self._entry(made.node, made.status)
-            return Entry(entry.node, entry.attributes, self.options.timeout), handle
+            return self._entry(made.node, made.status, self.options.timeout), handle
 
     def tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> tuple[Entry, int]:
         """Create a regular file without a name in a directory (O_TMPFILE)."""

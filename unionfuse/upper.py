@@ -12,7 +12,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from unionfuse import syscalls, view, whiteout
@@ -85,9 +85,12 @@ class Upper:
         directory = self._tree.upper_directory(parent)
         owner = self._tree.owners.stored(caller.uid, caller.gid)
         bits = self._mode(parent, mode, caller) & 0o7777
+
+        def make(directory: int, _: bytes) -> int:
+            return syscalls.create_unnamed(directory, bits)
+
         try:
-            with self._as(owner):
-                descriptor = syscalls.create_unnamed(directory, bits)
+            descriptor = self._make_as(owner, make, directory, b"")
         except PermissionError:
             descriptor = syscalls.create_unnamed(directory, bits)
             syscalls.chown(descriptor, b"", *owner)
@@ -145,23 +148,24 @@ class Upper:
             raise failure(errno.ENAMETOOLONG)
         if name.startswith(whiteout.WHITEOUT_PREFIX):
             raise failure(errno.EINVAL)
-        if parent.deleted and parent is not self._tree.root:
+        if not parent.names and parent is not self._tree.root:
             raise failure(errno.ENOENT)
         if self._tree.exists(parent, name):
             raise failure(errno.EEXIST)
-        self._copy.copy_up(parent)
+        if not parent.in_upper:
+            self._copy.copy_up(parent)
         return self._tree.upper_directory(parent)
 
-    def _as(self, owner: tuple[int, int]) -> AbstractContextManager[None]:
+    def _make_as(self, owner: tuple[int, int], make: Make, directory: int, name: bytes) -> int:
         if owner == self._identity or self._tree.owners.override is not None:
-            return nullcontext()
-        return syscalls.FileIdentity(*owner)
+            return make(directory, name)
+        with syscalls.FileIdentity(*owner):
+            return make(directory, name)
 
     def _make_owned(self, directory: int, name: bytes, make: Make, owner: tuple[int, int]) -> int:
         """Create in place as the caller, so that no crash leaves it with another owner."""
         try:
-            with self._as(owner):
-                return make(directory, name)
+            return self._make_as(owner, make, directory, name)
         except PermissionError:
             # The kernel has checked the caller's rights in the merged tree; what is missing here
             # are groups and capabilities that fsuid does not carry.
@@ -207,8 +211,7 @@ class Upper:
         directory = self._tree.upper_directory(parent)
         with self._staging(directory) as (holder, staged):
             try:
-                with self._as(owner):
-                    descriptor = make(holder, staged)
+                descriptor = self._make_as(owner, make, holder, staged)
             except PermissionError:  # fsuid may not write to the staging directory
                 descriptor = make(holder, staged)
             self._set_owner(holder, staged, owner)
@@ -335,7 +338,8 @@ class Upper:
         node = self._tree.find(parent, name)
         if node.is_directory:
             raise failure(errno.EISDIR)
-        self._copy.copy_up(parent)
+        if not parent.in_upper:
+            self._copy.copy_up(parent)
         self.before_losing_name(node, parent, name)
         self._remove_name(parent, name, is_directory=False)
         self.lose_name(node, parent, name)

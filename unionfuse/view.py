@@ -141,15 +141,13 @@ def _take_attribute_whiteouts(
 class ScannedView:
     """A view made by reading the directories themselves."""
 
-    __slots__ = ("_names", "_places", "_stubs")
+    __slots__ = ("_names", "_places", "_stubs", "get")
 
     def __init__(self, stubs: dict[bytes, Stub], places: tuple[Place, ...]) -> None:
         self._stubs = stubs
+        self.get = stubs.get
         self._places = places
         self._names: tuple[bytes, ...] | None = None
-
-    def get(self, name: bytes) -> Stub | None:
-        return self._stubs.get(name)
 
     def after(self, cookie: int) -> Iterator[tuple[bytes, int]]:
         if self._names is None:

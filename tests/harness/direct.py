@@ -16,13 +16,14 @@ from harness.snapshot import KINDS, Record, Tree
 # a number that no count reaches: the hooks are put in place, and daemons do not inherit it
 os.environ["UNIONFUSE_TEST_KILL_AT"] = "-1"
 from unionfuse import syscalls
+from unionfuse._attributes import Attributes
 from unionfuse.express import protocol
 from unionfuse.express._lane import Loop
 from unionfuse.express.protocol import Opcode
 from unionfuse.index import LookupIndex
 from unionfuse.index_builder import build as build_index
 from unionfuse.layer import LayerStack
-from unionfuse.node import Attributes, Caller, Changes, Entry
+from unionfuse.node import Caller, Changes, Entry
 from unionfuse.options import MountOptions
 from unionfuse.union import Union
 

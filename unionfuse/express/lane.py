@@ -25,13 +25,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from unionfuse import xattrs
+from unionfuse._attributes import Attributes
 from unionfuse.express import passthrough, protocol
 from unionfuse.express._lane import NODE_HANDLE, Loop, can_use_rings
 from unionfuse.express.messages import MALFORMED, Call
 from unionfuse.express.passthrough import Passthrough
 from unionfuse.express.protocol import InitFlag, Opcode, Wanted
 from unionfuse.express.requests import Requests
-from unionfuse.node import Attributes
 from unionfuse.options import MountOptions
 from unionfuse.union import Union
 
@@ -321,7 +321,11 @@ class Lane:
         if method is None:
             self.relay(call)
             return None
-        result = _answer(method, call)
+        result: bytes | int | None
+        try:  # not by _answer: this is what most of the time goes into
+            result = method(call)
+        except Exception as error:
+            result = _number(error)
         if self._options.debug:
             self._trace(opcode, node, body, result if isinstance(result, int) else 0)
         return None if opcode in _UNANSWERED else result
@@ -539,14 +543,19 @@ def _shows_layers_as_they_are(options: MountOptions) -> bool:
     )
 
 
-def _answer(work: Callable[..., bytes | None], *args: object) -> bytes | int | None:
+def _answer(work: Work) -> bytes | int | None:
     """The body of a reply, or an errno: whatever happens, the caller gets an answer."""
     try:
-        return work(*args)
-    except OSError as error:
+        return work()
+    except Exception as error:
+        return _number(error)
+
+
+def _number(error: Exception) -> int:
+    """The errno that a request is answered with that has raised this."""
+    if isinstance(error, OSError):
         return error.errno or errno.EIO
-    except MALFORMED:
+    if isinstance(error, MALFORMED):
         return errno.EINVAL
-    except Exception:
-        log.exception("a request failed; the caller got EIO")
-        return errno.EIO
+    log.error("a request failed; the caller got EIO", exc_info=error)
+    return errno.EIO

@@ -9,11 +9,14 @@ import errno
 import os
 import stat
 import struct
+import sys
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
+from unionfuse._attributes import Attributes
 from unionfuse.express import protocol
-from unionfuse.node import NOW, Attributes, Caller, Entry
+from unionfuse.node import NOW, Caller, Entry
 
 ENTRY_SIZE = protocol.ENTRY_OUT.size + protocol.ATTR.size
 _STATX_BASIC_STATS = 0x7FF
@@ -36,9 +39,9 @@ class Call(NamedTuple):
     def names(self, offset: int, count: int) -> list[bytes]:
         """NUL-terminated names at the end of the body. Raises EINVAL where they are malformed."""
         parts = self.body[offset:].split(b"\0")
-        if len(parts) != count + 1 or parts[-1] or not all(parts[:count]):
+        if parts.pop() or len(parts) != count or b"" in parts:
             raise OSError(errno.EINVAL, "malformed names")
-        return parts[:count]
+        return parts
 
     def caller(self, umask: int = 0) -> Caller:
         """Who asks."""
@@ -49,54 +52,29 @@ Method = Callable[[Call], bytes | None]
 """Serves a request: the body of its reply, or None where the reply comes later (or never)."""
 
 
-def _attr(found: Attributes) -> bytes:
-    """struct fuse_attr."""
-    atime, atime_ns = divmod(found.atime_ns, 10**9)
-    mtime, mtime_ns = divmod(found.mtime_ns, 10**9)
-    ctime, ctime_ns = divmod(found.ctime_ns, 10**9)
-    mask = (1 << 64) - 1
-    return protocol.ATTR.pack(
-        found.ino,
-        found.size,
-        found.blocks,
-        atime & mask,
-        mtime & mask,
-        ctime & mask,
-        atime_ns,
-        mtime_ns,
-        ctime_ns,
-        found.mode,
-        found.nlink,
-        found.uid,
-        found.gid,
-        _device(found.rdev) if found.rdev else 0,
-        found.blksize,
-        0,
-    )
-
-
 def entry_out(entry: Entry, timeout: float) -> bytes:
     """struct fuse_entry_out; `timeout` is how many seconds the name holds."""
-    return entry_header(entry.node, timeout, entry.attr_valid) + _attr(entry.attributes)
+    return entry_header(entry.node, timeout, entry.attr_valid) + entry.attributes.wire()
 
 
 def entry_header(node: int, name_valid: float, attr_valid: float) -> bytes:
     """What comes before the attributes in it: a node id, and how many seconds what holds."""
-    name_seconds, name_nanoseconds = seconds, nanoseconds = _duration(name_valid)
-    if attr_valid != name_valid:
-        seconds, nanoseconds = _duration(attr_valid)
-    return protocol.ENTRY_OUT.pack(node, 0, name_seconds, seconds, name_nanoseconds, nanoseconds)
+    return node.to_bytes(8, sys.byteorder) + _lasting(name_valid, attr_valid)
+
+
+@cache
+def _lasting(name_valid: float, attr_valid: float) -> bytes:
+    """An entry's header behind the node id: only few differ."""
+    name_seconds, name_nanoseconds = _duration(name_valid)
+    seconds, nanoseconds = _duration(attr_valid)
+    header = protocol.ENTRY_OUT.pack(0, 0, name_seconds, seconds, name_nanoseconds, nanoseconds)
+    return header[8:]
 
 
 def _duration(seconds: float) -> tuple[int, int]:
     if seconds >= protocol.FOREVER:
         return protocol.FOREVER, 0
     return int(seconds), int(seconds % 1 * 10**9)
-
-
-def _device(rdev: int) -> int:
-    major, minor = os.major(rdev), os.minor(rdev)
-    return (minor & 0xFF) | (major & 0xFFF) << 8 | (minor & ~0xFF) << 12 & 0xFFFFFFFF
 
 
 def dirent(name: bytes, cookie: int, entry: Entry, timeout: float, plus: bool) -> bytes:
@@ -128,7 +106,7 @@ def moment(fields: int, given: int, now: int, seconds: int, nanoseconds: int) ->
 
 def attr_out(found: Attributes, valid: float) -> bytes:
     """struct fuse_attr_out; `valid` is how many seconds the attributes hold."""
-    return protocol.ATTR_OUT.pack(*_duration(valid), 0) + _attr(found)
+    return protocol.ATTR_OUT.pack(*_duration(valid), 0) + found.wire()
 
 
 def statx_out(found: Attributes, valid: float) -> bytes:

@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from unionfuse import syscalls
+from unionfuse._attributes import Attributes
 from unionfuse.express import messages, protocol
 from unionfuse.express._lane import NODE_HANDLE
 from unionfuse.express.messages import Call, Method
 from unionfuse.express.protocol import Opcode, OpenFlag, SetattrValid
-from unionfuse.node import Attributes, Changes, Entry
+from unionfuse.node import Changes, Entry
 from unionfuse.union import Union
 
 if TYPE_CHECKING:

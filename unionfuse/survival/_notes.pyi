@@ -22,6 +22,17 @@ class Notes:
         payload: bytes,
         long_payload: bool = False,
     ) -> int: ...
+    def replace(
+        self,
+        known: dict[int, int],
+        kind: int,
+        kind_of_file: int,
+        number: int,
+        lookups: int,
+        inode: int,
+        parent: int,
+        payload: bytes,
+    ) -> bool: ...
     def become(self, offset: int, kind: int) -> None: ...
     def kill(self, offset: int) -> None: ...
     def set_lookups(self, offset: int, lookups: int) -> None: ...

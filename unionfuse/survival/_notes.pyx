@@ -85,7 +85,7 @@ cdef class Notes:
         self.end = <uint64_t *>self.at(end_word * 8)
         self.start, self.limit, self.garbage, self.live = start, limit, garbage, live
 
-    def append(
+    cpdef append(
         self, uint64_t kind, uint64_t kind_of_file, uint64_t number, uint64_t lookups,
         uint64_t inode, uint64_t parent, bytes payload, bint long_payload=False
     ):
@@ -112,12 +112,33 @@ cdef class Notes:
         self.live += size
         return at
 
-    def become(self, uint64_t offset, uint64_t kind):
+    def replace(
+        self, dict known, uint64_t kind, uint64_t kind_of_file, uint64_t number, uint64_t lookups,
+        uint64_t inode, uint64_t parent, bytes payload
+    ):
+        """Put a record behind the others and have the one of this number before it count no more.
+
+        Arguments:
+            known: the offsets of records by number; the new one's goes in here.
+
+        Returns:
+            Whether it had room; otherwise nothing has changed.
+        """
+        at = self.append(kind, kind_of_file, number, lookups, inode, parent, payload)
+        if not at:
+            return False
+        old = known.get(number)
+        known[number] = at
+        if old is not None:
+            self.kill(old)
+        return True
+
+    cpdef become(self, uint64_t offset, uint64_t kind):
         """Make a record one of another kind."""
         cdef uint64_t *header = <uint64_t *>self.at(offset)
         notes_store(header, header[0] & ~KIND | kind << 32)
 
-    def kill(self, uint64_t offset):
+    cpdef kill(self, uint64_t offset):
         """Have a record count no more."""
         self.become(offset, 0)
         self.live -= (<Record *>self.at(offset)).header & 0xFFFFFFFF

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import struct
-from operator import attrgetter
 from typing import NamedTuple
 
-from unionfuse.node import Attributes, Directory, Node
+from unionfuse._attributes import PACKED_SIZE, Attributes
+from unionfuse.node import Directory, Node
 
 # flags, kind, link_offset, layer; lengths of path, name, index_name
 _FAREWELL = struct.Struct("=IIqi3H")
-_ATTRIBUTES = struct.Struct("=4Q4q4Q")
-_FIELDS = (
-    *("ino", "size", "blocks", "rdev"),
-    *("atime_ns", "mtime_ns", "ctime_ns", "blksize"),
-    *("mode", "nlink", "uid", "gid"),
-)
-_values = attrgetter(*_FIELDS)
 _IN_UPPER, _METACOPY, _HAS_LAST, _MAPPABLE = 1, 2, 4, 8
 
 
@@ -49,7 +42,7 @@ def farewell(node: Node) -> bytes:
     flags |= (node.mappable * _MAPPABLE) | (_HAS_LAST if node.last is not None else 0)
     out = _FAREWELL.pack(flags, node.kind, node.link_offset, layer, *map(len, texts))
     if node.last is not None:
-        out += _ATTRIBUTES.pack(*_values(node.last))
+        out += node.last.packed()
     return out + b"".join(texts)
 
 
@@ -59,10 +52,8 @@ def read(written: bytes) -> Farewell:
     at = _FAREWELL.size
     last = None
     if flags & _HAS_LAST:
-        last = Attributes.__new__(Attributes)
-        for field, value in zip(_FIELDS, _ATTRIBUTES.unpack_from(written, at), strict=True):
-            setattr(last, field, value)
-        at += _ATTRIBUTES.size
+        last = Attributes.unpacked(written[at : at + PACKED_SIZE])
+        at += PACKED_SIZE
     texts = []
     for length in lengths:
         texts.append(written[at : at + length])

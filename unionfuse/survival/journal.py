@@ -300,8 +300,8 @@ class SharedJournal(Journal):
 
     def gone(self, node: Node) -> None:
         at = self._at.get(node.id)
-        if at is not None and self._kind(at) == _GOING:
-            self._become(at, _GONE)
+        if at is not None and self._words[at // 8] >> 32 & 0xFF == _GOING:
+            self._notes.become(at, _GONE)
 
     def keep(self, node: Node) -> None:
         self._descriptors.keep(descriptor_name(node.id), node.unnamed)
@@ -312,7 +312,7 @@ class SharedJournal(Journal):
     def count(self, node: Node) -> None:
         at = self._at.get(node.id)
         if at is not None:
-            self._notes.set_lookups(at, max(0, node.lookups))
+            self._notes.set_lookups(at, node.lookups if node.lookups > 0 else 0)
 
     def forgotten(self, number: int, lookups: int) -> None:
         at = self._at.get(number)
@@ -325,14 +325,16 @@ class SharedJournal(Journal):
     def drop(self, number: int) -> None:
         at = self._at.pop(number, None)
         if at is not None:
-            self._kill(at)
-        for at in self._aliases.pop(number, {}).values():
-            self._kill(at)
+            self._notes.kill(at)
+        if number in self._aliases:
+            for at in self._aliases.pop(number).values():
+                self._kill(at)
 
     def opened(self, handle: int, node: int, flags: int) -> None:
         if self.intents is not None:
             self.intents.opened(handle)
-        self._handles[handle] = self._append(_OPEN, 0, handle, flags, 0, node, b"")
+        if not self._notes.replace(self._handles, _OPEN, 0, handle, flags, 0, node, b""):
+            self._handles[handle] = self._append_anew(_OPEN, 0, handle, flags, 0, node, b"")
 
     def lent(self, handle: int) -> None:
         self._words[self._handles[handle] // 8 + 2] |= _LENT
@@ -355,7 +357,7 @@ class SharedJournal(Journal):
         at = self._handles.pop(handle, None)
         if at is None:
             return 0
-        self._kill(at)
+        self._notes.kill(at)
         return self._words[at // 8 + 4]
 
     def moved(
@@ -391,12 +393,14 @@ class SharedJournal(Journal):
         self._become(at, _GONE)
 
     def _write(self, node: Node, kind: int, parent: int, payload: bytes) -> None:
-        lookups = max(0, node.lookups)
-        at = self._append(kind, node.kind >> 12, node.id, lookups, node.ino, parent, payload)
-        old = self._at.get(node.id)
-        self._at[node.id] = at
-        if old is not None:
-            self._kill(old)
+        number, known, lookups = node.id, self._at, node.lookups
+        fields = kind, node.kind >> 12, number, lookups if lookups > 0 else 0, node.ino, parent
+        if not self._notes.replace(known, *fields, payload):
+            at = self._append_anew(*fields, payload)
+            old = known.get(number)
+            known[number] = at
+            if old is not None:
+                self._kill(old)
 
     def _kill(self, at: int) -> None:
         self._notes.kill(at)
@@ -407,12 +411,19 @@ class SharedJournal(Journal):
     def _append(
         self, kind: int, type_: int, number: int, lookups: int, inode: int, parent: int, data: bytes
     ) -> int:
-        append, long = self._notes.append, kind == _TABLE
-        at = append(kind, type_, number, lookups, inode, parent, data, long)
-        if not at and not self._words[Word.FULL]:
+        at = self._notes.append(kind, type_, number, lookups, inode, parent, data, kind == _TABLE)
+        return at or self._append_anew(kind, type_, number, lookups, inode, parent, data)
+
+    def _append_anew(
+        self, kind: int, type_: int, number: int, lookups: int, inode: int, parent: int, data: bytes
+    ) -> int:
+        """Append what there was no room for."""
+        if not self._words[Word.FULL]:
             self._compact()
-            at = append(kind, type_, number, lookups, inode, parent, data, long)
-        return at or self._overflow()
+            append, long = self._notes.append, kind == _TABLE
+            if at := append(kind, type_, number, lookups, inode, parent, data, long):
+                return at
+        return self._overflow()
 
     def _write_here(self, live: int) -> None:
         """Write to the half that counts, of which so many bytes do."""
