@@ -85,6 +85,35 @@ def test_every_verb_has_help_an_example_and_a_manual_page() -> None:
         assert words[0] in VERBS
 
 
+@pytest.mark.parametrize(
+    ("verb", "words", "expected"),
+    [
+        ("images", ["--no-trunc=true", "-q=1", "-a=false"],
+         {"no_trunc": True, "quiet": True, "all": False}),
+        ("images", ["-q", "-q=false", "x"], {"quiet": False, "name": "x"}),
+        ("history", ["-H", "x"], {"human": "true", "image": "x"}),
+        ("history", ["--human=false", "x"], {"human": "false", "image": "x"}),
+        ("commit", ["-p", "c", "n"], {"pause": "true", "names": ["c", "n"]}),
+        ("build", ["--no-cache=false", "-qt", "a=true", "."],
+         {"no_cache": False, "quiet": True, "tag": ["a=true"]}),
+        ("run", ["--rm=true", "-ite", "A=b", "i", "--rm=false", "-x"],
+         {"rm": True, "tty": True, "env": ["A=b"], "command": ["--rm=false", "-x"]}),
+        ("exec", ["-t=false", "c", "ls", "-t=0"], {"tty": False, "command": ["ls", "-t=0"]}),
+        ("rmi", ["--", "--force=false"], {"force": False, "image": ["--force=false"]}),
+    ],
+)  # fmt: skip
+def test_switches_take_a_value_as_with_docker(
+    verb: str, words: list[str], expected: dict[str, object]
+) -> None:
+    found = vars(parser_of(verb, load_verb(verb)).parse_args(words))
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_a_switch_that_is_neither_on_nor_off(unionfuse: Command) -> None:
+    said = unionfuse("rmi", "--force=maybe", "x", code=125)
+    assert "argument --force: 'maybe' is neither true nor false" in said
+
+
 # What makes a start slow: each of these costs 3 ms or more, most of them 10.
 HEAVY = [
     *("asyncio", "concurrent.futures", "dataclasses", "dockerfile", "email", "http.client"),

@@ -24,7 +24,7 @@ VALUE = {
         ("plain", "plain"),
         ("{{.ID}}-{{.Size}}", "abc-12"),
         ("{{.Map}} {{.List}} {{.None}} {{.Yes}}", "map[x:1 y:map[z:[1]]] [a b] <no value> true"),
-        ("{{json .Map}}", '{"x": 1, "y": {"z": [1]}}'),
+        ("{{json .Map}}", '{"x":1,"y":{"z":[1]}}'),
         ("{{.Map.y.z}}", "[1]"),
         ('{{index .Map.y.z 0}}{{index .List 1}}{{index .Map "x"}}', "1b1"),
         ("{{range .List}}<{{.}}>{{end}}", "<a><b>"),

@@ -79,9 +79,9 @@ def _fields(event: dict[str, Any]) -> dict[str, Any]:
 
 
 def _json(event: dict[str, Any]) -> str:
-    import json
+    from unionimage.cli.format import json_line
 
-    return json.dumps(event)
+    return json_line(event)
 
 
 def _line(event: dict[str, Any]) -> str:

@@ -69,10 +69,8 @@ def show(rows: Sequence[Row], columns: Mapping[str, str], form: str | None) -> N
     if form is None or form == "table":
         print(table([[str(row[field]) for field in columns] for row in rows], [*columns.values()]))
     elif form == "json":
-        import json
-
         for row in rows:
-            print(json.dumps(row, default=str, ensure_ascii=False))
+            print(json_line(row))
     elif form.startswith("table "):
         _template_table(rows, columns, unescape(form.removeprefix("table ")))
     else:
@@ -81,6 +79,13 @@ def show(rows: Sequence[Row], columns: Mapping[str, str], form: str | None) -> N
         template = Template(unescape(form))
         for row in rows:
             print(template.render(row))
+
+
+def json_line(value: Any) -> str:
+    """JSON in one line and without spaces, as docker writes it and scripts grep it."""
+    import json
+
+    return json.dumps(value, default=str, ensure_ascii=False, separators=(",", ":"))
 
 
 def table(rows: Sequence[Sequence[str]], headings: Sequence[str]) -> str:
@@ -114,12 +119,12 @@ def _template_table(rows: Sequence[Row], columns: Mapping[str, str], form: str) 
 
 def show_objects(objects: Sequence[Any], form: str | None) -> None:
     """Print what `inspect` found: an indented JSON list, or one template line an object."""
-    import json
-
     if form is None or form == "table":
+        import json
+
         print(json.dumps(objects, indent=4, ensure_ascii=False))
     elif form == "json":
-        print(json.dumps(objects, ensure_ascii=False))
+        print(json_line(objects))
     else:
         from unionimage.cli.template import Template
 

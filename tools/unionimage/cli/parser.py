@@ -11,6 +11,10 @@ from typing import Any, NoReturn
 from unionimage.cli.verbs import ALIASES, VERBS
 from unionimage.errors import UserError
 
+# The words that docker's flags take, and whether they switch on.
+_SWITCHED = dict.fromkeys(("1", "t", "T", "true", "True", "TRUE"), True)
+_SWITCHED |= dict.fromkeys(("0", "f", "F", "false", "False", "FALSE"), False)
+
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
     """Knows the width of the terminal; argparse would import all of shutil to find it out."""
@@ -81,6 +85,52 @@ class VerbParser(argparse.ArgumentParser):
         )
         self.example = example
         self.add_argument("--help", action="help", help="show this and exit")
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args(self._in_our_form(words), namespace)
+
+    def _in_our_form(self, words: Sequence[str]) -> list[str]:
+        """Switches as docker takes them, in the form of argparse.
+
+        `--rm=true` and `--rm=false`; and what may have a value has it behind `=` alone: `-H app` is
+        not the value `app`. What follows the name of an image or container is not ours.
+        """
+        rest_is_taken = any(one.nargs == argparse.PARSER for one in self._get_positional_actions())
+        formed: list[str] = []
+        left = list(words)
+        while left:
+            word = left.pop(0)
+            if word == "--" or (rest_is_taken and (word == "-" or not word.startswith("-"))):
+                return [*formed, word, *left]
+            name, equals, value = word.partition("=")
+            action = self._option_string_actions.get(name)
+            if isinstance(action, argparse._StoreTrueAction) and equals:
+                if value not in _SWITCHED:
+                    self.error(f"argument {name}: {value!r} is neither true nor false")
+                formed = [one for one in formed if one != name]
+                formed += [name] * _SWITCHED[value]
+            elif action is not None and action.nargs == argparse.OPTIONAL and not equals:
+                formed.append(f"{name}={action.const}")
+            else:
+                formed.append(word)
+                if left and not equals and self._wants_a_value(word):
+                    formed.append(left.pop(0))
+        return formed
+
+    def _wants_a_value(self, word: str) -> bool:
+        """Whether the next word belongs to this one: `--name`, `-n`, `-itn`."""
+        if word in self._option_string_actions:
+            return self._option_string_actions[word].nargs is None
+        if word[:1] != "-" or word[:2] == "--":
+            return False
+        for end, letter in enumerate(word[1:], 2):
+            action = self._option_string_actions.get("-" + letter)
+            if action is None or action.nargs != 0:
+                return action is not None and action.nargs is None and end == len(word)
+        return False
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see '{self.prog} --help'", exit_code=125)

@@ -30,9 +30,9 @@ def run(args: argparse.Namespace) -> int:
         for place in places or []:
             address = f"{place['HostIp']}:{place['HostPort']}"
             if args.json:
-                import json
+                from unionimage.cli.format import json_line
 
-                print(json.dumps({"Port": port, **place}))
+                print(json_line({"Port": port, **place}))
             else:
                 print(address if args.port is not None else f"{port} -> {address}")
     return 0

@@ -105,16 +105,14 @@ def _info(engine: Engine, args: argparse.Namespace) -> None:
 
 def _usage(engine: Engine, args: argparse.Namespace) -> None:
     from unionimage.cli import usage
-    from unionimage.cli.format import show
+    from unionimage.cli.format import json_line, show
 
     if not args.verbose:
         show(usage.summary(engine), usage.COLUMNS, args.format)
         return
     detail = usage.in_detail(engine)
     if args.format == "json":
-        import json
-
-        print(json.dumps({kind: rows for kind, (rows, _) in detail.items()}))
+        print(json_line({kind: rows for kind, (rows, _) in detail.items()}))
         return
     if args.format not in (None, "table"):
         raise UserError("with --verbose there is json, and no template")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from unionimage.cli.format import json_line
 from unionimage.errors import UserError
 
 _ACTION = re.compile(r"\{\{(-\s)?(.*?)(\s-)?\}\}", re.S)
@@ -288,7 +289,7 @@ def _any(*values: Any) -> Any:
 
 _CONSTANTS = {"true": True, "false": False, "nil": None}
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "json": lambda value: json.dumps(value, default=str, ensure_ascii=False),
+    "json": json_line,
     "upper": str.upper,
     "lower": str.lower,
     "title": str.title,

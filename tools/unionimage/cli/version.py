@@ -28,9 +28,9 @@ def run(args: argparse.Namespace) -> int:
         "KernelVersion": system.release,
     }
     if args.format == "json":
-        import json
+        from unionimage.cli.format import json_line
 
-        print(json.dumps(facts))
+        print(json_line(facts))
     elif args.format:
         from unionimage.cli.format import show_objects
 
