@@ -12,6 +12,7 @@ from harness.stores import add_image, assert_whole, layer_tar
 from harness.tars import archive, member, tree
 from unionimage.archive.load import load
 from unionimage.archive.save import Wanted, save
+from unionimage.cli import main
 from unionimage.cli.rmi import remove
 from unionimage.commit import commit
 from unionimage.errors import BadContent
@@ -62,17 +63,12 @@ class TestKilled:
                 store.collect()
                 assert len(os.listdir(root / "diff")) == 1
 
-    def test_rmi(self, root: Path) -> None:
-        def action() -> None:
-            with Store.open(root) as store:
-                remove(store, "image:1")
-                store.collect()
-
+    @pytest.mark.parametrize("words", [("rmi", "image:1"), ("prune", "-af")])
+    def test_rmi_and_prune(self, root: Path, words: tuple[str, ...]) -> None:
         with Store.open(root) as store:
             add_image(store, layer_tar("a"), layer_tar("b"))
-        for _ in kill_at_every_step(action, 25):
+        for _ in kill_at_every_step(lambda: main(["--root", str(root), *words]), 25):
             with Store.open(root) as store:
-                store.collect()
                 assert_whole(store)
                 count = len(store.images())
                 assert len(os.listdir(root / "diff")) == 2 * count

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     what = "all images that nothing uses" if args.all else "all images without a name"
     if not args.force and not _confirmed(f"This will remove {what}."):
         return 0
-    with open_store(args) as store:
+    with open_store(args) as store, store.lease("prune"):  # see rmi
         forget_dead(store)
         deleted = prune_images(store, all=args.all, chosen=chosen)
         if args.all:

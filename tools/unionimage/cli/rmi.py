@@ -25,20 +25,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     failed = 0
-    with open_store(args) as store:
+    lines: list[str] = []
+    # Under a lease: where this is killed, the next command collects what is left.
+    with open_store(args) as store, store.lease("rmi"):
         forget_dead(store)
         for name in args.image:
             try:
-                for line in remove(store, name, force=args.force, prune=not args.no_prune):
-                    print(line)
+                lines += remove(store, name, force=args.force, prune=not args.no_prune)
             except UserError as error:
                 if not (args.force and store.find(name) is None):
                     import sys
 
                     print(f"unionfuse rmi: {error}", file=sys.stderr)
                     failed = 1
-        for diff_id in store.collect().layers:
-            print(f"Deleted layer: {diff_id}")
+        lines += [f"Deleted layer: {diff_id}" for diff_id in store.collect().layers]
+    for line in lines:
+        print(line)
     return failed
 
 
