@@ -555,3 +555,10 @@ def test_stop_and_start_in_a_row(box: Box) -> None:
     for _ in range(5):
         assert box.out("wait", "again") == "3\n"
         box("start", "again")
+
+
+def test_help_of_run_is_short_at_the_top(box: Box) -> None:
+    """As docker's: one line says how, all options follow, one a line."""
+    lines = box.out("run", "--help").splitlines()
+    assert lines[0] == "usage: unionfuse run [OPTION…] IMAGE [COMMAND] [ARGUMENT…]"
+    assert any(line.split()[:2] == ["-d,", "--detach"] for line in lines)

@@ -9,6 +9,7 @@ from unionimage.cli.parser import add_name_and_command
 
 def add_container_options(parser: argparse.ArgumentParser) -> None:
     """Everything about the container; how a command attaches to it is `run`'s and `start`'s."""
+    parser.usage = "%(prog)s [OPTION…] IMAGE [COMMAND] [ARGUMENT…]"  # 90 options tell nothing
     add = parser.add_argument
 
     def many(*names: str, metavar: str, help: str) -> None:
