@@ -85,7 +85,7 @@ class Lane:
         self._work: queue.SimpleQueue[tuple[int, Work] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._waiters = 0
-        self._idle = 0
+        self._pending = 0  # works that are waiting or being done
         self._opened_nodes: dict[int, int] = {}  # node -> handle, for opens that the loop answered
         self._direct: dict[int, set[int]] = {}  # node -> handles that the loop reads by itself
         self._asked_for: set[int] = set()  # directories of upper
@@ -285,7 +285,8 @@ class Lane:
     def later(self, unique: int, work: Work) -> None:
         """Do something that takes long, in a thread that may wait, and answer with its result."""
         with self._lock:
-            start = not self._idle and self._waiters < _WAITERS
+            self._pending += 1
+            start = self._waiters < min(self._pending, _WAITERS)
             self._waiters += start
         self._work.put((unique, work))
         if start:
@@ -293,15 +294,13 @@ class Lane:
 
     def _wait(self) -> None:
         while True:
-            with self._lock:
-                self._idle += 1
             item = self._work.get()
-            with self._lock:
-                self._idle -= 1
             if item is None:
                 return
             unique, work = item
             result = _answer(work)
+            with self._lock:
+                self._pending -= 1
             if result is not None:
                 self._reply(unique, result)
 
@@ -400,7 +399,8 @@ class Lane:
             if made is None:
                 self._loop.let_go(node)
             elif self._as_on_disk:
-                self._loop.hold(node, os.dup(descriptor), made.ino)
+                with contextlib.suppress(OSError):  # without it Python is asked
+                    self._loop.hold(node, os.dup(descriptor), made.ino)
             # The loop's own opens of the node go through the page cache.
             settled = self._union.is_settled(node) and not self._loop.opened_here(node)
             return self._passthrough.opened(node, handle, descriptor, settled)
@@ -460,11 +460,12 @@ class Lane:
                     self._asked_for.clear()
                 self._asked_for.add(node)
                 return
-            found = self._union.directory_in_upper(node)
-            if found is not None:
-                directory, inode, alone = found
-                links = 0 if alone else 1  # see attributes.shown
-                self._loop.show(node, os.dup(directory), inode, links, alone)
+            with contextlib.suppress(OSError):  # too many files are open: we are asked again
+                found = self._union.directory_in_upper(node)
+                if found is not None:
+                    directory, inode, alone = found
+                    links = 0 if alone else 1  # see attributes.shown
+                    self._loop.show(node, os.dup(directory), inode, links, alone)
 
     def forgotten(self, node: int) -> None:
         """The kernel has dropped a node; its id may become another file's."""

@@ -26,7 +26,6 @@ from unionfuse.express.protocol import OpenFlag
 from unionfuse.journal import Journal
 
 _CAP_SYS_ADMIN = 21
-_REFUSED = (errno.EPERM, errno.ELOOP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.EMFILE)
 
 
 def is_permitted() -> bool:
@@ -135,15 +134,16 @@ class Passthrough:
             self._nodes.clear()
 
     def _register(self, descriptor: int) -> int:
-        """A backing id for a file; 0 where the kernel refuses it, and then for all that follow."""
+        """A backing id for a file; 0 where the kernel refuses it: the page cache always will do.
+
+        Where it is not permitted nothing more is tried.
+        """
         request = bytearray(protocol.BACKING_MAP.pack(descriptor, 0, 0))
         try:
             backing: int = fcntl.ioctl(self._fuse, protocol.FUSE_DEV_IOC_BACKING_OPEN, request)
         except OSError as error:
             if error.errno == errno.EPERM:
                 self._enabled = False
-            elif error.errno not in _REFUSED:
-                raise
             return 0
         return backing
 
