@@ -211,6 +211,7 @@ assert "dockerfile" not in sys.modules
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
+        (["images", "--filter", "dangling=maybe"], 1, "'dangling=maybe': give true or false"),
         (["imges"], 1, "did you mean 'images'?"),
         (
             ["images", "--nope"],

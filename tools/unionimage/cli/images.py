@@ -8,6 +8,7 @@ from typing import Any
 
 from unionimage.cli.common import human_ago, human_size, local_time, open_store, parse_time
 from unionimage.cli.format import add_filter_option, add_format_options, filters, show
+from unionimage.errors import UserError
 from unionimage.labels import has_labels
 from unionimage.reference import Reference
 from unionimage.store import Image, Store
@@ -117,6 +118,8 @@ def _fits(name: Reference, pattern: str) -> bool:
 
 def _filtered(store: Store, images: list[Image], chosen: dict[str, list[str]]) -> list[Image]:
     for value in chosen.get("dangling", []):
+        if value.lower() not in ("true", "1", "false", "0"):
+            raise UserError(f"invalid filter 'dangling={value}': give true or false")
         wanted = value.lower() in ("true", "1")
         images = [image for image in images if (not image.names) == wanted]
     if labels := chosen.get("label"):  # only then are the configs read
