@@ -218,7 +218,8 @@ def main() -> int:
     runner = next((run for file, run in SUITES.items() if (args.suite / file).exists()), None)
     if runner is None:
         parser.error(f"{args.suite}: no suite known here: pjdfstest, unionmount-testsuite, ltp")
-    program = MountProgram(os.path.abspath(path))
+    # Not by a link of /usr/local/bin, which `unionmount` lays another directory over.
+    program = MountProgram(os.path.realpath(path))
     suite = args.suite.resolve()
     ours = runner(suite, program, args.test)
     oracle = runner(suite, MountProgram(None), args.test)
