@@ -562,3 +562,15 @@ def test_help_of_run_is_short_at_the_top(box: Box) -> None:
     lines = box.out("run", "--help").splitlines()
     assert lines[0] == "usage: unionfuse run [OPTION…] IMAGE [COMMAND] [ARGUMENT…]"
     assert any(line.split()[:2] == ["-d,", "--detach"] for line in lines)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_the_caller_has_closed(box: Box, closed: str) -> None:
+    """They are as /dev/null: nothing else gets their numbers, and nothing fails for them."""
+    words = "run --rm --network none busybox sh -c 'cat; echo out; echo err >&2; exit 5'"
+    done = subprocess.run(
+        f"{COMMAND} {words} {closed}", shell=True, env=box.environment, capture_output=True
+    )
+    assert done.returncode == 5
+    assert done.stdout == (b"" if " >&-" in f" {closed}" else b"out\n")
+    assert done.stderr == (b"" if "2>&-" in closed else b"err\n")

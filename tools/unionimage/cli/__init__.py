@@ -31,6 +31,9 @@ INTERRUPTED = 130
 def command() -> NoReturn:
     """The console script: `main`, and an end without taking the interpreter apart (10 ms)."""
     gc.set_threshold(20_000)  # imports make much that lives, and nothing to collect (3 ms)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller: nothing else may get its number
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     try:
         code = spawn.command(sys.argv[1:])
     except KeyboardInterrupt:
