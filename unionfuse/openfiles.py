@@ -134,6 +134,8 @@ class OpenFiles:
         try:
             return self._open(node, flags)
         except PermissionError:
+            if not node.in_upper:
+                raise
             # Only who created the file could open it so: let us in for a moment, as its owner.
             directory, name = self._tree.location(node)
             status = view.entry_status(directory, name) if name else os.stat(directory)
