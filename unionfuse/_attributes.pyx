@@ -1,15 +1,10 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """What stat(2) shows of a node: made for every answer that names a file, so it is compiled."""
 
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy, memset
 
-
-cdef extern from "_wire.h" nogil:
-    struct fuse_attr:
-        uint64_t ino, size, blocks, atime, mtime, ctime
-        uint32_t atimensec, mtimensec, ctimensec, mode, nlink, uid, gid, rdev, blksize
-    uint32_t wire_device(uint64_t device)
+from unionfuse._wire cimport fuse_attr, wire_device
 
 cdef enum:
     SECOND = 1000000000
@@ -71,4 +66,3 @@ cdef class Attributes:
             raise ValueError("no attributes")
         memcpy(&found.ino, <const char *>packed, SIZE)
         return found
-

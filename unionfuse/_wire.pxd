@@ -1,18 +1,18 @@
-"""FUSE's wire format, as far as both compiled modules put it together."""
+"""FUSE's wire format, as far as the compiled modules put it together."""
 
 from libc.stdint cimport uint32_t, uint64_t
 
 
 cdef extern from "_wire.h":
     struct fuse_attr:
-        uint64_t ino
-        uint32_t mode
-        uint32_t nlink
+        uint64_t ino, size, blocks, atime, mtime, ctime
+        uint32_t atimensec, mtimensec, ctimensec, mode, nlink, uid, gid, rdev, blksize
     struct fuse_dirent:
         uint64_t ino
         uint64_t off
         uint32_t namelen
         uint32_t type
+    uint32_t wire_device(uint64_t device) nogil
 
 cdef enum:
     ENTRY_SIZE = 128  # struct fuse_entry_out
