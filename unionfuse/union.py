@@ -372,16 +372,6 @@ class Union:
             except OSError:
                 return False
 
-    def inode_in_upper(self, parent: int, name: bytes) -> int:
-        """The st_ino that upper itself has under a name; 0 where there is nothing."""
-        directory = self.tree.directory(parent)
-        if not directory.in_upper:
-            return 0
-        try:
-            return view.entry_status(self.tree.upper_directory(directory), name).st_ino
-        except FileNotFoundError:
-            return 0
-
     def finish_rename(self, parent: int, name: bytes) -> None:
         """Make sure that a name does not show any more that was renamed."""
         with self.lock:

@@ -12,6 +12,7 @@ import errno
 import logging
 import stat
 
+from unionfuse import view
 from unionfuse.express import protocol
 from unionfuse.express.messages import entry_out
 from unionfuse.express.protocol import Opcode
@@ -91,7 +92,7 @@ class Settling:
         if intent.opcode == Opcode.RENAME2:
             _, flags, _ = protocol.RENAME2_IN.unpack_from(intent.body)
         name, new_name = intent.names[:2]
-        if not intent.moving or self._union.inode_in_upper(new_parent, new_name) != intent.moving:
+        if not intent.moving or self._inode_in_upper(new_parent, new_name) != intent.moving:
             return False
         source, target = intent.subjects
         self._journal.moved(source, (intent.node, name), new_parent, new_name)
@@ -100,6 +101,16 @@ class Settling:
         else:
             self._union.finish_rename(intent.node, name)
         return True
+
+    def _inode_in_upper(self, parent: int, name: bytes) -> int:
+        """The st_ino that upper itself has under a name; 0 where there is nothing."""
+        directory = self._tree.directory(parent)
+        if not directory.in_upper:
+            return 0
+        try:
+            return view.entry_status(self._tree.upper_directory(directory), name).st_ino
+        except FileNotFoundError:
+            return 0
 
     def _delete(self, intent: Intent) -> bool:
         was_there = bool(intent.subjects[0][0])
