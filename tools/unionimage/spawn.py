@@ -32,12 +32,16 @@ IMPORTS = (
     "archive.load",
     "archive.save",
     "cli.engine",
+    "cli.image_for_run",
     "cli.parser",
     "cli.progress",
     "commit",
+    "container.create",
+    "container.execute",
     "container.inventory",
     "container.lifecycle",
     "container.starting",
+    "container.terminal",
     "dockerfile.build",
     "image_config",
     "mounts",
@@ -47,10 +51,6 @@ IMPORTS = (
     "store.holds",
     "store.lease",
     "store.platforms",
-    "cli.image_for_run",
-    "container.create",
-    "container.execute",
-    "container.terminal",
 )
 TYPING_VERBS = ("exec", "run", "start")
 TYPING_FLAGS = ("--a", "--d", "--i", "--t")  # the long ones begin so
