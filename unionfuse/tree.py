@@ -426,6 +426,8 @@ class Tree:
         if marks.nlink.startswith(b"L"):
             links = self.origins.links(marks.origin)
             node.link_offset = (links or status.st_nlink) + int(offset) - status.st_nlink
+        if status.st_nlink + node.link_offset <= 0:
+            node.link_offset = 0  # cannot be: fs/overlayfs/util.c, ovl_get_nlink, does so, too
 
     def linked_records(self) -> list[int]:
         """The index's records of lower files that work/index has a copy of."""

@@ -430,7 +430,7 @@ class Upper:
 
     def _keep_last_attributes(self, node: Node) -> None:
         node.last = shown(self._tree, node)
-        node.last.nlink = 0 if node.is_directory else node.last.nlink - 1
+        node.last.nlink = 0 if node.is_directory else max(0, node.last.nlink - 1)
 
     def _last_link(self, node: Node) -> bool:
         if not node.index_name:

@@ -166,3 +166,20 @@ def test_a_file_stays_one_whose_only_known_name_goes_while_it_is_open(workshop: 
         os.unlink(tree / "b")
         assert os.fstat(opened.fileno()).st_nlink == 0
         assert os.pread(opened.fileno(), 10, 0) == b"after!"
+
+
+@pytest.mark.doors
+@pytest.mark.on("overlay", "unionfuse")
+def test_a_noted_link_count_that_cannot_be_is_no_count(workshop: Workshop) -> None:
+    tree = workshop(LINKED)
+    (tree / "a/one").write_text("changed")
+    tree.unmount()
+    (copy,) = (tree.work / "index").iterdir()
+    os.setxattr(copy, "trusted.overlay.nlink", b"U-9")  # fewer than none
+    tree.mount()
+    assert os.lstat(tree / "a/one").st_nlink == 2  # the real one's: that name and the index's
+    with open(tree / "a/one") as opened:
+        os.unlink(tree / "a/one")
+        assert opened.read() == "changed"
+    assert (tree / "a/two").read_text() == "changed"
+    os.unlink(tree / "a/two")
