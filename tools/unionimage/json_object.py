@@ -1,4 +1,6 @@
-"""JSON that came from somewhere: objects parsed with suspicion, members taken by type."""
+"""JSON as this program writes it, and JSON that came from somewhere: parsed with suspicion, members
+taken by type.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,11 @@ NO_MAP: Mapping[str, Any] = MappingProxyType({})
 def dump(value: Any) -> bytes:
     """JSON as this program writes it: compact, key order as given, so digests are stable."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def json_line(value: Any) -> str:
+    """JSON for people and scripts: in one line and without spaces, as docker writes it."""
+    return json.dumps(value, default=str, ensure_ascii=False, separators=(",", ":"))
 
 
 def load_object(data: bytes, what: str) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def _fields(event: dict[str, Any]) -> dict[str, Any]:
 
 
 def _json(event: dict[str, Any]) -> str:
-    from unionimage.cli.format import json_line
+    from unionimage.json_object import json_line
 
     return json_line(event)
 

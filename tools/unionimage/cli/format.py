@@ -69,6 +69,8 @@ def show(rows: Sequence[Row], columns: Mapping[str, str], form: str | None) -> N
     if form is None or form == "table":
         print(table([[str(row[field]) for field in columns] for row in rows], [*columns.values()]))
     elif form == "json":
+        from unionimage.json_object import json_line
+
         for row in rows:
             print(json_line(row))
     elif form.startswith("table "):
@@ -79,13 +81,6 @@ def show(rows: Sequence[Row], columns: Mapping[str, str], form: str | None) -> N
         template = Template(unescape(form))
         for row in rows:
             print(template.render(row))
-
-
-def json_line(value: Any) -> str:
-    """JSON in one line and without spaces, as docker writes it and scripts grep it."""
-    import json
-
-    return json.dumps(value, default=str, ensure_ascii=False, separators=(",", ":"))
 
 
 def table(rows: Sequence[Sequence[str]], headings: Sequence[str]) -> str:
@@ -124,6 +119,8 @@ def show_objects(objects: Sequence[Any], form: str | None) -> None:
 
         print(json.dumps(objects, indent=4, ensure_ascii=False))
     elif form == "json":
+        from unionimage.json_object import json_line
+
         print(json_line(objects))
     else:
         from unionimage.cli.template import Template

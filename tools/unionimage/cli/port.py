@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         for place in places or []:
             address = f"{place['HostIp']}:{place['HostPort']}"
             if args.json:
-                from unionimage.cli.format import json_line
+                from unionimage.json_object import json_line
 
                 print(json_line({"Port": port, **place}))
             else:

@@ -105,7 +105,8 @@ def _info(engine: Engine, args: argparse.Namespace) -> None:
 
 def _usage(engine: Engine, args: argparse.Namespace) -> None:
     from unionimage.cli import usage
-    from unionimage.cli.format import json_line, show
+    from unionimage.cli.format import show
+    from unionimage.json_object import json_line
 
     if not args.verbose:
         show(usage.summary(engine), usage.COLUMNS, args.format)

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         "KernelVersion": system.release,
     }
     if args.format == "json":
-        from unionimage.cli.format import json_line
+        from unionimage.json_object import json_line
 
         print(json_line(facts))
     elif args.format:
