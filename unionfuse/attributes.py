@@ -8,11 +8,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
 
 from unionfuse import syscalls, view
 from unionfuse._attributes import Attributes
-from unionfuse.node import NOW, Changes, Directory, Node
+from unionfuse.node import Changes, Directory, Node
 from unionfuse.owners import acl_group_bits
 from unionfuse.tree import Tree, failure
 
@@ -94,7 +93,7 @@ def change(tree: Tree, node: Node, changes: Changes, opened: int) -> None:
     if changes.kill_capabilities:
         _kill_capabilities(tree, node)
     if changes.atime_ns is not None or changes.mtime_ns is not None:
-        _set_times(tree, node, changes)
+        syscalls.utimens(*tree.location(node), (changes.atime_ns, changes.mtime_ns))
 
 
 def _set_owner_and_mode(
@@ -118,18 +117,6 @@ def _set_owner_and_mode(
         syscalls.chown(directory, name, *owners.stored(uid, gid))
     if changes.mode is not None:
         syscalls.chmod(directory, name, stat.S_IMODE(changes.mode))
-
-
-def _set_times(tree: Tree, node: Node, changes: Changes) -> None:
-    now = time.time_ns()
-    atime, mtime = changes.atime_ns, changes.mtime_ns
-    if atime is None or mtime is None:
-        status = tree.status(node)
-        atime = status.st_atime_ns if atime is None else atime
-        mtime = status.st_mtime_ns if mtime is None else mtime
-    atime = now if atime == NOW else atime
-    mtime = now if mtime == NOW else mtime
-    syscalls.utimens(*tree.location(node), (atime, mtime))
 
 
 def kill_privileges(tree: Tree, node: Node) -> None:

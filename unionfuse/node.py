@@ -15,9 +15,6 @@ from unionfuse._attributes import Attributes
 from unionfuse.layer import Place
 from unionfuse.view import View
 
-NOW = 1 << 100  # no time that fits in 64 bits of seconds is as late
-"""In `Changes`: set this time to the current one (UTIME_NOW)."""
-
 
 class Caller(NamedTuple):
     """Who asks: numeric ids as the kernel sends them, and the umask of a call that creates."""
@@ -29,7 +26,7 @@ class Caller(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What a setattr changes; None leaves a field as it is. Times are in nanoseconds or `NOW`.
+    """What a setattr changes; None leaves a field as it is. Times are as `utimens` takes them.
 
     `kill_privileges` drops set-uid and set-gid bits, `kill_capabilities` file capabilities.
     """

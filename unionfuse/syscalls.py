@@ -23,6 +23,7 @@ from typing import Any, TypeVar, cast
 
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
+_AT_SYMLINK_NOFOLLOW = 0x100
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -48,6 +49,10 @@ CLONE_NEWNET = 0x40000000
 _FICLONE = 0x40049409
 _FS_IOC_GETFSUUID = 0x80111500
 _WRITE, _WAIT_WRITE_WAIT = 2, 7  # SYNC_FILE_RANGE_WRITE, _WAIT_BEFORE | _WRITE | _WAIT_AFTER
+
+NOW = 1 << 100  # no time that fits in 64 bits of seconds is as late
+"""For `utimens`: the current time."""
+_UTIME_NOW, _UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2
 
 _SYS = {"name_to_handle_at": 303, "open_by_handle_at": 304, "openat2": 437, "open_tree": 428}
 _SYS |= {"mount_setattr": 442, "renameat2": 316, "fallocate": 285}
@@ -363,12 +368,24 @@ def chmod(directory: int, name: bytes, mode: int) -> None:
 
 
 @changing
-def utimens(directory: int, name: bytes, times: tuple[int, int]) -> None:
-    """Set access and modification time, in nanoseconds."""
-    if name:
-        os.utime(name, ns=times, dir_fd=directory, follow_symlinks=False)
-    else:
-        os.utime(proc_path(directory), ns=times)
+def utimens(directory: int, name: bytes, times: tuple[int | None, int | None]) -> None:
+    """Set access and modification time.
+
+    Arguments:
+        times: in nanoseconds; None leaves one as it is. `NOW` is the kernel's word for it: its
+            clock is behind ours, and what is made next must not look older than what was touched.
+    """
+    specs = struct.pack("=4q", *_timespec(times[0]), *_timespec(times[1]))
+    path, flags = (name, _AT_SYMLINK_NOFOLLOW) if name else (proc_path(directory), 0)
+    if _libc.utimensat(directory, path, specs, flags) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _timespec(time_ns: int | None) -> tuple[int, int]:
+    if time_ns is None:
+        return 0, _UTIME_OMIT
+    return (0, _UTIME_NOW) if time_ns == NOW else divmod(time_ns, 10**9)
 
 
 @changing

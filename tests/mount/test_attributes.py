@@ -50,6 +50,25 @@ def test_utimens_now_omit_and_nanoseconds(workshop: Workshop) -> None:
     assert _times(tree / "f") == (-1_500_000_000, -1)
 
 
+@pytest.mark.through(*LANES)  # pyfuse3 asks a clock of its own before it tells us
+def test_what_is_made_after_a_touch_is_not_older(workshop: Workshop) -> None:
+    tree = workshop({"lower": "x"})
+    for n in range(20):
+        (tree / f"f{n}").write_text("x")
+    steps = [
+        lambda n: os.utime(tree / f"f{n}"),
+        lambda n: os.mkdir(tree / f"d{n}"),
+        lambda n: subprocess.run(["touch", "-m", tree / f"d{n}"], check=True),
+        lambda n: os.symlink("nowhere", tree / f"s{n}"),
+    ]
+    for n in range(20):
+        for step in steps:
+            step(n)
+    for n in range(20):
+        touched, made = _times(tree / f"f{n}")[1], _times(tree / f"d{n}")[1]
+        assert touched <= made <= _times(tree / f"s{n}")[1]
+
+
 def _times(path: os.PathLike[str]) -> tuple[int, int]:
     info = os.lstat(path)
     return info.st_atime_ns, info.st_mtime_ns

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from unionfuse._attributes import Attributes
 from unionfuse.express import protocol
-from unionfuse.node import NOW, Caller, Entry
+from unionfuse.node import Caller, Entry
+from unionfuse.syscalls import NOW
 
 ENTRY_SIZE = protocol.ENTRY_OUT.size + protocol.ATTR.size
 _STATX_BASIC_STATS = 0x7FF
