@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 
 from unionfuse import syscalls, view
 from unionfuse._attributes import Attributes
@@ -94,6 +95,22 @@ def change(tree: Tree, node: Node, changes: Changes, opened: int) -> None:
         _kill_capabilities(tree, node)
     if changes.atime_ns is not None or changes.mtime_ns is not None:
         syscalls.utimens(*tree.location(node), (changes.atime_ns, changes.mtime_ns))
+
+
+def change_remembered(last: Attributes, changes: Changes) -> None:
+    """Change the attributes of a deleted directory, of which these are all that is left."""
+    now = time.time_ns()
+    last.ctime_ns = now
+    if changes.mode is not None:
+        last.mode = stat.S_IFMT(last.mode) | stat.S_IMODE(changes.mode)
+    if changes.uid is not None:
+        last.uid = changes.uid
+    if changes.gid is not None:
+        last.gid = changes.gid
+    if changes.atime_ns is not None:
+        last.atime_ns = now if changes.atime_ns == syscalls.NOW else changes.atime_ns
+    if changes.mtime_ns is not None:
+        last.mtime_ns = now if changes.mtime_ns == syscalls.NOW else changes.mtime_ns
 
 
 def _set_owner_and_mode(

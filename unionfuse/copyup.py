@@ -107,6 +107,8 @@ class CopyUp:
             else:
                 self._parents(node)
                 if isinstance(node, Directory):
+                    if node.deleted:
+                        raise failure(errno.ENOENT)  # nothing is left that could be changed
                     self._copy_directory(node)
                     return
                 status = self._tree.status(node)

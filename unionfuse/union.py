@@ -234,6 +234,10 @@ class Union:
             node = self._to_change(number)
             if changes.mode is not None and stat.S_ISLNK(node.kind):
                 raise failure(errno.EOPNOTSUPP)
+            if node.is_directory and node.deleted and node.last is not None:
+                attributes.change_remembered(node.last, changes)
+                self.tree.nameless(node)
+                return node.last
             self._copy.copy_up(node, data=changes.size is not None, size=changes.size)
             attributes.change(self.tree, node, changes, self._writable(handle))
             self._changed(node)

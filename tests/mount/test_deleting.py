@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import time
 
 import pytest
 from harness.layers import OPAQUE_DIALECTS, WHITEOUT_DIALECTS, Dir, File, Symlink, Whiteout
@@ -342,3 +343,27 @@ def test_unions_nest(workshop: Workshop) -> None:
     inner.mount()
     assert visible(inner) == [".", "d", "e", "e/y", "f"]
     inner.unmount()
+
+
+@pytest.mark.on("plain", "unionfuse")  # overlayfs refuses: ENOTDIR, for a directory of lower
+@pytest.mark.doors
+@pytest.mark.parametrize("name", ["new", "empty"])
+def test_a_deleted_directory_that_somebody_is_in_can_be_changed(
+    workshop: Workshop, name: str
+) -> None:
+    tree = workshop(*STACK)
+    os.makedirs(tree / name, exist_ok=True)
+    inside = os.open(tree / name, os.O_RDONLY)
+    try:
+        os.rmdir(tree / name)
+        os.fchmod(inside, 0o2700)
+        os.fchown(inside, 3, 4)
+        os.utime(inside, ns=(5, 6))
+        info = os.fstat(inside)
+        assert (info.st_mode, info.st_uid, info.st_gid) == (stat.S_IFDIR | 0o2700, 3, 4)
+        assert (info.st_atime_ns, info.st_mtime_ns, info.st_nlink) == (5, 6, 0)
+        before = time.time_ns()
+        os.utime(inside)
+        assert abs(os.fstat(inside).st_mtime_ns - before) < 5_000_000_000
+    finally:
+        os.close(inside)
