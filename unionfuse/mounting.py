@@ -259,7 +259,10 @@ def _attach_with_helper(mountpoint: bytes, options: MountOptions) -> int:
         raise _no_device(error) from None
     said = result.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
     reason = re.sub(r"^\S*fusermount3?: ", "", said[0])
-    raise MountError(mountpoint, reason, "fusermount3 mounts only on directories that you own")
+    remedy = "fusermount3 mounts only on directories that you own"
+    if "user_allow_other" in reason:
+        remedy = "have it set there, or leave allow_other out"
+    raise MountError(mountpoint, reason, remedy)
 
 
 def _detach_with_helper(mountpoint: bytes, lazy: bool) -> None:

@@ -180,7 +180,7 @@ class UpperDirectory:
             self._check_index_entry(name)
 
     def _check_index_entry(self, name: bytes) -> None:
-        """Take a link into account, or remove one that no name leads to any more."""
+        """Take a link into account; anything else that lies here is not ours."""
         status = os.stat(name, dir_fd=self.index, follow_symlinks=False)
         try:
             origin = decode_origin(bytes.fromhex(name.decode("ascii")))

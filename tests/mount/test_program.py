@@ -17,14 +17,15 @@ from pathlib import Path
 import pytest
 from harness import linux
 from harness.mounts import is_mounted, remove_tree, staging_files, unionfuse_command
-from harness.users import as_user
+from harness.users import as_user, in_child
 from harness.waiting import wait_until
 
 import unionfuse.__main__
 import unionfuse.daemon  # now: a user that a test becomes could not read it any more
 import unionfuse.serving
-from unionfuse import mounting
+from unionfuse import mounting, syscalls
 
+_MS_BIND, _MS_REC, _MS_PRIVATE = 0x1000, 0x4000, 0x40000
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWUSER = 0x10000000
 _PR_SET_DUMPABLE = 4
@@ -535,3 +536,25 @@ def test_no_permission_for_the_device(own_place: Place, capfd: pytest.CaptureFix
     said = capfd.readouterr().err
     assert re.fullmatch(r"unionfuse: /dev/fuse: .*; .*\n", said)
     assert staging_files(own_place.work) == []
+
+
+def _without_fuse_conf() -> None:
+    syscalls.unshare(syscalls.CLONE_NEWNS)
+    syscalls.mount(b"", b"/", b"", _MS_REC | _MS_PRIVATE, b"")
+    syscalls.mount(b"/dev/null", b"/etc/fuse.conf", b"", _MS_BIND, b"")
+
+
+@pytest.mark.parametrize(
+    "option, remedy",
+    [("allow_other", "leave allow_other out"), ("ro", "fusermount3 mounts only on directories")],
+)
+def test_what_fusermount3_refuses(
+    own_place: Place, capfd: pytest.CaptureFixture[str], option: str, remedy: str
+) -> None:
+    if option == "ro":
+        os.chown(own_place.mnt, 0, 0)
+    words = own_place.words(option)
+    in_child(as_user, _USER, _refused, words, before=_without_fuse_conf)
+    said = capfd.readouterr().err
+    assert re.fullmatch(r"unionfuse: \S+/mnt: .*; .*\n", said)
+    assert remedy in said
