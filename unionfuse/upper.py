@@ -93,10 +93,12 @@ class Upper:
             descriptor = self._make_as(owner, make, directory, b"")
         except PermissionError:
             descriptor = syscalls.create_unnamed(directory, bits)
-            syscalls.chown(descriptor, b"", *owner)
+            with _closed_on_failure(descriptor):
+                syscalls.chown(descriptor, b"", *owner)
         node = Node(stat.S_IFREG)
         node.in_upper = True
-        node.unnamed = os.open(syscalls.proc_path(descriptor), os.O_PATH | os.O_CLOEXEC)
+        with _closed_on_failure(descriptor):
+            node.unnamed = os.open(syscalls.proc_path(descriptor), os.O_PATH | os.O_CLOEXEC)
         node.ino = self._tree.inodes.of(os.fstat(descriptor))
         self._tree.number(node)
         self._tree.nameless(node)
@@ -135,12 +137,8 @@ class Upper:
             descriptor = self._make_over_whiteout(parent, name, make, owner, is_directory)
         else:
             descriptor = self._make_owned(directory, name, make, owner)
-        try:
+        with _closed_on_failure(descriptor):
             return self._new_node(parent, name, directory, descriptor, caller)
-        except BaseException:
-            if descriptor >= 0:
-                os.close(descriptor)
-            raise
 
     def _ready(self, parent: Directory, name: bytes) -> int:
         """Check that a name may be created, bring its directory into upper, return that."""
@@ -173,8 +171,9 @@ class Upper:
                 raise
         with self._staging(directory) as (holder, staged):
             descriptor = make(holder, staged)
-            self._set_owner(holder, staged, owner)
-            syscalls.rename(holder, staged, directory, name, RENAME_NOREPLACE)
+            with _closed_on_failure(descriptor):
+                self._set_owner(holder, staged, owner)
+                syscalls.rename(holder, staged, directory, name, RENAME_NOREPLACE)
             return descriptor
 
     def _set_owner(self, directory: int, name: bytes, owner: tuple[int, int]) -> None:
@@ -214,12 +213,13 @@ class Upper:
                 descriptor = self._make_as(owner, make, holder, staged)
             except PermissionError:  # fsuid may not write to the staging directory
                 descriptor = make(holder, staged)
-            self._set_owner(holder, staged, owner)
-            if is_directory:
-                self.store.marker.set_opaque(holder, staged)
-                syscalls.rename(holder, staged, directory, name, RENAME_EXCHANGE)
-            else:
-                syscalls.rename(holder, staged, directory, name)
+            with _closed_on_failure(descriptor):
+                self._set_owner(holder, staged, owner)
+                if is_directory:
+                    self.store.marker.set_opaque(holder, staged)
+                    syscalls.rename(holder, staged, directory, name, RENAME_EXCHANGE)
+                else:
+                    syscalls.rename(holder, staged, directory, name)
             return descriptor
 
     @contextmanager
@@ -470,3 +470,14 @@ class Upper:
             node.index_name = b""
             self._tree.nameless(node)
         self._changed(node)
+
+
+@contextmanager
+def _closed_on_failure(descriptor: int) -> Iterator[None]:
+    """Close what was opened for a caller who will not get it; -1 for none."""
+    try:
+        yield
+    except BaseException:
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise

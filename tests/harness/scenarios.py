@@ -55,6 +55,9 @@ OPERATIONS: dict[str, Callable[[Direct], None]] = {
 
 # first these, unharmed; then the operation
 PREPARATIONS: dict[str, Callable[[Direct], None]] = {
+    "create over what was deleted": lambda u: u.unlink("d/f"),
+    "link over what was deleted": lambda u: u.unlink("d/f"),
+    "rename over what was deleted": lambda u: u.unlink("d/f"),
     "mkdir over what was deleted": lambda u: (u.unlink("d/sub/g"), u.rmdir("d/sub")),
     "rmdir of a directory full of whiteouts": lambda u: (u.unlink("full/x"), u.unlink("full/y")),
     "rename over a directory full of whiteouts": lambda u: (
@@ -66,6 +69,9 @@ PREPARATIONS: dict[str, Callable[[Direct], None]] = {
     "rename what was renamed": lambda u: u.rename("d", "e"),
 }
 OPERATIONS |= {
+    "create over what was deleted": lambda u: u.create("d/f"),
+    "link over what was deleted": lambda u: u.link("d/top", "d/f"),
+    "rename over what was deleted": lambda u: u.rename("d/sub/g", "d/f"),
     "mkdir over what was deleted": lambda u: u.mkdir("d/sub"),
     "rmdir of a directory full of whiteouts": lambda u: u.rmdir("full"),
     "rename over a directory full of whiteouts": lambda u: u.rename("d", "full"),

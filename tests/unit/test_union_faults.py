@@ -1,7 +1,7 @@
 """Errors from the file system below, at each changing system call in turn, without a mount.
 
-The caller gets the errno; the tree is as before or as after, live and reopened; work is clean; the
-union goes on working.
+The caller gets the errno; the tree is as before or as after, live and reopened; work is clean, no
+descriptor stays open, and the union goes on working.
 """
 
 import errno
@@ -66,6 +66,7 @@ def _fail_at_every_step(directory: Path, name: str, **options: Any) -> None:
     for number, code in zip(range(1, steps + 1), cycle(ERRORS), strict=False):
         stack = Stack.make(directory / f"step{number}", LAYERS)
         layers = [fingerprint(layer) for layer in stack.lowers]
+        descriptors = os.listdir("/proc/self/fd")
         union = Direct(stack, **options)
         prepare(union)
         fail_at(number, code)
@@ -89,6 +90,7 @@ def _fail_at_every_step(directory: Path, name: str, **options: Any) -> None:
                 difference(after, union.snapshot(), ("wanted", "seen"))
             )
         union.close()
+        assert os.listdir("/proc/self/fd") == descriptors, f"{where}: a descriptor stays open"
         reopened = _reopened(stack, options)
         assert reopened == after, f"{where}: reopened\n" + "\n".join(
             difference(after, reopened, ("wanted", "seen"))
