@@ -187,11 +187,6 @@ def unescape(text: bytes) -> bytes:
     return re.sub(rb"\\(.)", rb"\1", text, flags=re.DOTALL)
 
 
-def join_layers(paths: Iterable[bytes]) -> bytes:
-    """The value of `lowerdir=` for layer directories, the highest first."""
-    return b":".join(map(escape, paths))
-
-
 def split_unescaped(text: bytes, separator: bytes) -> list[bytes]:
     """Split where no backslash stands before; leave backslashes, drop empty pieces.
 

@@ -20,7 +20,7 @@ from unionfuse._attributes import Attributes
 from unionfuse.copyup import INLINE_SIZE, CopyUp
 from unionfuse.forgetting import Forgetting
 from unionfuse.journal import Journal
-from unionfuse.layer import LayerStack, Place
+from unionfuse.layer import LayerStack
 from unionfuse.node import Caller, Changes, Directory, Entry, Node
 from unionfuse.openfiles import OpenFiles
 from unionfuse.options import MountOptions
@@ -446,11 +446,6 @@ class Union:
         """Open a file again under a handle that the kernel has from an earlier daemon."""
         with self.lock:
             self.files.reopen(handle, self.tree.node(number), flags)
-
-    def lower_place(self, number: int) -> Place | None:
-        """Where a node's file lies in a layer; None where it is in upper, or no longer there."""
-        node = self.tree.node(number)
-        return None if node.in_upper or node.deleted else node.lower
 
     def directory_in_upper(self, number: int) -> tuple[int, int, bool] | None:
         """(descriptor, inode number, whether nothing lies below) of a directory that upper has.

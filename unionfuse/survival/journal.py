@@ -149,10 +149,6 @@ class SharedJournal(Journal):
                 assert place is not None
                 yield number, *place, self._words[at // 8 + 3]
 
-    def is_lost(self, number: int) -> bool:
-        """Whether a node is known from an earlier daemon, and nobody has asked for it since."""
-        return number in self._lost
-
     def claim(self, node: Node) -> int:
         if not self._lost:
             return 0
