@@ -21,6 +21,7 @@ from harness.tars import archive, member
 from harness.users import NOBODY, as_user
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from unionimage import mounts
 from unionimage.archive.load import load
 from unionimage.archive.save import Wanted, save
 from unionimage.changeset import tar
@@ -457,12 +458,35 @@ def test_without_privilege(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_lock_files_of_the_dead_are_removed(store: Store) -> None:
-    stale = store.root / "locks" / f"{'0' * 32}.lease"
-    stale.touch()
+    stale = [store.root / "locks" / f"{'0' * 32}.{kind}" for kind in ("lease", "mount")]
+    for path in stale:
+        path.touch()
     with store.lease("alive") as lease:
         store.collect()
-        assert not stale.exists()
-        assert [path.name for path in stale.parent.iterdir()] == [f"{lease.owner[6:]}.lease"]
+        left = [path.name for path in stale[0].parent.iterdir()]
+        assert left == [f"{lease.owner[6:]}.lease"]
+
+
+def test_a_mount_that_is_being_made_is_no_dead_one(store: Store, tmp_path: Path) -> None:
+    image = add_image(store, layer_tar())
+    (target := tmp_path / "mnt").mkdir()
+
+    def look_meanwhile(words: object) -> tuple[int, str]:
+        with Store.open(store.root) as other:
+            (mount,) = mounts.mounts(other)
+            assert (mount.target, mount.image) == (target, image.id)
+            with pytest.raises(Conflict, match="somebody is mounting there"):
+                mounts.mount_chain(other, image.diff_ids, target, image=image)
+            with pytest.raises(Conflict):
+                remove(other, image.id)
+        return 1, "unionfuse: nobody answers"
+
+    with pytest.raises(UserError, match="nobody answers"):
+        mounts.mount_chain(
+            store, image.diff_ids, target, driver="fuse", image=image, start=look_meanwhile
+        )
+    assert mounts.mounts(store) == []
+    assert list((store.root / "locks").iterdir()) == []
 
 
 def test_no_monitor_is_forked_with_the_database_open(

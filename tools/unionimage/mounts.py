@@ -1,7 +1,8 @@
 """Mounting a chain of layers at a directory: by unionfuse, or by kernel overlayfs where one may.
 
 What is mounted is noted in the store (table `mounts`) and holds its layers; a note whose mount is
-gone, with a reboot or by someone's umount(8), is dropped when it is seen.
+gone, with a reboot or by someone's umount(8), is dropped when it is seen. A lock per directory says
+that one is being made there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from unionfuse import syscalls
@@ -20,6 +22,7 @@ from unionimage.digest import Digest
 from unionimage.errors import Conflict, UserError
 from unionimage.store import Image, Store
 from unionimage.store.indexes import chain_index
+from unionimage.store.locks import FileLock
 from unionimage.tuples import NamedTuple
 
 _MS_RDONLY = 1
@@ -89,11 +92,8 @@ def mount_chain(
     if not target.is_dir():
         raise UserError(f"{target} is not a directory to mount at; make it first")
     lowers = store.chain_directories(diff_ids)
-    owner = f"mount:{target}"
-    if register:
-        forget_dead(store)
-        _register(store, owner, target, driver, image, step, upper, diff_ids)
-    try:
+    noted = _noted(store, target, driver, image, step, upper, diff_ids)
+    with noted if register else nullcontext():
         pair = None
         if upper is not None:
             pair = (upper.absolute(), _work_directory(upper.absolute(), work))
@@ -105,10 +105,6 @@ def mount_chain(
                 found = chain_index(store, diff_ids)
                 words += [f"lookup_index={_escaped(found, ',')}"] if found else []
             _mount_fuse(store, lowers, pair, target, words, start or start_daemon)
-    except BaseException:
-        if register:
-            _unregister(store, target)
-        raise
     identity = None if image is None else image.id
     return Mount(target, driver, identity, step, upper, tuple(diff_ids), time.time())
 
@@ -180,12 +176,54 @@ def forget_dead(store: Store) -> None:
     there = {os.fsdecode(mount.path) for mount in mounting.mounts()}
     for target, boot, namespace in rows:
         if boot != _boot() or (namespace == here and target not in there):
-            _unregister(store, Path(target))
+            _forget(store, Path(target), boot)
+
+
+def _forget(store: Store, target: Path, boot: str) -> None:
+    from unionfuse import mounting
+
+    lock = FileLock.try_take(_lock_path(store, target))
+    if lock is None:
+        return  # it is being made
+    try:
+        if boot != _boot() or mounting.mount_at(os.fsencode(target)) is None:
+            _unregister(store, target)
+    finally:
+        lock.release()
+
+
+def _lock_path(store: Store, target: Path) -> Path:
+    return store.root / "locks" / f"{Digest.of(os.fsencode(target)).hex}.mount"
+
+
+@contextmanager
+def _noted(
+    store: Store,
+    target: Path,
+    driver: str,
+    image: Image | None,
+    step: int | None,
+    upper: Path | None,
+    diff_ids: Sequence[Digest],
+) -> Iterator[None]:
+    """Note a mount, hold its layers, have it made; if that fails, the note goes again."""
+    forget_dead(store)
+    lock = FileLock.try_take(_lock_path(store, target))
+    if lock is None:
+        raise Conflict(f"{target}: somebody is mounting there; try again")
+    try:
+        _register(store, target, driver, image, step, upper, diff_ids)
+        try:
+            yield
+        except BaseException:
+            _unregister(store, target)
+            raise
+    finally:
+        lock.release()
 
 
 def _register(
     store: Store,
-    owner: str,
     target: Path,
     driver: str,
     image: Image | None,
@@ -198,6 +236,7 @@ def _register(
         if known is not None:
             remedy = f"run unionfuse umount {target}"
             raise Conflict(f"{target} has an image mounted already; {remedy}")
+        owner = f"mount:{target}"
         store.hold_layers(owner, diff_ids)
         if image is not None:
             store.hold(owner, image)

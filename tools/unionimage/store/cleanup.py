@@ -105,10 +105,10 @@ def sweep(store: Contents) -> None:
 
 
 def _remove_stale_locks(store: Contents, leases: set[str]) -> None:
-    """Lock files of leases that ended, but were killed before they could remove theirs."""
+    """Lock files of leases and mounts whose process was killed before it could remove them."""
     for entry in os.scandir(store.root / "locks"):
         identity, _, kind = entry.name.rpartition(".")
-        if kind == "lease" and identity not in leases:
+        if kind == "mount" or (kind == "lease" and identity not in leases):
             lock = FileLock.try_take(Path(entry.path), create=False)
             if lock is not None:
                 lock.release()
