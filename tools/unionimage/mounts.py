@@ -67,7 +67,7 @@ def mount_chain(
     register: bool = True,
     index: bool = True,
     start: Start | None = None,
-) -> Mount:
+) -> None:
     """Mount layers at a directory; usable when this returns.
 
     Args:
@@ -92,11 +92,11 @@ def mount_chain(
     if not target.is_dir():
         raise UserError(f"{target} is not a directory to mount at; make it first")
     lowers = store.chain_directories(diff_ids)
-    noted = _noted(store, target, driver, image, step, upper, diff_ids)
-    with noted if register else nullcontext():
-        pair = None
-        if upper is not None:
-            pair = (upper.absolute(), _work_directory(upper.absolute(), work))
+    upper = upper.absolute() if upper is not None else None
+    identity = image.id if image is not None else None
+    mount = Mount(target, driver, identity, step, upper, tuple(diff_ids), time.time())
+    with _noted(store, mount, image) if register else nullcontext():
+        pair = None if upper is None else (upper, _work_directory(upper, work))
         if driver == "overlay":
             _mount_overlay(store, lowers, pair, target, options)
         else:
@@ -105,8 +105,6 @@ def mount_chain(
                 found = chain_index(store, diff_ids)
                 words += [f"lookup_index={_escaped(found, ',')}"] if found else []
             _mount_fuse(store, lowers, pair, target, words, start or start_daemon)
-    identity = None if image is None else image.id
-    return Mount(target, driver, identity, step, upper, tuple(diff_ids), time.time())
 
 
 def unmount(store: Store, target: Path, *, lazy: bool = False) -> None:
@@ -197,61 +195,45 @@ def _lock_path(store: Store, target: Path) -> Path:
 
 
 @contextmanager
-def _noted(
-    store: Store,
-    target: Path,
-    driver: str,
-    image: Image | None,
-    step: int | None,
-    upper: Path | None,
-    diff_ids: Sequence[Digest],
-) -> Iterator[None]:
+def _noted(store: Store, mount: Mount, image: Image | None) -> Iterator[None]:
     """Note a mount, hold its layers, have it made; if that fails, the note goes again."""
     forget_dead(store)
-    lock = FileLock.try_take(_lock_path(store, target))
+    lock = FileLock.try_take(_lock_path(store, mount.target))
     if lock is None:
-        raise Conflict(f"{target}: somebody is mounting there; try again")
+        raise Conflict(f"{mount.target}: somebody is mounting there; try again")
     try:
-        _register(store, target, driver, image, step, upper, diff_ids)
+        _register(store, mount, image)
         try:
             yield
         except BaseException:
-            _unregister(store, target)
+            _unregister(store, mount.target)
             raise
     finally:
         lock.release()
 
 
-def _register(
-    store: Store,
-    target: Path,
-    driver: str,
-    image: Image | None,
-    step: int | None,
-    upper: Path | None,
-    diff_ids: Sequence[Digest],
-) -> None:
+def _register(store: Store, mount: Mount, image: Image | None) -> None:
     with store.database.write() as database:
-        known = store.database.row("SELECT 1 FROM mounts WHERE target = ?", (str(target),))
-        if known is not None:
+        target = str(mount.target)
+        if store.database.row("SELECT 1 FROM mounts WHERE target = ?", (target,)) is not None:
             remedy = f"run unionfuse umount {target}"
             raise Conflict(f"{target} has an image mounted already; {remedy}")
         owner = f"mount:{target}"
-        store.hold_layers(owner, diff_ids)
+        store.hold_layers(owner, mount.layers)
         if image is not None:
             store.hold(owner, image)
         database.execute(
             "INSERT INTO mounts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                str(target),
-                None if image is None else image.id,
-                step,
-                driver,
-                None if upper is None else str(upper.absolute()),
-                " ".join(diff_ids),
+                target,
+                mount.image,
+                mount.step,
+                mount.driver,
+                None if mount.upper is None else str(mount.upper),
+                " ".join(mount.layers),
                 _boot(),
                 _namespace(),
-                time.time(),
+                mount.created,
             ),
         )
 
