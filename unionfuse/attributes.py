@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
 
 from unionfuse import syscalls, view
 from unionfuse._attributes import Attributes
@@ -99,7 +98,7 @@ def change(tree: Tree, node: Node, changes: Changes, opened: int) -> None:
 
 def change_remembered(last: Attributes, changes: Changes) -> None:
     """Change the attributes of a deleted directory, of which these are all that is left."""
-    now = time.time_ns()
+    now = syscalls.now_ns()
     last.ctime_ns = now
     if changes.mode is not None:
         last.mode = stat.S_IFMT(last.mode) | stat.S_IMODE(changes.mode)
