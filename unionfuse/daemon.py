@@ -26,7 +26,7 @@ from unionfuse.layer import LayerError, LayerStack
 from unionfuse.logs import log_to
 from unionfuse.options import Invocation, MountOptions
 from unionfuse.serving import SIGNALS, Server
-from unionfuse.survival.keeping import Keeping, stored_descriptors
+from unionfuse.survival.keeping import KEEPER, Keeping, stored_descriptors
 from unionfuse.survival.memory import SharedMemory, TakeOverError
 from unionfuse.union import Union
 
@@ -95,7 +95,9 @@ def _wants_keeper(options: MountOptions) -> bool:
     version = re.match(r"(\d+)\.(\d+)", os.uname().release)
     if version is None or (int(version[1]), int(version[2])) < _RESENDS:
         return False
-    return os.access(sys.executable, os.X_OK, effective_ids=True)  # as what it is started
+    # As what daemons and keeper are started.
+    needed = os.fsencode(sys.executable), KEEPER
+    return all(os.access(program, os.X_OK, effective_ids=True) for program in needed)
 
 
 def _run_detached(invocation: Invocation) -> int:

@@ -177,11 +177,8 @@ def _take_signals(connection: socket.socket) -> None:
 
 def prepare() -> None:
     """Import what a mount needs, so that the forks that follow have it and share it."""
-    from unionfuse.survival.keeping import Keeping
-
     for name in ("__main__", "daemon", "survival.survivor"):
         importlib.import_module(f"unionfuse.{name}")
-    Keeping.share_memory = True
     gc.freeze()
 
 

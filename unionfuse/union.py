@@ -569,11 +569,10 @@ class Union:
         with self.lock:
             return xattrs.get(self.tree, self.tree.node(number), attribute)
 
-    def listxattr(self, number: int, pid: int) -> list[bytes]:
-        """The names of a node's extended attributes that a thread may see; none of the union's."""
+    def listxattr(self, number: int) -> list[bytes]:
+        """The names of a node's extended attributes; none of the union's own."""
         with self.lock:
-            found = xattrs.names(self.tree, self.tree.node(number))
-        return xattrs.shown_to(pid, found)
+            return xattrs.names(self.tree, self.tree.node(number))
 
     def setxattr(self, number: int, attribute: bytes, value: bytes, flags: int = 0) -> None:
         """Set an extended attribute; `flags` are XATTR_CREATE and XATTR_REPLACE."""

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 HOLDERS = {
-    "unionfuse": ("unionfuse", "python3", "unionfuse-spawn"),
+    "unionfuse": ("unionfuse", "unionfuse-keepe", "unionfuse-spawn"),
     "podman": ("conmon", "fuse-overlayfs"),
     "docker": ("containerd-shim",),
 }

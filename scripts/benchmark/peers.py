@@ -175,18 +175,11 @@ def index_of(path: Path, layers: Sequence[Path]) -> Path:
     return path
 
 
-class CannotMount(Exception):
-    """A peer does not mount this many layers, say; the text is what it said."""
-
-
 @contextmanager
 def mounted(peer: Peer, tree: Tree, scratch: Path, pinned: bool) -> Iterator[Mounted]:
     """Mount a fresh upper on a tree; unmount at the end and take the daemon's counts along.
 
     The plain directory is read where it lies; what is written goes to a directory beside it.
-
-    Raises:
-        CannotMount: the program ended instead.
     """
     shutil.rmtree(scratch, ignore_errors=True)
     stack = Stack(tree, scratch / "mnt", scratch / "upper", scratch / "work", scratch / "log")
@@ -196,17 +189,14 @@ def mounted(peer: Peer, tree: Tree, scratch: Path, pinned: bool) -> Iterator[Mou
         yield Mounted(tree.flat, tree, False, pinned, None)
         return
     mount = Mounted(stack.mountpoint, tree, True, pinned, None)
-    log = scratch / "messages"
-    with open(log, "wb") as messages:
-        mount.process = subprocess.Popen(
-            mount.pin(peer.command(stack)), cwd=tree.root, stdout=messages, stderr=messages
-        )
-    _wait_until_mounted(mount.process, stack.mountpoint, log)
+    words = mount.pin(peer.command(stack))
     if peer.fuse:
+        with open(scratch / "messages", "wb") as messages:
+            mount.process = subprocess.Popen(words, cwd=tree.root, stdout=messages, stderr=messages)
+        _wait_until_mounted(mount.process, stack.mountpoint, scratch / "messages")
         time.sleep(_SETTLING)
     else:
-        mount.process.wait()  # mount(8) has done its work
-        mount.process = None
+        subprocess.run(words, cwd=tree.root, check=True)
     try:
         yield mount
         mount.note_memory()
@@ -217,15 +207,10 @@ def mounted(peer: Peer, tree: Tree, scratch: Path, pinned: bool) -> Iterator[Mou
 
 def _wait_until_mounted(process: subprocess.Popen[bytes], mountpoint: Path, messages: Path) -> None:
     deadline = time.monotonic() + _PATIENCE
-    while True:
-        is_over = process.poll() is not None or time.monotonic() > deadline  # before the look
-        if os.path.ismount(mountpoint):
-            return
-        if is_over:
+    while not os.path.ismount(mountpoint):
+        if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
-            process.wait()
-            lines = messages.read_text(errors="replace").splitlines()
-            raise CannotMount(next(filter(str.strip, lines), "it does not say why"))
+            raise RuntimeError(f"{process.args!r} did not mount: {messages.read_text()}")
         time.sleep(0.002)
 
 

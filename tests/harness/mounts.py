@@ -113,7 +113,7 @@ class Daemon:
         None for a moment, where a daemon is being replaced.
         """
         pid = self.process.pid
-        if b"keeper.py" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if b"unionfuse-keeper" not in Path(f"/proc/{pid}/cmdline").read_bytes():
             return pid
         return next(iter(linux.children(pid)), None)
 
@@ -143,7 +143,7 @@ class Daemon:
         self.process.send_signal(signal.SIGSTOP)  # as long as it lives its child is known
         with contextlib.suppress(OSError):
             pid = self.process.pid
-            if b"keeper.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"unionfuse-keeper" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 for child in linux.children(pid):
                     os.kill(child, signal.SIGKILL)
         self.process.send_signal(signal.SIGKILL)

@@ -117,7 +117,7 @@ def test_in_the_background_and_with_a_log(workshop: Workshop) -> None:
     command = unionfuse_command("-o", f"{options},keeper=on,log={log}", stack.mountpoint)
     assert subprocess.run(command, capture_output=True, text=True).stderr == ""
     pids = subprocess.run(
-        ["pgrep", "-f", f"keeper.py.*{stack.mountpoint}$"], capture_output=True, text=True
+        ["pgrep", "-f", f"unionfuse-keeper.*{stack.mountpoint}$"], capture_output=True, text=True
     ).stdout.split()
     keeper = int(pids[0])
     try:

@@ -8,5 +8,5 @@ intents.py    what is being changed right now, and what was answered: nothing is
 settling.py   a new daemon's first act: finishes or takes back what the dead one had begun
 keeping.py    the daemon's line to its keeper, which holds descriptors and starts daemons anew
 
-docs/survival.md says what all of this promises. unionfuse/keeper.py is the keeper itself.
+docs/survival.md says what all of this promises. keeper.c is the keeper itself.
 """

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-import posix
 import signal
 import socket
 import sys
 from collections.abc import Sequence
-from typing import ClassVar
+from pathlib import Path
 
-from unionfuse import keeper, syscalls
+from unionfuse import syscalls
 
 _SOCKET = "UNIONFUSE_KEEPER"
 _CWD = "UNIONFUSE_CWD"
-UPGRADE = keeper.UPGRADE
+UPGRADE = 75  # a daemon that ends with this wants to be replaced (EX_TEMPFAIL)
+KEEPER = os.fsencode(Path(__file__).with_name("unionfuse-keeper"))
+# The keeper waits for these; until it does so they are blocked.
+_SIGNALS = (signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 _FIRST_STORED = 3  # SD_LISTEN_FDS_START
 
 
@@ -40,11 +42,7 @@ class Keeping:
     Attributes:
         kept: what an earlier daemon left, by name; empty for the first.
         cwd: what relative paths on the command line are relative to.
-        share_memory: whether a keeper is to go on in the process that was forked, and not begin as
-            a program of its own: its pages are the spawner's, and those of all that it forked.
     """
-
-    share_memory: ClassVar[bool] = False
 
     def __init__(self, line: socket.socket, kept: dict[str, int], cwd: bytes) -> None:
         self._line = line
@@ -92,7 +90,7 @@ class Keeping:
         cwd = os.getcwdb()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # A signal waits until the keeper has begun: it would die, and leave the mount without one.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, keeper.SIGNALS)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         child = os.fork()
         if child == 0:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -103,21 +101,13 @@ class Keeping:
                 syscalls.die_with_parent()  # who comes next must find nobody serving
             return cls(ours, stored, cwd)
         ours.close()
-        python = os.fsencode(sys.executable)
-        command = [python, b"-P", b"-m", b"unionfuse", *map(os.fsencode, words)]
-        if cls.share_memory and not stored:
-            os.chdir("/")
-            posix.environ.clear()
-            posix.environ.update(os.environb)
-            held = (theirs.detach(), child, ready, cwd, log, mountpoint, b"", command)
-            os._exit(keeper.Keeper(*held).run())
         for descriptor in (theirs.fileno(), *([ready] if ready >= 0 else []), *stored.values()):
             os.set_inheritable(descriptor, True)
         numbers = [b"%d" % number for number in (theirs.fileno(), child, ready)]
-        script = os.fsencode(keeper.__file__)
         kept = b",".join(b"%s=%d" % (os.fsencode(name), fd) for name, fd in stored.items())
         arguments = [*numbers, cwd, log, mountpoint, kept]
-        os.execv(python, [python, b"-I", b"-S", script, *arguments, b"--", *command])
+        command = [os.fsencode(sys.executable), b"-P", b"-m", b"unionfuse"]
+        os.execv(KEEPER, [KEEPER, *arguments, b"--", *command, *map(os.fsencode, words)])
 
     def keep(self, name: str, descriptor: int) -> None:
         """Have the keeper hold a descriptor for the next daemon, too."""

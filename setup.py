@@ -1,0 +1,35 @@
+"""What pyproject.toml cannot say: a program in C lies beside the modules, built with them."""
+
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+
+PROGRAMS = {"unionfuse/survival/unionfuse-keeper": ["unionfuse/survival/keeper.c"]}
+
+
+class BuildPrograms(build_ext):
+    """Compiles the extension modules, and then the programs."""
+
+    def run(self):
+        super().run()
+        compiler = self.compiler  # made by the parent's run
+        for program, sources in PROGRAMS.items():
+            built = self._place(program)
+            built.parent.mkdir(parents=True, exist_ok=True)
+            objects = compiler.compile(
+                sources, output_dir=self.build_temp, extra_postargs=["-O2", "-g0", "-Wall"]
+            )
+            compiler.link_executable(objects, str(built))
+
+    def _place(self, program):
+        return Path(program) if self.inplace else Path(self.build_lib, program)
+
+    def get_source_files(self):
+        return [*super().get_source_files(), *(one for of in PROGRAMS.values() for one in of)]
+
+    def get_outputs(self):
+        return [*super().get_outputs(), *(str(self._place(program)) for program in PROGRAMS)]
+
+
+setup(cmdclass={"build_ext": BuildPrograms})
