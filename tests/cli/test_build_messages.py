@@ -107,7 +107,12 @@ def test_progress_on_a_terminal(builder: Builder, tmp_path: Path) -> None:
         shown += data
     os.close(master)
     assert process.wait(30) == 0
-    for label in (b"=> [0 1/1] RUN echo t1", b"=> [1 1/1] RUN echo t2", b" => # t1", b"built "):
+    for label in (
+        b"=> [stage-0 1/1] RUN echo t1",
+        b"=> [stage-1 1/1] RUN echo t2",
+        b" => # t1",
+        b"built ",
+    ):
         assert label in shown
     plain = builder.run("build", "--progress", "tty", tmp_path).stderr
     assert plain.count("=> CACHED [") == 4 and "\x1b" not in plain

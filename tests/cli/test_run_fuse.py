@@ -59,6 +59,31 @@ def test_run_on_unionfuse(box: Box, runtime: str) -> None:
     ]
 
 
+def test_what_is_there_to_be_mounted_over_is_no_change(box: Box, tmp_path: Path) -> None:
+    """docker shows no change of a container that has changed nothing, and commits none."""
+    (tmp_path / "one").write_text("1")
+    box(
+        *("run", "--name", "still", "--network", "none", "-v", f"{tmp_path / 'one'}:/etc/a/one"),
+        *("-v", "vol:/srv", "-v", f"{tmp_path}:/srv/new/deep", "--tmpfs", "/mnt/x/y"),
+        *("-w", "/work/here", "busybox", "true"),
+    )
+    assert box.out("diff", "still") == ""
+    before = len(box.out("images", "--format", "{{.ID}}", "-a").split())
+    box("commit", "still", "same:1")
+    history = box.out("history", "--format", "{{.Size}}", "same:1").split()
+    assert history[0] == "0B" and before
+    upper = box.directory("still") / "upper"
+    assert (upper / "etc/a/one").is_file() and (upper / "mnt/x/y").is_dir()
+    assert not (upper / "srv/new").exists()
+    box("run", "--name", "moved", "--network", "none", "busybox", "chmod", "700", "/etc")
+    assert box.out("diff", "moved") == "C /etc\n"
+    box("commit", "moved", "moved:1")
+    assert (
+        box.out("run", "--rm", "--network", "none", "moved:1", "stat", "-c", "%a", "/etc")
+        == "700\n"
+    )
+
+
 def test_commit_export_and_diff(box: Box, tmp_path: Path) -> None:
     box.start("maker", command="echo made > /made; rm /srv/seed; sleep 1000")
     wait_until(lambda: (box.directory("maker") / "upper/made").exists())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 
 from unionimage.image_config import History, ImageConfig, RunConfig
@@ -24,7 +24,7 @@ def commit(
     created_by: str = "",
     names: Iterable[Reference] = (),
     newest: int | None = None,
-    leave_out: Container[bytes] = (),
+    leave_out: Set[bytes] = frozenset(),
 ) -> Image:
     """Make an image of an upper directory.
 

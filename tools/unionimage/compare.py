@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from unionimage.chain import Chain, Found
 from unionimage.tuples import NamedTuple
@@ -26,16 +26,21 @@ class Change(NamedTuple):
     delta: int
 
 
-def compare(before: Chain, after: Chain) -> Iterator[Change]:
+def compare(before: Chain, after: Chain, left_out: Container[bytes] = ()) -> Iterator[Change]:
     """Every path that differs, parents first. What both have from the same layer is not entered.
 
     A directory in which something differs counts as changed, as docker has it; of a directory that
     is gone only itself is told.
+
+    Args:
+        left_out: paths, with a leading slash, that are no difference if `after` alone has them.
     """
-    yield from _directories(before, before.root, after, after.root)
+    yield from _directories(before, before.root, after, after.root, left_out)
 
 
-def _directories(before: Chain, old: Found, after: Chain, new: Found) -> Iterator[Change]:
+def _directories(
+    before: Chain, old: Found, after: Chain, new: Found, left_out: Container[bytes]
+) -> Iterator[Change]:
     old_names, new_names = before.children(old), after.children(new)
     for name in sorted(old_names.keys() | new_names.keys()):
         was, now = old_names.get(name), new_names.get(name)
@@ -44,11 +49,12 @@ def _directories(before: Chain, old: Found, after: Chain, new: Found) -> Iterato
             size = _total(before, was)
             yield Change("D", b"/" + was.path, size, -size)
         elif was is None:
-            yield from _added(after, now)
+            if b"/" + now.path not in left_out:
+                yield from _added(after, now)
         elif _same_place(before, was, after, now):
             continue
         elif was.kind == now.kind == stat.S_IFDIR:
-            inside = list(_directories(before, was, after, now))
+            inside = list(_directories(before, was, after, now, left_out))
             if inside or _differ(before, was, after, now):
                 yield Change("C", b"/" + now.path, 0, 0)
             yield from inside

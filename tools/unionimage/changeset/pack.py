@@ -10,9 +10,10 @@ the layers below. Sockets are left out, as docker does.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
-from collections.abc import Container, Iterator
+from collections.abc import Iterator, Set
 from contextlib import ExitStack
 
 from unionfuse import syscalls, view, whiteout
@@ -36,14 +37,15 @@ _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 def pack_upper(
-    chain: Chain, *, newest_ns: int | None = None, leave_out: Container[bytes] = ()
+    chain: Chain, *, newest_ns: int | None = None, leave_out: Set[bytes] = frozenset()
 ) -> Iterator[bytes]:
     """The changes in the topmost directory of a chain, as the pieces of a layer tar.
 
     Args:
         chain: the upper directory, then the layers it lies on, top first.
         newest_ns: later modification times are set to this (SOURCE_DATE_EPOCH).
-        leave_out: paths that are no part of the changes, nor what is below them.
+        leave_out: paths that are no part of the changes, nor what is below them, nor a directory
+            above them that is otherwise as it is in the layers below.
 
     Raises:
         UserError: a file changed while it was read, or what a redirect names is not there.
@@ -63,10 +65,11 @@ def pack_merged(chain: Chain, *, newest_ns: int | None = None) -> Iterator[bytes
 
 class _Packer:
     def __init__(
-        self, chain: Chain, newest_ns: int | None, leave_out: Container[bytes] = ()
+        self, chain: Chain, newest_ns: int | None, leave_out: Set[bytes] = frozenset()
     ) -> None:
         self._chain = chain
         self._leave_out = leave_out
+        self._around_left_out = {above for path in leave_out for above in _above(path)}
         self._rootless = os.geteuid() != 0
         self._newest_ns = newest_ns
         self._links: dict[tuple[int, int], bytes] = {}
@@ -90,9 +93,27 @@ class _Packer:
             for name in sorted(scan.kinds):
                 if prefix + name in self._leave_out:
                     continue
-                yield from self._entry(directory, name, Place(0, prefix + name), prefix + name)
                 if scan.kinds[name] == stat.S_IFDIR:
-                    yield from self.upper(prefix + name)
+                    yield from self._directory(directory, name, prefix + name)
+                else:
+                    yield from self._entry(directory, name, Place(0, prefix + name), prefix + name)
+
+    def _directory(self, parent: int, name: bytes, path: bytes) -> Iterator[bytes]:
+        entry, inside = list(self._entry(parent, name, Place(0, path), path)), self.upper(path)
+        if path in self._around_left_out:
+            first = next(inside, None)
+            if first is None:
+                if entry == self._entry_below(path):
+                    return
+            else:
+                inside = itertools.chain((first,), inside)
+        yield from entry
+        yield from inside
+
+    def _entry_below(self, path: bytes) -> list[bytes]:
+        """A directory of the upper as a layer has it if it is as below; [] if it is new."""
+        found = self._chain.find(path, below=0)
+        return [] if found is None else list(self.merged(found))
 
     def merged(self, found: Found) -> Iterator[bytes]:
         with ExitStack() as stack:
@@ -155,6 +176,12 @@ class _Packer:
 def _topmost(chain: Chain, path: bytes) -> Found:
     """The directory of the upper at a path, to be merged with what its redirect names."""
     return Found(path, stat.S_IFDIR, (Place(0, path),))
+
+
+def _above(path: bytes) -> Iterator[bytes]:
+    """The directories above a path, without the root."""
+    while path := path.rpartition(b"/")[0]:
+        yield path
 
 
 def _mark(path: bytes) -> bytes:

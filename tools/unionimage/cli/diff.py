@@ -46,8 +46,7 @@ def run(args: argparse.Namespace) -> int:
                 "Size": change.size,
                 "Delta": change.delta,
             }
-            for change in compare(before, after)
-            if change.path not in ignored
+            for change in compare(before, after, ignored)
         ]
     if args.format is not None:
         show(rows, {"Kind": "KIND", "Path": "PATH", "Size": "SIZE"}, args.format)

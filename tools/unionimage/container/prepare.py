@@ -60,7 +60,7 @@ def prepare(
         if console_size and container.config.get("Tty"):
             rows, columns = console_size
             spec["process"]["consoleSize"] = {"height": rows, "width": columns}
-        _note_mount_points(container, spec)
+        _make_mount_points(container, spec)
         bundle.write(container.bundle, spec)
     except BaseException:
         undo(container)
@@ -175,19 +175,49 @@ def _owner_of_root(container: Container) -> int:
     return next((outside for inside, outside, _ in container.record["IdMappings"] if not inside), 0)
 
 
-def _note_mount_points(container: Container, spec: bundle.Spec) -> None:
-    """Remember which mount points are not in the image: the runtime makes them in the upper."""
+def _make_mount_points(container: Container, spec: bundle.Spec) -> None:
+    """Make and note the mount points that are not in the image: they are no change of it.
+
+    The runtime would make them, too, but change the times of the directories that they lie in. What
+    lies below another mount is left to it, and so is what cannot be made here.
+    """
     file = container.directory / "mount-points"
     known = set(file.read_text().split("\0")) if file.exists() else set()
     made: set[str] = set()
-    destinations = [str(mount["destination"]) for mount in spec["mounts"]]
-    for destination in [*destinations, str(spec["process"]["cwd"])]:
-        path = destination.strip("/")
-        while path and path not in made and not _exists_inside(container.merged, path):
-            made.add(path)
-            path = os.path.dirname(path)
+    points = {str(mount["destination"]).strip("/"): mount for mount in spec["mounts"]}
+    for point in (*points, str(spec["process"]["cwd"]).strip("/")):
+        above = point
+        missing = []
+        while above and not _exists_inside(container.merged, above):
+            missing.append(above)
+            above = os.path.dirname(above)
+            if above in points:
+                missing.clear()
+        source = str(points.get(point, {}).get("source", "/"))
+        for path in reversed(missing):
+            is_file = path == point and source.startswith("/") and not os.path.isdir(source)
+            with contextlib.suppress(OSError):
+                _make_mount_point(container, path, is_file)
+                made.add(path)
     if made - known:
         replace_file(file, "\0".join(sorted(made | known)))
+
+
+def _make_mount_point(container: Container, path: str, is_file: bool) -> None:
+    above, name = os.path.split(path)
+    directory = users.open_inside(container.merged, above or ".", os.O_PATH | os.O_DIRECTORY)
+    try:
+        times = os.stat(directory)
+        if is_file:
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
+            os.close(os.open(name, flags, 0o644, dir_fd=directory))
+        else:
+            os.mkdir(name, 0o755, dir_fd=directory)
+        if owner := _owner_of_root(container):
+            os.chown(name, owner, owner, dir_fd=directory, follow_symlinks=False)
+        os.utime(f"/proc/self/fd/{directory}", ns=(times.st_atime_ns, times.st_mtime_ns))
+    finally:
+        os.close(directory)
 
 
 def _exists_inside(root: Path, path: str) -> bool:

@@ -353,7 +353,7 @@ class _StageState:
     def finished(self) -> StagePlan:
         return StagePlan(
             self.stage.number,
-            self.stage.origin.name or str(self.stage.number),
+            self.stage.origin.name or f"stage-{self.stage.number}",
             self.base,
             self.platform,
             tuple(self.steps),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -387,7 +387,7 @@ class Lease:
         below: Sequence[Digest] = (),
         *,
         newest_ns: int | None = None,
-        leave_out: Container[bytes] = (),
+        leave_out: Set[bytes] = frozenset(),
         progress: Progress | None = None,
     ) -> Layer | None:
         """Store the changes in an upper directory as a layer. None: nothing was changed.
