@@ -90,6 +90,11 @@ class Registry:
         shutil.rmtree(data / "repositories" / path / "_layers" / algorithm / digits)
         shutil.rmtree(data / "blobs" / algorithm / digits[:2] / digits)
 
+    def tag_written(self, path: str, tag: str) -> int:
+        """When the registry last wrote what a tag points at, in its clock."""
+        tags = self.root / "data/docker/registry/v2/repositories" / path / "_manifests/tags"
+        return (tags / tag / "current/link").stat().st_mtime_ns
+
     def _wait(self) -> None:
         host, _, port = self.host.partition(":")
         for _ in range(200):

@@ -279,6 +279,32 @@ def test_a_layer_that_is_there_twice_goes_once(
         assert raw_digest(f"{other.host}/twice:1") == raw_digest(name)
 
 
+def test_a_manifest_that_is_there_is_not_sent_again(
+    registry: Registry, layout: OciLayout, command: Command
+) -> None:
+    """Unless the tag has moved, or blobs were lost: those are sent again."""
+    name = f"{registry.host}/same:1"
+    make_image(command, name, [BASE, UPPER])
+    first = command("push", name)
+    written = registry.tag_written("same", "1")
+    assert command("push", name).count("Layer already exists") == 2
+    assert registry.tag_written("same", "1") == written
+
+    layout.push("one", name)
+    assert f"digest: {raw_digest(name)} size" not in first
+    command("push", name)
+    assert f"digest: {raw_digest(name)} size" in first
+
+    manifest = json.loads(skopeo("inspect", "--raw", "--tls-verify=false", f"docker://{name}"))
+    registry.forget("same", manifest["layers"][0]["digest"])
+    registry.forget("same", manifest["config"]["digest"])
+    out = command("push", name)
+    assert out.count(": Pushed") == 1 and out.count("Layer already exists") == 1
+    other = Command(command.root.parent / "other", command.environment)
+    other("pull", name)
+    assert other.image_id(name) == command.image_id(name)
+
+
 def test_a_layer_is_compressed_once(registry: Registry, command: Command) -> None:
     make_image(command, "once:1", [BIG])
     command.tag("once:1", f"{registry.host}/once:1", f"{registry.host}/once:2")

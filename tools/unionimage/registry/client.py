@@ -133,11 +133,15 @@ class Repository:
         media_type = _true_media_type(data, media_type, str(self))
         return RawManifest(media_type, digest, data)
 
-    def manifest_digest(self, reference: str | Digest) -> Digest | None:
-        """What a tag points at, by HEAD; None if there is none or the registry does not say."""
+    def manifest_digest(self, reference: str | Digest, push: bool = False) -> Digest | None:
+        """What a tag points at, by HEAD; None if there is none or the registry does not say.
+
+        Args:
+            push: ask for the right to write, as for what is sent before and after.
+        """
         try:
             response = self._request(
-                "HEAD", f"manifests/{reference}", 200, headers={"Accept": ACCEPT}
+                "HEAD", f"manifests/{reference}", 200, headers={"Accept": ACCEPT}, push=push
             )
         except RegistryStatusError as error:
             if error.status == 404:

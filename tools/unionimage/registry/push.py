@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cached_property
 
 from unionimage.digest import Digest
@@ -78,8 +79,8 @@ def push_platforms(
         if {one.digest for one in described} != {one.digest for one in named.index.manifests}:
             media_type = wanted.index_type or media_type
             data = Index(media_type, tuple(described)).to_json()
-        digest = sending.repository.put_manifest(reference.tag, media_type, data)
-        return Pushed(reference, digest, len(data))
+        sending.publish(reference.tag, media_type, data, been_there=True)  # or little is lost
+        return Pushed(reference, Digest.of(data), len(data))
 
 
 class _Sending:
@@ -117,12 +118,29 @@ class _Sending:
         layers = dict(zip((keys[position] for position, _ in tasks), blobs, strict=True))
         manifest_type, data = made.manifest([layers[key] for key in keys])
         _push_config(repository, data, image)
-        digest = repository.put_manifest(tag or Digest.of(data), manifest_type, data)
+        digest = Digest.of(data)
         by_digest = Reference(reference.registry, reference.path, None, digest)
-        # A form that was asked for this once does not become the image's own.
-        manifest = self._lease.add_bytes(data) if wanted.anything else None
-        self._store.note_digest(image, by_digest, manifest)
+        been_there = by_digest in image.digests
+        self.publish(tag or digest, manifest_type, data, been_there)
+        if not been_there or image.manifest_digest is None:
+            # A form that was asked for this once does not become the image's own.
+            manifest = self._lease.add_bytes(data) if wanted.anything else None
+            self._store.note_digest(image, by_digest, manifest)
         return Pushed(reference, digest, len(data)), Descriptor.of(manifest_type, data)
+
+    def publish(
+        self, reference: str | Digest, media_type: str, data: bytes, been_there: bool
+    ) -> None:
+        """Send a manifest or index; only asks whether it is there if it has `been_there` before.
+
+        What it names has to be there: registries lose blobs, and keep the manifest that names them.
+        """
+        repository = self.repository
+        if been_there:
+            with suppress(RegistryStatusError):  # what cannot be asked for can be sent
+                if repository.manifest_digest(reference, push=True) == Digest.of(data):
+                    return
+        repository.put_manifest(reference, media_type, data)
 
 
 class _Sources:
