@@ -304,7 +304,7 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
-        return self._union.listxattr(inode)
+        return self._union.listxattr(inode, ctx.pid)
 
     @answering
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:

@@ -569,10 +569,11 @@ class Union:
         with self.lock:
             return xattrs.get(self.tree, self.tree.node(number), attribute)
 
-    def listxattr(self, number: int) -> list[bytes]:
-        """The names of a node's extended attributes; none of the union's own."""
+    def listxattr(self, number: int, pid: int) -> list[bytes]:
+        """The names of a node's extended attributes that a thread may see; none of the union's."""
         with self.lock:
-            return xattrs.names(self.tree, self.tree.node(number))
+            found = xattrs.names(self.tree, self.tree.node(number))
+        return xattrs.shown_to(pid, found)
 
     def setxattr(self, number: int, attribute: bytes, value: bytes, flags: int = 0) -> None:
         """Set an extended attribute; `flags` are XATTR_CREATE and XATTR_REPLACE."""

@@ -10,6 +10,7 @@ import functools
 import os
 
 from unionfuse import syscalls, whiteout
+from unionfuse.capabilities import SYS_ADMIN, has_capability
 from unionfuse.node import Directory, Node
 from unionfuse.tree import Tree, failure
 
@@ -49,6 +50,19 @@ def names(tree: Tree, node: Node) -> list[bytes]:
         raise failure(errno.EOPNOTSUPP)
     found = map(whiteout.unescape_attribute, syscalls.listxattr(*tree.location(node)))
     return [name for name in found if name is not None and not _is_hidden(tree, name)]
+
+
+def shown_to(pid: int, names: list[bytes]) -> list[bytes]:
+    """Those of some names that a thread may see.
+
+    Names of `trusted.` are for those with CAP_SYS_ADMIN, and not by a user namespace of theirs, as
+    every file system has it: the kernel asks for it when a value is read, but not here. That we
+    see such names at all means that our user namespace is the first one.
+    """
+    others = [name for name in names if not name.startswith(b"trusted.")]
+    if len(others) == len(names) or has_capability(pid, SYS_ADMIN):
+        return names
+    return others
 
 
 def stored_name(tree: Tree, attribute: bytes) -> bytes:

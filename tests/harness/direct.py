@@ -207,7 +207,7 @@ class Direct:
 
     def xattrs(self, path: str) -> dict[str, bytes]:
         with self.at(path) as entry:
-            names = self.union.listxattr(entry.node)
+            names = self.union.listxattr(entry.node, os.getpid())
             return {name.decode(): self.union.getxattr(entry.node, name) for name in names}
 
     def snapshot(self) -> Tree:

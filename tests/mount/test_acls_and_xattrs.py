@@ -151,6 +151,35 @@ def test_xattrs_come_and_go(workshop: Workshop) -> None:
     assert os.getxattr(tree / "f", "user.a") == b"replaced"
 
 
+@pytest.mark.doors
+def test_names_of_trusted_xattrs_are_for_the_privileged_alone(workshop: Workshop) -> None:
+    xattrs = {"trusted.t": b"1", "user.u": b"2"}
+    tree = workshop({"f": File(data="x", xattrs=xattrs), "d": Dir(xattrs=xattrs), "plain": "x"})
+    tree.root.chmod(0o755)
+    for name, own in (("f", ["user.u"]), ("d", ["user.u"]), ("plain", [])):
+        trusted = ["trusted.t"] if own else []
+        path = tree / name
+        assert sorted(os.listxattr(path)) == trusted + own
+        assert _names_as(path, "setpriv", f"--reuid={ALICE}", "--clear-groups") == own
+        # the capability counts, not who has it, and not one that holds in a namespace alone
+        powerless = "setpriv", "--inh-caps=-sys_admin", "--bounding-set=-sys_admin"
+        assert _names_as(path, *powerless) == own
+        powerful = "--inh-caps=+sys_admin", "--ambient-caps=+sys_admin"
+        assert _names_as(path, "setpriv", f"--reuid={ALICE}", *powerful) == trusted + own
+        assert _names_as(path, "unshare", "--user", "--map-root-user") == own
+    for name in ("f", "d"):
+        with pytest.raises(OSError) as caught:
+            as_user(ALICE, os.getxattr, str(tree / name), "trusted.t")
+        assert caught.value.errno == errno.ENODATA
+
+
+def _names_as(path: os.PathLike[str], *before: str) -> list[str]:
+    """The names of extended attributes that a program sees, run as `before` says."""
+    code = "import os, sys; print(*sorted(os.listxattr(sys.argv[1])))"
+    command = [*before, "/usr/bin/python3", "-c", code, path]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+
+
 def test_sizes_of_xattrs(workshop: Workshop) -> None:
     tree = workshop({"f": "x"})
     os.setxattr(tree / "f", "user." + "n" * 250, b"v" * 1000)

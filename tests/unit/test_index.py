@@ -92,7 +92,7 @@ def by_union(directories: list[Path]) -> dict[bytes, object]:
                 walk(entry.node, inside)  # only then it is known what a redirect merges with
                 a = union.getattr(entry.node)
             link = union.readlink(entry.node) if a.mode >> 12 == 0o12 else b""
-            xattrs = bool(union.listxattr(entry.node))
+            xattrs = bool(union.listxattr(entry.node, os.getpid()))
             layer = union.getxattr(entry.node, b"user.unionfuse.layer")
             found[inside] = (
                 *(a.ino, a.size, a.blocks, a.mtime_ns, a.ctime_ns, a.mode, a.nlink),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from unionfuse import syscalls
 from unionfuse._attributes import Attributes
+from unionfuse.capabilities import FSETID, has_capability
 from unionfuse.express import messages, protocol
 from unionfuse.express._lane import NODE_HANDLE
 from unionfuse.express.messages import Call, Method
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 _COPY_NOW = 1 << 20  # bytes; COPY_FILE_RANGE of more than this leaves the lane's thread
 _COPY_MOST = 1 << 30  # bytes that one COPY_FILE_RANGE copies at most
-_CAP_FSETID = 1 << 4  # linux/capability.h
 
 
 class Requests:
@@ -123,7 +123,7 @@ class Requests:
                 fields, SetattrValid.MTIME, SetattrValid.MTIME_NOW, mtime, mtime_ns
             ),
             kill_privileges=bool(fields & SetattrValid.KILL_SUIDGID)
-            or (nothing and not _may_keep_setuid(call.pid)),
+            or (nothing and not has_capability(call.pid, FSETID)),
             kill_capabilities=nothing,
         )
         if changes.size != 0 and self._copied_up_later(call, call.node, changes.size is not None):
@@ -390,7 +390,7 @@ class Requests:
 
     def _listxattr(self, call: Call) -> bytes:
         size, _ = protocol.GETXATTR_IN.unpack_from(call.body)
-        names = self._union.listxattr(call.node)
+        names = self._union.listxattr(call.node, call.pid)
         return messages.sized(b"".join(name + b"\0" for name in names), size)
 
     def _setxattr(self, call: Call) -> bytes | None:
@@ -429,14 +429,3 @@ class Requests:
 
     def _attributes(self, node: int, found: Attributes) -> bytes:
         return messages.attr_out(found, self._union.attr_valid(node))
-
-
-def _may_keep_setuid(pid: int) -> bool:
-    """Whether a thread has CAP_FSETID in our user namespace; False where that cannot be seen."""
-    try:
-        with open(f"/proc/{pid}/status", "rb") as status:
-            effective = next(line for line in status if line.startswith(b"CapEff:"))
-        theirs, ours = os.stat(f"/proc/{pid}/ns/user"), os.stat("/proc/self/ns/user")
-    except (OSError, StopIteration):
-        return False
-    return bool(int(effective.split()[1], 16) & _CAP_FSETID) and os.path.samestat(theirs, ours)
