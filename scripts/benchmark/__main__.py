@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmark import report, scale, trees, workloads
-from benchmark.peers import PEERS, Peer, lookup_index, mounted
+from benchmark.peers import PEERS, CannotMount, Peer, lookup_index, mounted
 from benchmark.report import Results, Row
 
 _UNUSUAL = ("unionfuse+uring", "unionfuse-pyfuse3", "C floor")
@@ -47,6 +47,7 @@ def measure(args: argparse.Namespace, cache: Path, peers: list[Peer], results: R
     big = (64 if args.quick else 1024) << 20
     scratch = cache / "mounts"
     for layers in args.layers:
+        able = list(peers)
         tree = trees.make(cache, layers, args.files, big)
         sessions = chosen_sessions(args, layers)
         places = dict.fromkeys(sessions, tree)
@@ -60,8 +61,18 @@ def measure(args: argparse.Namespace, cache: Path, peers: list[Peer], results: R
             for round_number in range(args.rounds):
                 print(f"{layers} layers, pinned {pinned}, round {round_number + 1}", flush=True)
                 for session, place in places.items():
-                    for peer in peers:
-                        one(results, session, peer, place, scratch, pinned, tools)
+                    for peer in list(able):
+                        try:
+                            one(results, session, peer, place, scratch, pinned, tools)
+                        except CannotMount as failure:
+                            able.remove(peer)
+                            _leave_out(peer, layers, failure)
+
+
+def _leave_out(peer: Peer, layers: int, failure: CannotMount) -> None:
+    if peer.name.startswith("unionfuse"):
+        raise failure
+    print(f"{peer.name} cannot mount {layers} layers: left out ({failure})", file=sys.stderr)
 
 
 def chosen_sessions(args: argparse.Namespace, layers: int) -> list[workloads.Session]:

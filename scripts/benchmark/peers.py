@@ -175,11 +175,18 @@ def index_of(path: Path, layers: Sequence[Path]) -> Path:
     return path
 
 
+class CannotMount(Exception):
+    """A peer does not mount this many layers, say; the text is what it said."""
+
+
 @contextmanager
 def mounted(peer: Peer, tree: Tree, scratch: Path, pinned: bool) -> Iterator[Mounted]:
     """Mount a fresh upper on a tree; unmount at the end and take the daemon's counts along.
 
     The plain directory is read where it lies; what is written goes to a directory beside it.
+
+    Raises:
+        CannotMount: the program ended instead.
     """
     shutil.rmtree(scratch, ignore_errors=True)
     stack = Stack(tree, scratch / "mnt", scratch / "upper", scratch / "work", scratch / "log")
@@ -189,14 +196,17 @@ def mounted(peer: Peer, tree: Tree, scratch: Path, pinned: bool) -> Iterator[Mou
         yield Mounted(tree.flat, tree, False, pinned, None)
         return
     mount = Mounted(stack.mountpoint, tree, True, pinned, None)
-    words = mount.pin(peer.command(stack))
+    log = scratch / "messages"
+    with open(log, "wb") as messages:
+        mount.process = subprocess.Popen(
+            mount.pin(peer.command(stack)), cwd=tree.root, stdout=messages, stderr=messages
+        )
+    _wait_until_mounted(mount.process, stack.mountpoint, log)
     if peer.fuse:
-        with open(scratch / "messages", "wb") as messages:
-            mount.process = subprocess.Popen(words, cwd=tree.root, stdout=messages, stderr=messages)
-        _wait_until_mounted(mount.process, stack.mountpoint, scratch / "messages")
         time.sleep(_SETTLING)
     else:
-        subprocess.run(words, cwd=tree.root, check=True)
+        mount.process.wait()  # mount(8) has done its work
+        mount.process = None
     try:
         yield mount
         mount.note_memory()
@@ -207,10 +217,15 @@ def mounted(peer: Peer, tree: Tree, scratch: Path, pinned: bool) -> Iterator[Mou
 
 def _wait_until_mounted(process: subprocess.Popen[bytes], mountpoint: Path, messages: Path) -> None:
     deadline = time.monotonic() + _PATIENCE
-    while not os.path.ismount(mountpoint):
-        if process.poll() is not None or time.monotonic() > deadline:
+    while True:
+        is_over = process.poll() is not None or time.monotonic() > deadline  # before the look
+        if os.path.ismount(mountpoint):
+            return
+        if is_over:
             process.kill()
-            raise RuntimeError(f"{process.args!r} did not mount: {messages.read_text()}")
+            process.wait()
+            lines = messages.read_text(errors="replace").splitlines()
+            raise CannotMount(next(filter(str.strip, lines), "it does not say why"))
         time.sleep(0.002)
 
 
