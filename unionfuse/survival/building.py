@@ -1,17 +1,21 @@
-"""What pyproject.toml cannot say: a program in C lies beside the modules, built with them."""
+"""How setuptools builds a program in C beside the modules (pyproject.toml names this class).
+
+It is not imported when unionfuse runs.
+"""
+
+from __future__ import annotations
 
 from pathlib import Path
 
-from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 PROGRAMS = {"unionfuse/survival/unionfuse-keeper": ["unionfuse/survival/keeper.c"]}
 
 
-class BuildPrograms(build_ext):
+class BuildPrograms(build_ext):  # type: ignore[misc]
     """Compiles the extension modules, and then the programs."""
 
-    def run(self):
+    def run(self) -> None:
         super().run()
         compiler = self.compiler  # made by the parent's run
         for program, sources in PROGRAMS.items():
@@ -22,14 +26,11 @@ class BuildPrograms(build_ext):
             )
             compiler.link_executable(objects, str(built))
 
-    def _place(self, program):
+    def _place(self, program: str) -> Path:
         return Path(program) if self.inplace else Path(self.build_lib, program)
 
-    def get_source_files(self):
+    def get_source_files(self) -> list[str]:
         return [*super().get_source_files(), *(one for of in PROGRAMS.values() for one in of)]
 
-    def get_outputs(self):
+    def get_outputs(self) -> list[str]:
         return [*super().get_outputs(), *(str(self._place(program)) for program in PROGRAMS)]
-
-
-setup(cmdclass={"build_ext": BuildPrograms})
