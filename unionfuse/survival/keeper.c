@@ -295,7 +295,8 @@ static int watch(void) {
     struct pollfd polled[] = {{.fd = signals, .events = POLLIN}, {.fd = line, .events = POLLIN}};
     int status;
     for (;;) {
-        poll(polled, 2, -1);
+        if (poll(polled, 2, -1) < 0)
+            continue; /* what is in `revents` is old */
         if (polled[0].revents)
             pass_on();
         if (polled[1].revents && !receive(MSG_DONTWAIT))
