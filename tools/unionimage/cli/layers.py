@@ -6,8 +6,6 @@ import argparse
 import json
 import os
 
-from unionfuse.mounting import MountError
-from unionfuse.survival import layers
 from unionimage.errors import UserError
 
 EXAMPLE = """
@@ -42,6 +40,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """What programs have open stays open; names show the new stack when this returns."""
+    from unionfuse.mounting import MountError
+    from unionfuse.survival import layers
+
     mountpoint = os.fsencode(args.mountpoint)
     try:
         present = layers.layers(mountpoint)

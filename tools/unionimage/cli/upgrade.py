@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 
-from unionfuse.mounting import MountError
-from unionfuse.survival.upgrade import upgrade
 from unionimage.errors import UserError
 
 EXAMPLE = """
@@ -20,6 +18,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Programs that use the mount notice nothing but a short pause; open files stay open."""
+    from unionfuse.mounting import MountError
+    from unionfuse.survival.upgrade import upgrade
+
     for mountpoint in args.mountpoint:
         try:
             old, new = upgrade(os.fsencode(mountpoint))

@@ -23,10 +23,10 @@ from unionimage.store import cleanup, mend
 from unionimage.store.files import hide, remove
 from unionimage.store.indexes import index_path
 from unionimage.store.layer_tar import open_layer_tar
-from unionimage.store.lease import Lease
 from unionimage.store.model import Layer
 
 if TYPE_CHECKING:
+    from unionimage.store.lease import Lease
     from unionimage.store.store import Store
 
 

@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unionimage.chain import Chain
 from unionimage.changeset import compression as compressions
 from unionimage.changeset import recipe as recipes
 from unionimage.changeset import tar
@@ -402,6 +401,8 @@ class Lease:
             newest_ns: later modification times are set to this (SOURCE_DATE_EPOCH).
             leave_out: paths in upper that are no part of the changes.
         """
+        from unionimage.chain import Chain  # only needed here, and slow to import
+
         with Chain([upper, *self.store.chain_directories(below)]) as chain:
             pieces = pack_upper(chain, newest_ns=newest_ns, leave_out=leave_out)
             first = next(pieces)
