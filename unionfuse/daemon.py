@@ -207,10 +207,17 @@ def _serve(
             survivor.refresh(union, channel)
     else:
         door = Channel(channel, union, options)
-    make_room = None
+    make_room = fall_asleep = None
     if survivor is not None:
         make_room = functools.partial(survivor.make_room, union)
-    return Server(door, union, options, mount, make_room).serve(ready)
+    if survivor is not None and isinstance(door, Lane):
+        fall_asleep = functools.partial(_fall_asleep, survivor, door, union)
+    return Server(door, union, options, mount, make_room, fall_asleep).serve(ready)
+
+
+def _fall_asleep(survivor: Survivor, lane: Lane, union: Union) -> None:
+    if lane.idle:
+        survivor.fall_asleep(union)
 
 
 def _take_over(options: MountOptions, survivor: Survivor, ready: Callable[[], None]) -> int:

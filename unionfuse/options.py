@@ -95,6 +95,9 @@ class MountOptions(NamedTuple):
     lookup_index: bytes | None = None
     stats: bool = False
     keeper: bool | None = None  # None: where a daemon can be replaced
+    sleep: float = (
+        0  # the daemon ends after at most so many seconds without a request, until one comes
+    )
 
     mount_flags: MountFlag = MountFlag.NONE
     allow_other: bool = False
@@ -365,6 +368,7 @@ _HANDLERS: dict[str, _Handler] = {
     "lookup_index": _path,
     "stats": _present,
     "keeper": _switch,
+    "sleep": _seconds,
     "log": _path,
     "debug": _present,
     "allow_other": _present,

@@ -39,13 +39,17 @@ class Server:
         options: MountOptions,
         mount: mounting.Mount,
         make_room: Callable[[], None] | None = None,
+        fall_asleep: Callable[[], None] | None = None,
     ) -> None:
         """
         Arguments:
             door: who serves; INIT has been answered.
             make_room: ends this process and has another take its place; called for SIGHUP.
+            fall_asleep: ends this process until there is a request, if it can; called when there
+                has been none for a while.
         """
         self._make_room = make_room
+        self._fall_asleep = fall_asleep if options.sleep else None
         self._door = door
         self._union = union
         self._options = options
@@ -90,12 +94,20 @@ class Server:
     def _wait(self, events: int) -> None:
         poll = select.poll()
         poll.register(events, select.POLLIN)
+        served = -1  # requests, when they were counted last
         while True:
             patience = None
             if self._end_by is not None:
                 patience = max(0.0, self._end_by - time.monotonic()) * 1000
+            elif self._fall_asleep is not None:
+                patience = self._options.sleep / 2 * 1000  # it sleeps after one to two of these
             if not poll.poll(patience):
-                return
+                if self._end_by is not None or self._fall_asleep is None:
+                    return
+                before, served = served, sum(self._door.counts().values())
+                if served == before:
+                    self._fall_asleep()
+                continue
             for event in os.read(events, 64):
                 if event == _ENDED or (event in _ENDS and self._end_by is not None):
                     return

@@ -234,6 +234,11 @@ class Lane:
         """Whether serving ended by a failure of our own."""
         return self._pyfuse is not None and self._pyfuse.failed
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being done, and what comes next is seen in /dev/fuse."""
+        return not self._pending and not self._has_rings
+
     def counts(self) -> dict[str, int]:
         """Requests by opcode."""
         return {

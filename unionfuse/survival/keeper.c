@@ -25,6 +25,7 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -39,6 +40,7 @@
 
 enum {
     UPGRADE = 75, /* a daemon that ends with this wants to be replaced (EX_TEMPFAIL) */
+    SLEEP = 76, /* and with this when there is a request */
     MOST_SHORT_LIVES = 8, /* in a row, then the mount ends */
     FREE_TRIES = 3, /* short lives before it waits */
     NAME_MOST = 8192,
@@ -65,7 +67,8 @@ static char *reason; /* why a crash ends the mount, or NULL */
 static int short_lives, restarts;
 static double serves_since; /* 0: the present daemon does not serve yet */
 static int signals; /* a signalfd */
-static sigset_t ours, theirs; /* what is blocked here, and in a daemon */
+static sigset_t ours, theirs; /* what is blocked here, and what was before */
+static sigset_t later; /* what is blocked in a daemon until it has its handlers */
 
 static double now(void) {
     struct timespec time;
@@ -319,7 +322,7 @@ static void become_daemon(int its_line) {
     setenv("UNIONFUSE_KEEPER", number, 1);
     setenv("UNIONFUSE_CWD", cwd, 1);
     signal(SIGPIPE, SIG_DFL);
-    sigprocmask(SIG_SETMASK, &theirs, NULL);
+    sigprocmask(SIG_SETMASK, &later, NULL);
     execv(command[0], command);
     _exit(1);
 }
@@ -351,10 +354,28 @@ static void wait_for(double seconds) {
                 ending |= number == SIGTERM || number == SIGINT;
 }
 
+/* Wait until something is asked of a mount that nobody serves, or a signal comes, or it has ended.
+ * Code 7 is FUSE_NOTIFY_RESEND: what the daemon had read and not answered can be read again. */
+static void sleep_until_asked(void) {
+    const struct { uint32_t length; int32_t code; uint64_t unique; } resend = {16, 7, 0};
+    struct pollfd polled[] = {{.fd = signals, .events = POLLIN}, {.fd = -1, .events = POLLIN}};
+    for (size_t i = 0; i < kept_count; i++)
+        if (!strcmp(kept[i].name, "fuse"))
+            polled[1].fd = kept[i].descriptor;
+    if (write(polled[1].fd, &resend, sizeof resend) < 0)
+        return;
+    for (;;) {
+        poll(polled, 2, -1);
+        if (polled[0].revents || polled[1].revents)
+            return;
+    }
+}
+
 /* Start a new daemon; 0 when that has been tried often enough. */
 static int replace_daemon(int status) {
     double lived = serves_since ? now() - serves_since : 0;
-    int upgrade = WIFEXITED(status) && WEXITSTATUS(status) == UPGRADE;
+    int sleeps = WIFEXITED(status) && WEXITSTATUS(status) == SLEEP;
+    int upgrade = sleeps || (WIFEXITED(status) && WEXITSTATUS(status) == UPGRADE);
     short_lives = lived < LIFE && !upgrade ? short_lives + 1 : 0;
     if (short_lives >= MOST_SHORT_LIVES)
         return 0;
@@ -364,7 +385,9 @@ static int replace_daemon(int status) {
     }
     if (ending)
         return 0;
-    restarts++;
+    if (sleeps)
+        sleep_until_asked();
+    restarts += !sleeps;
     if (!upgrade && WIFSIGNALED(status))
         say("the daemon was killed by signal %d; replacement %d takes over", WTERMSIG(status),
             restarts);
@@ -433,6 +456,8 @@ static void take_signals(void) {
     sigprocmask(SIG_BLOCK, &ours, &theirs); /* who starts a keeper has done it already */
     for (size_t i = 0; i < sizeof SIGNALS / sizeof *SIGNALS; i++)
         sigdelset(&theirs, SIGNALS[i]);
+    sigorset(&later, &theirs, &ours);
+    sigdelset(&later, SIGCHLD);
     signals = signalfd(-1, &ours, SFD_CLOEXEC | SFD_NONBLOCK);
 }
 

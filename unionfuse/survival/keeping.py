@@ -13,6 +13,7 @@ from unionfuse import syscalls
 
 _SOCKET = "UNIONFUSE_KEEPER"
 _CWD = "UNIONFUSE_CWD"
+SLEEP = 76  # a daemon that ends with this wants to be replaced when there is a request
 UPGRADE = 75  # a daemon that ends with this wants to be replaced (EX_TEMPFAIL)
 KEEPER = os.fsencode(Path(__file__).with_name("unionfuse-keeper"))
 # The keeper waits for these; until it does so they are blocked.

@@ -15,13 +15,14 @@ from unionfuse.options import MountOptions
 from unionfuse.survival import stacking
 from unionfuse.survival.intents import GUARDED, IntentLog
 from unionfuse.survival.journal import SharedJournal
-from unionfuse.survival.keeping import UPGRADE, Keeping
-from unionfuse.survival.memory import SharedMemory, TakeOverError
+from unionfuse.survival.keeping import SLEEP, UPGRADE, Keeping
+from unionfuse.survival.memory import SharedMemory, TakeOverError, Word
 from unionfuse.survival.settling import Settling
 from unionfuse.union import Union
 
 log = logging.getLogger(__name__)
 
+_MOST_OPEN = 500  # files, to fall asleep with
 _PATIENCE = 2.0  # seconds that an upgrade waits for a change that is going on
 _TIMEOUT = "/proc/sys/fs/fuse/default_request_timeout"
 
@@ -173,6 +174,18 @@ class Survivor:
                 return
         logging.shutdown()
         os._exit(UPGRADE)
+
+    def fall_asleep(self, union: Union) -> None:
+        """End this process, between two changes: the keeper starts another when there is a request.
+
+        Does not end where no other could take over, or would have much to open.
+        """
+        resends = self.handshake()[1] & InitFlag.HAS_RESEND
+        if self._memory.words[Word.FULL] or not resends or union.status()[1] > _MOST_OPEN:
+            return
+        if union.lock.acquire(blocking=False):
+            logging.shutdown()
+            os._exit(SLEEP)
 
     # --- layers ------------------------------------------------------------------------------
 
