@@ -20,8 +20,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+SETTLE = 75  # seconds: what falls asleep after a minute without work does so, and is asleep
 HOLDERS = {
-    "unionfuse": ("unionfuse", "unionfuse-keepe", "unionfuse-spawn"),
+    "unionfuse": ("unionfuse", "unionfuse-keepe", "unionfuse-waite", "unionfuse-spawn"),
     "podman": ("conmon", "fuse-overlayfs"),
     "docker": ("containerd-shim",),
 }
@@ -130,13 +131,13 @@ def rows(peer: Peer, network: bool) -> Iterator[tuple[str, float]]:
     yield "rm", peer.time("rm", "bench")
 
 
-def memory(peer: Peer, count: int) -> float:
+def memory(peer: Peer, count: int, settle: float) -> float:
     """MB of anonymous memory for each of so many idle containers."""
     before = _anonymous(peer)
     for number in range(count):
         peer("run", "-d", "--name", f"idle-{number}", "--network", "none", "busybox", "sleep",
              "1000")  # fmt: skip
-    time.sleep(1)
+    time.sleep(settle)
     after = _anonymous(peer)
     for number in range(count):
         peer("rm", "-f", f"idle-{number}")
@@ -162,6 +163,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench --containers", description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--idle", type=int, default=5, help="containers to measure memory with")
+    parser.add_argument(
+        "--settle", type=float, default=SETTLE, help="seconds that they idle before it is measured"
+    )
     parser.add_argument("--no-network", action="store_true", help="leave the bridge out")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed program is compiled
@@ -188,7 +192,7 @@ def main() -> int:
                     for row, value in rows(peer, not args.no_network):
                         times.setdefault(row, {}).setdefault(peer.name, []).append(value)
             for peer in peers:
-                value = memory(peer, args.idle)
+                value = memory(peer, args.idle, args.settle)
                 times.setdefault("MB per idle container", {})[peer.name] = [value]
             names = [peer.name for peer in peers]
     finally:

@@ -125,7 +125,7 @@ def test_the_spawner_is_only_a_short_cut(box: Box) -> None:
     box.sh("true")
     found = wait_until(lambda: list(box.run_root.glob("spawner-*")), 30, "the spawner")
     box.start("before", command="sleep 0.5; echo on > /later; sleep 1000")
-    assert "spawner" in Path(f"/proc/{servers_of(box, 'before')[0]}/cmdline").read_text()
+    assert "spawner" in Path(f"/proc/{monitor_of(box, 'before')}/cmdline").read_text()
     for path in Path("/proc").glob("[0-9]*/comm"):
         with contextlib.suppress(OSError):
             variables = path.with_name("environ").read_bytes()

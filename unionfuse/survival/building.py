@@ -1,4 +1,4 @@
-"""How setuptools builds a program in C beside the modules (pyproject.toml names this class).
+"""How setuptools builds the programs in C beside the modules (pyproject.toml names this class).
 
 It is not imported when unionfuse runs.
 """
@@ -9,7 +9,10 @@ from pathlib import Path
 
 from setuptools.command.build_ext import build_ext
 
-PROGRAMS = {"unionfuse/survival/unionfuse-keeper": ["unionfuse/survival/keeper.c"]}
+PROGRAMS = {
+    "unionfuse/survival/unionfuse-keeper": ["unionfuse/survival/keeper.c"],
+    "tools/unionimage/container/unionfuse-waiter": ["tools/unionimage/container/waiter.c"],
+}
 
 
 class BuildPrograms(build_ext):  # type: ignore[misc]
@@ -27,7 +30,9 @@ class BuildPrograms(build_ext):  # type: ignore[misc]
             compiler.link_executable(objects, str(built))
 
     def _place(self, program: str) -> Path:
-        return Path(program) if self.inplace else Path(self.build_lib, program)
+        if self.inplace:
+            return Path(program)
+        return Path(self.build_lib, program.removeprefix("tools/"))
 
     def get_source_files(self) -> list[str]:
         return [*super().get_source_files(), *(one for of in PROGRAMS.values() for one in of)]

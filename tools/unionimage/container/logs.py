@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from unionimage.container import limits
 from unionimage.container.state import timestamp
 
 LONGEST = 16 << 10
@@ -46,6 +47,15 @@ class Writer:
         if entries:
             self._append(entries)
 
+    @property
+    def unwritten(self) -> dict[str, str]:
+        """What has no newline yet, for another writer of the same log."""
+        return {stream: rest.decode("latin-1") for stream, rest in self._partial.items()}
+
+    @unwritten.setter
+    def unwritten(self, rests: dict[str, str]) -> None:
+        self._partial = {stream: rest.encode("latin-1") for stream, rest in rests.items()}
+
     def flush(self) -> None:
         """Write what has no newline: nothing more will come."""
         for stream, rest in self._partial.items():
@@ -54,8 +64,10 @@ class Writer:
                 self._partial[stream] = b""
 
     def close(self) -> None:
-        self.flush()
-        os.close(self._descriptor)
+        try:
+            self.flush()
+        finally:
+            os.close(self._descriptor)
 
     def _entry(self, stream: str, line: bytes) -> bytes:
         text = _escape(line.decode(errors="replace"))
@@ -86,6 +98,20 @@ class Writer:
         if self._max_files == 1:
             self._path.unlink(missing_ok=True)
         self._open()
+
+
+def writer_of(path: Path, host_config: Mapping[str, Any]) -> Writer | None:
+    """The writer that a container asks for; None: no log."""
+    log = host_config.get("LogConfig") or {}
+    if log.get("Type") == "none":
+        return None
+    options = log.get("Config") or {}
+    size = options.get("max-size")
+    return Writer(
+        path,
+        limits.parse_size(size, "--log-opt max-size") if size else DEFAULT_SIZE,
+        int(options.get("max-file") or DEFAULT_FILES),
+    )
 
 
 class Line(NamedTuple):

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from unionimage.container import bundle, limits, logs, wire
+from unionimage.container import bundle, limits, logs, sleeping, wire
 from unionimage.container.clients import Client, Clients
 from unionimage.container.processes import signal_number, start_time
 from unionimage.container.runtime import Runtime
@@ -55,6 +55,8 @@ class Hooks(NamedTuple):
     unmount: Callable[[], None]
     removed: Callable[[], None]  # --rm
     event: Callable[..., None]
+    # What `connect` has made, as numbers, and the descriptors among them, for another process.
+    note_network: Callable[[], tuple[dict[str, int], list[int]]]
 
 
 class Monitor:
@@ -84,23 +86,18 @@ class Monitor:
         self._memory_cgroup: Path | None = None
         self._health: health.Checker | None = None
         self._done = False
-        self._log = self._open_log()
+        self._sleeps_after = sleeping.after()
+        self._log = logs.writer_of(container.log_path, container.host_config)
         if first is not None:
             self._clients.add(first)
 
     def run(self) -> None:
-        alive = os.open(self._container.run / "alive", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(alive, fcntl.LOCK_EX)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._alive = os.open(self._container.run / "alive", flags, 0o600)
+        fcntl.flock(self._alive, fcntl.LOCK_EX)
         _become_subreaper()
-        wake, awoken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(awoken, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        # a shutdown of the host asks everybody: the container gets its stop signal
-        signal.signal(signal.SIGTERM, lambda *_: self._timer("stop", 0.0, self._begin_stop))
-        server = wire.listen(self._container.control)
-        self._selector.register(wake, selectors.EVENT_READ, self._reap)
-        self._clients.listen(server)
-        self._wake = wake
+        self._take_signals()
+        self._listen(wire.listen(self._container.control))
         try:
             self._start()
         except UserError as error:
@@ -110,11 +107,90 @@ class Monitor:
             self._failed_start(UserError(f"{type(error).__name__}: {error}", exit_code=125))
             raise
         self._tell({"pid": self._state["Pid"]})
+        self._keep()
+
+    def _take_signals(self) -> None:
+        self._wake, awoken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(awoken, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        # a shutdown of the host asks everybody: the container gets its stop signal
+        signal.signal(signal.SIGTERM, lambda *_: self._timer("stop", 0.0, self._begin_stop))
+        self._selector.register(self._wake, selectors.EVENT_READ, self._reap)
+
+    def _listen(self, server: socket.socket) -> None:
+        self._server = server
+        self._clients.listen(server)
+
+    def _keep(self) -> None:
+        """Until the container has ended for good."""
         while not self._done:
             self._step()
-        server.close()
-        os.close(alive)  # everything is put away: whoever hears of the end may start it again
+        self._server.close()
+        os.close(self._alive)  # everything is put away: whoever hears of the end may start it again
         self._farewell()
+
+    # ---- sleeping
+
+    def _may_sleep(self) -> bool:
+        """Whether there is nothing to do until output, a client or a signal comes."""
+        return (
+            self._sleeps_after is not None
+            and not self._timers
+            and not self._starters
+            and self._exit_code is None
+            and self._streams is not None
+            and not self._streams.busy
+            and not any(self._clients)
+        )
+
+    def _sleep(self) -> None:
+        """See `sleeping`. Returns when something has come in between."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, sleeping.SIGNALS)
+        if self._selector.select(0) or self._timers:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, sleeping.SIGNALS)
+            return
+        assert self._streams is not None
+        streams, (network, others) = self._streams.note(), self._hooks.note_network()
+        server = self._server.fileno()
+        note = {
+            "root": str(self._container.directory.parent.parent),
+            "container": self._container.id,
+            "runtime": list(self._runtime),
+            "network": network,
+            "streams": streams,
+            "server": server,
+            "alive": self._alive,
+            "stopping": self._stopping,
+            "started": self._started,
+            "delay": self._delay,
+            "memory_cgroup": str(self._memory_cgroup) if self._memory_cgroup else None,
+            "unwritten": self._log.unwritten if self._log is not None else None,
+        }
+        watched = [server, *self._streams.outputs]
+        sleeping.sleep(note, watched, [self._alive, *others, *self._streams.inputs])
+
+    def go_on(self, note: dict[str, Any]) -> None:
+        """`run` in the process that has slept."""
+        for descriptor in (note["alive"], note["server"]):
+            os.set_inheritable(descriptor, False)
+        self._alive = note["alive"]
+        self._stopping, self._delay = note["stopping"], note["delay"]
+        self._started = note["started"]
+        if note["memory_cgroup"] is not None:
+            self._memory_cgroup = Path(note["memory_cgroup"])
+        if note["unwritten"] is None:
+            self._stop_log()
+        elif self._log is not None:
+            self._log.unwritten = note["unwritten"]
+        self._streams = Streams.noted(
+            self._selector, note["streams"], self._pass_on, self._maybe_ended
+        )
+        server = socket.socket(fileno=note["server"])
+        server.setblocking(False)
+        self._listen(server)
+        self._take_signals()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, sleeping.SIGNALS)
+        self._keep()
 
     # ---- starting
 
@@ -199,8 +275,12 @@ class Monitor:
     def _step(self) -> None:
         if self._streams is not None:
             self._streams.hold(self._clients.slow)
-        for key, mask in self._selector.select(self._next_timer()):
+        sleepy = self._may_sleep()
+        events = self._selector.select(self._sleeps_after if sleepy else self._next_timer())
+        for key, mask in events:
             key.data(mask)
+        if sleepy and not events:
+            self._sleep()
         for name, (when, action) in list(self._timers.items()):
             if when <= time.monotonic() and self._timers.get(name, (None,))[0] == when:
                 del self._timers[name]
@@ -222,7 +302,7 @@ class Monitor:
             try:
                 self._log.write(name, data)
             except OSError as error:
-                self._log = None
+                self._stop_log()
                 self._write(LogError=f"{self._container.log_path}: {error.strerror}")
         kind = wire.STDOUT if name == "stdout" else wire.STDERR
         for client in self._clients:
@@ -450,9 +530,7 @@ class Monitor:
 
     def _finish(self) -> None:
         """Nothing will run again: leave nothing behind but upper, log and the exit code."""
-        if self._log is not None:
-            with contextlib.suppress(OSError):
-                self._log.close()
+        self._stop_log()
         self._hooks.unmount()
         self._write(Status="exited")
         if self._container.host_config.get("AutoRemove"):
@@ -505,17 +583,11 @@ class Monitor:
         with contextlib.suppress(FileNotFoundError):
             self._container.write_state(self._state)
 
-    def _open_log(self) -> logs.Writer | None:
-        log = self._container.host_config.get("LogConfig") or {}
-        if log.get("Type") == "none":
-            return None
-        options = log.get("Config") or {}
-        size = options.get("max-size")
-        return logs.Writer(
-            self._container.log_path,
-            limits.parse_size(size, "--log-opt max-size") if size else logs.DEFAULT_SIZE,
-            int(options.get("max-file") or logs.DEFAULT_FILES),
-        )
+    def _stop_log(self) -> None:
+        if self._log is not None:
+            with contextlib.suppress(OSError):
+                self._log.close()
+            self._log = None
 
 
 def _become_subreaper() -> None:

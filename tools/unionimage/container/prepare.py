@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unionimage.container import bundle, files, networks, rootless, slirp, users, volumes
+from unionimage.container import bundle, files, networks, rootless, sleeping, slirp, users, volumes
 from unionimage.container.bundle import Mount, Namespaces, Surroundings
 from unionimage.container.state import Container, Containers, replace_file
 from unionimage.errors import Conflict, UserError
@@ -150,14 +150,17 @@ def mount_root(container: Container, store: Store) -> None:
     from unionimage import mounts
 
     image = store.image(str(container.record["Image"]))
+    driver = container.record.get("MountDriver") or store.config.driver
+    after = sleeping.after() if driver == "fuse" else None
     mounts.mount_chain(
         store,
         image.diff_ids,
         container.merged,
         upper=container.upper,
         work=container.work,
-        driver=container.record.get("MountDriver"),
+        driver=driver,
         options=[
+            *([f"sleep={after}"] if after else []),
             *(["xattr_permissions=2"] if rootless.active() else []),
             *(
                 f"{kind}="

@@ -6,10 +6,13 @@ the monitor holds is closed. Source: slirp4netns(1).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from typing import Any
 from unionimage.errors import UserError
 
 ADDRESS, GATEWAY, NAME_SERVER = "10.0.2.100", "10.0.2.2", "10.0.2.3"
-SUBNET_BITS = 24
+PATIENCE = 5.0  # seconds
 
 
 def program() -> str:
@@ -41,8 +44,9 @@ def program() -> str:
 class Connection:
     """One running slirp4netns."""
 
-    def __init__(self, process: subprocess.Popen[bytes], leave: int) -> None:
-        self._process, self._leave = process, leave
+    def __init__(self, pid: int, leave: int) -> None:
+        self.pid = pid  # a child of this process
+        self.leave = leave  # the pipe
 
     @classmethod
     def start(cls, pid: int, directory: Path, ports: Sequence[Mapping[str, Any]]) -> Connection:
@@ -68,7 +72,8 @@ class Connection:
         os.close(stay)
         answered = os.read(ready, 1)
         os.close(ready)
-        connection = cls(process, leave)
+        process.returncode = 0  # the connection waits for it
+        connection = cls(process.pid, leave)
         try:
             if not answered:
                 said = (directory / "slirp.log").read_text().strip().splitlines() or ["no reason"]
@@ -81,12 +86,13 @@ class Connection:
         return connection
 
     def stop(self) -> None:
-        os.close(self._leave)
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        os.close(self.leave)
+        with contextlib.suppress(ChildProcessError):  # the monitor reaps whatever ends
+            deadline = time.monotonic() + PATIENCE
+            while not os.waitpid(self.pid, os.WNOHANG)[0]:
+                if time.monotonic() > deadline:
+                    os.kill(self.pid, signal.SIGKILL)
+                time.sleep(0.005)
 
 
 def _publish(api: Path, port: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from unionimage.container.places import boot_id
 from unionimage.container.state import ALIVE, Container
 from unionimage.errors import Conflict, NotFound, UserError
 
+DESCRIPTORS = {"namespace", "leave"}  # in what is noted of a container's network
 LAST_MOMENTS = 5.0  # seconds that a monitor may take between writing the end and its own
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def _be_monitor(
             os.dup2(source, target)
         os.close(log)
         os.close(null)
-        monitor.Monitor(container, chosen, _hooks(inventory, container), client, ready).run()
+        monitor.Monitor(container, chosen, hooks(inventory, container), client, ready).run()
     except BaseException:
         import traceback
 
@@ -195,10 +196,18 @@ def _be_monitor(
     os._exit(0)
 
 
-def _hooks(inventory: Inventory, container: Container) -> monitor.Hooks:
-    namespace = -1
+def hooks(
+    inventory: Inventory, container: Container, network: dict[str, int] | None = None
+) -> monitor.Hooks:
+    """What others do for a monitor; `network` is what another process has noted of it."""
+    noted = network or {}
+    namespace = noted.get("namespace", -1)
     connected: Callable[[], None] | None = None
     rootless_network: slirp.Connection | None = None
+    if "slirp" in noted:
+        rootless_network = slirp.Connection(noted["slirp"], noted["leave"])
+    for name in noted.keys() & DESCRIPTORS:
+        os.set_inheritable(noted[name], False)
 
     def begin(opened: int) -> str:
         """Have the engine connect a namespace, which is kept open: it outlives the process."""
@@ -243,6 +252,12 @@ def _hooks(inventory: Inventory, container: Container) -> monitor.Hooks:
             os.close(namespace)
             namespace = -1
 
+    def note_network() -> tuple[dict[str, int], list[int]]:
+        note = {"namespace": namespace} if namespace >= 0 else {}
+        if rootless_network is not None:
+            note |= {"slirp": rootless_network.pid, "leave": rootless_network.leave}
+        return note, [note[name] for name in note.keys() & DESCRIPTORS]
+
     def event(action: str, **attributes: str) -> None:
         inventory.events.container(container, action, **attributes)
 
@@ -253,6 +268,7 @@ def _hooks(inventory: Inventory, container: Container) -> monitor.Hooks:
         unmount=lambda: prepare.undo(container),
         removed=lambda: inventory.delete(container, anonymous_volumes=True),
         event=event,
+        note_network=note_network,
     )
 
 

@@ -15,6 +15,7 @@ import socket
 import struct
 import termios
 from collections.abc import Callable
+from typing import Any
 
 CHUNK = 1 << 16
 
@@ -58,6 +59,46 @@ class Streams:
             os.close(null)
             self.theirs[0], self._stdin = os.pipe2(os.O_CLOEXEC)
             os.set_blocking(self._stdin, False)
+
+    @classmethod
+    def noted(
+        cls,
+        selector: selectors.BaseSelector,
+        note: dict[str, Any],
+        received: Callable[[str, bytes], None],
+        ended: Callable[[], None],
+    ) -> Streams:
+        """Those of another process, which has made this `note` of them."""
+        new = cls.__new__(cls)
+        new._selector, new._received, new._ended = selector, received, ended
+        new._outputs, new._input, new._input_ends = {}, bytearray(), False
+        new._listener, new.theirs, new._ours = None, [], []
+        new._stdin, new._master = note["stdin"], note["master"]
+        for descriptor, name in note["outputs"]:
+            new._watch(descriptor, name)
+        for descriptor in (*new.outputs, *new.inputs):
+            os.set_inheritable(descriptor, False)
+        return new
+
+    def note(self) -> dict[str, Any]:
+        """Plain values for `noted`."""
+        outputs = list(self._outputs.items())
+        return {"outputs": outputs, "stdin": self._stdin, "master": self._master}
+
+    @property
+    def outputs(self) -> list[int]:
+        """The descriptors that are read."""
+        return list(self._outputs)
+
+    @property
+    def inputs(self) -> list[int]:
+        """Those that are only written to."""
+        return [self._stdin] if self._stdin >= 0 and self._stdin not in self._outputs else []
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is input that the process has not taken yet."""
+        return bool(self._input)
 
     def let_go(self) -> None:
         """Close the ends that are the process's alone."""
