@@ -29,6 +29,7 @@ cdef enum:
     DOTS = 2  # `.` and `..` have the cookies 1 and 2
 
 cdef struct Name:
+    uint64_t inode  # on disk; 0: ask
     uint32_t at  # of its text
     uint32_t lookups
     uint32_t group

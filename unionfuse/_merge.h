@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 #include <sys/syscall.h>
 #include <sys/xattr.h>
 #include <unistd.h>
@@ -29,6 +30,22 @@ static int merge_open(int root, const char *path, uint64_t *inode) {
     }
     *inode = status.st_ino;
     return fd;
+}
+
+/* Whether getdents(2) tells the inode numbers of files that stat(2) does: a union below may not. */
+static int merge_tells_inodes(int directory) {
+    struct statfs status;
+    if (fstatfs(directory, &status)) return 0;
+    switch ((uint32_t)status.f_type) {
+    case 0xEF53: /* ext4 */
+    case 0x58465342: /* XFS */
+    case 0x9123683E: /* btrfs */
+    case 0x01021994: /* tmpfs */
+    case 0x73717368: /* squashfs */
+    case 0xE0F5E1E2: /* erofs */
+        return 1;
+    }
+    return 0;
 }
 
 static ssize_t merge_read(int directory, void *out, size_t room) {

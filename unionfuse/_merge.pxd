@@ -15,10 +15,12 @@ from unionfuse._block cimport Block, Group, Name, Place, name_key
 
 cdef extern from "_merge.h" nogil:
     struct merge_entry:
+        uint64_t inode
         uint16_t size
         uint8_t type
         char name[1]
     int merge_open(int root, const char *path, uint64_t *inode)
+    int merge_tells_inodes(int directory)
     ssize_t merge_read(int directory, void *out, size_t room)
 
 cdef enum:
@@ -33,6 +35,7 @@ cdef struct Having:  # one directory that has a name
 
 cdef struct Found:
     uint64_t key
+    uint64_t inode  # in the topmost directory that has it; 0: not known
     uint32_t at  # of its text
     uint32_t having  # the lowest directory that has it, plus one
     uint32_t count  # how many have it
@@ -77,12 +80,14 @@ cdef inline bint scan_place(Draft *draft, uint32_t number, const int *layers) no
     cdef const merge_entry *entry
     cdef uint64_t inode = 0
     cdef ssize_t got, at
+    cdef bint tells
     place.descriptor = merge_open(layers[place.layer], place.path, &inode)
     if place.descriptor < 0:
         return False
     draft.block.open_count += 1
     if number == 0:
         draft.block.ino = inode ^ place.bits
+    tells = merge_tells_inodes(place.descriptor) != 0
     while True:
         got = merge_read(place.descriptor, buffer, ROOM)
         if got <= 0:
@@ -91,12 +96,12 @@ cdef inline bint scan_place(Draft *draft, uint32_t number, const int *layers) no
         while at < got:
             entry = <const merge_entry *>(buffer + at)
             at += entry.size
-            if not take_entry(draft, number, entry):
+            if not take_entry(draft, number, entry, tells):
                 return False
 
 
 cdef inline bint take_entry(
-    Draft *draft, uint32_t place, const merge_entry *entry
+    Draft *draft, uint32_t place, const merge_entry *entry, bint tells
 ) noexcept nogil:
     cdef size_t length = strlen(entry.name)
     if entry.name[0] == 46:
@@ -114,7 +119,7 @@ cdef inline bint take_entry(
         found = new_found(draft, entry.name, length, key)
         if found == NULL or not add_having(draft, found, place):
             return False
-        found.type = entry.type
+        found.type, found.inode = entry.type, entry.inode if tells else 0
         if entry.type != DT_DIR:
             close_found(draft, found)
     elif not found.rank:  # a directory so far
@@ -248,6 +253,7 @@ cdef inline void write_names(Draft *draft) noexcept nogil:
         found = &draft.found[i]
         name = &block.names[found.rank - 1]
         name.at, name.length, name.kind = found.at, found.length, found.type
+        name.inode = found.inode
         if found.count == 1:
             name.group = draft.having[found.having - 1].place
         else:

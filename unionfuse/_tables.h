@@ -22,6 +22,42 @@ static int tables_stat(int directory, const char *name, uint64_t *device, struct
     return 0;
 }
 
+/* Of a directory that others below it add to, unless it says that they do not: as tables_stat, or EIO
+ * where something about it is special. A merged directory shows one link. */
+static int tables_stat_merged(
+    int directory, const char *name, uint64_t *device, struct fuse_attr *out) {
+    struct stat status;
+    char names[4096];
+    ssize_t length;
+    int fd = openat(directory, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC), result = EIO;
+    if (fd < 0) return errno;
+    length = flistxattr(fd, names, sizeof names);
+    if ((length < 0 && errno != EOPNOTSUPP) || (length > 0 && memmem(names, length, "overlay", 7)))
+        goto done;
+    if (faccessat(fd, ".wh..wh..opq", F_OK, AT_SYMLINK_NOFOLLOW) == 0 || errno != ENOENT) goto done;
+    if (fstat(fd, &status)) goto done;
+    *device = status.st_dev;
+    wire_attributes(&status, out);
+    out->nlink = 1;
+    result = 0;
+done:
+    close(fd);
+    return result;
+}
+
+/* Whether a directory shows as well what layers below have under its name: it has no mark at all. */
+static int tables_adds_to(int directory, const char *name) {
+    char names[4096];
+    ssize_t length;
+    int fd = openat(directory, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC), adds;
+    if (fd < 0) return 0;
+    length = flistxattr(fd, names, sizeof names);
+    adds = length < 0 ? errno == EOPNOTSUPP : !length || !memmem(names, length, "overlay", 7);
+    adds = adds && faccessat(fd, ".wh..wh..opq", F_OK, AT_SYMLINK_NOFOLLOW) < 0 && errno == ENOENT;
+    close(fd);
+    return adds;
+}
+
 static int tables_getxattr(int directory, const char *name, const char *attribute) {
     char path[32 + 256];
     snprintf(path, sizeof path, "/proc/self/fd/%d/%s", directory, name);

@@ -38,6 +38,7 @@ cdef extern from "_tables.h" nogil:
     int pthread_mutex_unlock(pthread_mutex_t *mutex)
     int tables_open(int root, const char *path)
     int tables_stat(int directory, const char *name, uint64_t *device, fuse_attr *out)
+    int tables_adds_to(int directory, const char *name)
     int tables_getxattr(int directory, const char *name, const char *attribute)
     int tables_open_file(int directory, const char *name, uint64_t device)
     int tables_set_once(int *where, int value)
@@ -604,6 +605,7 @@ cdef class Tables:
         cdef size_t size = record_size(block, cookie)
         cdef fuse_dirent *entry = <fuse_dirent *>(record + ENTRY_SIZE)
         cdef uint32_t position = <uint32_t>(cookie - DOTS - 1)
+        cdef const Name *name
         cdef bint is_right
         memset(record, 0, size)
         entry.off = cookie
@@ -612,13 +614,16 @@ cdef class Tables:
             entry.type, entry.namelen = DT_DIR, <uint32_t>cookie
             memcpy(record + RECORD_SIZE, b"..", cookie)
             return size
+        name = &block.names[position]
+        entry.type, entry.namelen = name.kind & TYPE, name.length
+        memcpy(record + RECORD_SIZE, block.text + name.at, name.length)
+        if sparse and name.inode and entry.type != DT_DIR:
+            entry.ino = name.inode ^ topmost_place(block, position).bits
+            return size
         is_right = self.stat_pinned(block, position, record + ATTR_AT)
         entry.ino = (<fuse_attr *>(record + ATTR_AT)).ino
         if entry.ino == 0:
             return -1
-        entry.type = block.names[position].kind & TYPE
-        entry.namelen = block.names[position].length
-        memcpy(record + RECORD_SIZE, block.text + block.names[position].at, entry.namelen)
         if is_right and not is_taken(block, position) and not (sparse and entry.type != DT_DIR):
             (<uint64_t *>record)[0] = block.first + position
             (<uint64_t *>record)[2] = valid
@@ -640,6 +645,7 @@ cdef class Tables:
         cdef int directory = self.open_place(block, place)
         cdef Block *inside
         cdef uint64_t device
+        cdef bint merges, is_right = True
         found.ino = 0
         if directory < 0 or tables_stat(directory, block.text + name.at, &device, found):
             return False
@@ -649,12 +655,17 @@ cdef class Tables:
         found.ino ^= place.bits
         if name.kind & TYPE != DT_DIR:
             return found.nlink == 1  # hard links share a node: the union knows which
-        # Its layers decide whether it is merged: one that hides the others may be opaque.
+        if block.groups[name.group].count == 1:
+            return True
+        # Its layers decide whether it is merged, which shows one link: the topmost may hide others.
         inside = self.locked(block.first + position)
-        if inside != NULL and inside.place_count > 1:
-            found.nlink = 1
+        merges = inside != NULL and inside.place_count > 1
         self.unlock()
-        return inside != NULL or block.groups[name.group].count == 1
+        if inside == NULL:
+            merges = is_right = tables_adds_to(directory, block.text + name.at) != 0
+        if merges:
+            found.nlink = 1
+        return is_right
 
     cdef int open_place(self, Block *block, Place *place) noexcept nogil:
         """The descriptor of a directory in a layer, opened when it is first wanted; -1: cannot."""

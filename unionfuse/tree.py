@@ -212,7 +212,8 @@ class Tree:
             changes = dict(found.kinds)
             changes.update(dict.fromkeys(found.whiteouts, WHITEOUT))
             self.begin_changes(directory, below, changes)
-        self.tables.open(directory.id, directory.in_upper)
+        # What upper adds or hides the table was told; without any it lists what is below.
+        self.tables.open(directory.id, changed=not directory.lowers)
         directory.lowers = tuple(below.places())
         directory.view = below
 

@@ -183,7 +183,8 @@ def test_a_working_directory_inside(workshop: Workshop) -> None:
 def test_the_daemon_is_killed_afterwards(workshop: Workshop) -> None:
     tree = workshop(BASE)
     added = build(workshop.directory / "added", ADDED)
-    assert layers("add", tree.root, added).returncode == 0
+    said = layers("add", tree.root, added)
+    assert (said.returncode, said.stderr) == (0, "")
     assert tree.daemon is not None
     with open(tree / "only-added") as opened:
         os.kill(tree.daemon.pid, 9)

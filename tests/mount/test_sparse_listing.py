@@ -65,6 +65,16 @@ def test_a_large_directory_comes_as_a_whole(workshop: Workshop) -> None:
     assert requests.get("LOOKUP", 0) == 0
 
 
+def test_names_come_with_the_inode_numbers_that_stat_shows(workshop: Workshop) -> None:
+    tree = workshop(TOP, BASE)
+    for number in range(DIRECTORIES):
+        with os.scandir(tree / f"d{number}") as entries:
+            listed = {entry.name: entry.inode() for entry in entries}
+        assert len(listed) > NAMES
+        for name, inode in listed.items():
+            assert os.lstat(tree / f"d{number}" / name).st_ino == inode
+
+
 CHANGES: dict[str, Callable[[Mounted], object]] = {
     "write": lambda tree: (tree / "d5/f3").write_text("longer than it was"),
     "unlink": lambda tree: (tree / "d5/f3").unlink(),

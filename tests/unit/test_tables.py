@@ -7,7 +7,7 @@ import stat
 import struct
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,8 @@ from unionfuse.express import protocol
 from unionfuse.express._lane import Loop
 from unionfuse.express.protocol import Opcode
 from unionfuse.layer import LayerStack, Place
+from unionfuse.options import parse
+from unionfuse.union import Union
 from unionfuse.view import merge
 
 REGULAR, DIRECTORY = stat.S_IFREG, stat.S_IFDIR
@@ -170,15 +172,21 @@ class Filled:
                 Opcode.READDIRPLUS, D, protocol.READ_IN.pack(0, cookie, size, 0, 0, 0, 0)
             )
             assert answer is not None and answer[0] == 0
-            data, at = answer[1], 0
-            assert len(data) <= size
-            if not data:
+            assert len(answer[1]) <= size
+            if not answer[1]:
                 return found
-            while at < len(data):
-                (node,) = struct.unpack_from("=Q", data, at)
-                _, cookie, length, _ = protocol.DIRENT.unpack_from(data, at + 128)
-                found.append((data[at + 152 : at + 152 + length], node))
-                at += (152 + length + 7) & ~7
+            found += [(name, node) for name, node, _ in records(answer[1])]
+            *_, (_, _, cookie) = records(answer[1])
+
+
+def records(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(name, node id, cookie) of each record of READDIRPLUS."""
+    at = 0
+    while at < len(data):
+        (node,) = struct.unpack_from("=Q", data, at)
+        _, cookie, length, _ = protocol.DIRENT.unpack_from(data, at + 128)
+        yield data[at + 152 : at + 152 + length], node, cookie
+        at += (152 + length + 7) & ~7
 
 
 @pytest.fixture
@@ -230,14 +238,32 @@ def test_lookup_shows_what_the_topmost_layer_has(filled: Filled) -> None:
     assert filled.lookup(b"x", parent=999) is None
 
 
-def test_a_merged_directory_is_the_unions_until_it_is_merged(filled: Filled) -> None:
+def test_a_directory_of_several_layers_shows_one_link(filled: Filled) -> None:
     filled.tables.open(D, changed=False)
-    assert filled.lookup(b"sub") is None
+    answer = filled.lookup(b"sub")
+    assert answer is not None and struct.unpack_from("=I", answer[1], 40 + 64) == (1,)
     number = filled.number(b"sub")
     inside = [(layer, path + b"/sub", device, bits) for layer, path, device, bits in filled.places]
     filled.tables.add(number, FIRST + 100, (60, 50), inside, [(b"x", REGULAR, (0,))])
-    answer = filled.lookup(b"sub")
-    assert answer is not None and struct.unpack_from("=I", answer[1], 40 + 64) == (1,)  # links
+    assert filled.lookup(b"sub") == answer
+
+
+@pytest.mark.parametrize(
+    "mark", ["trusted.overlay.opaque", "user.overlay.redirect", ".wh..wh..opq"]
+)
+def test_a_directory_that_may_hide_others_is_the_unions(filled: Filled, mark: str) -> None:
+    if mark.startswith("."):
+        (filled.path / "sub" / mark).touch()
+    else:
+        os.setxattr(filled.path / "sub", mark, b"y")
+    filled.tables.open(D, changed=False)
+    assert filled.lookup(b"sub") is None
+    number = filled.number(b"sub")
+    layer, path, device, bits = filled.places[0]
+    inside = [(layer, path + b"/sub", device, bits)]
+    filled.tables.add(number, FIRST + 100, (60, 50), inside, [(b"x", REGULAR, (0,))])
+    answer = filled.lookup(b"sub")  # it has been merged, of one layer
+    assert answer is not None and struct.unpack_from("=I", answer[1], 40 + 64) == (2,)
 
 
 def test_what_is_taken_or_asked_for_is_for_the_union(filled: Filled) -> None:
@@ -269,9 +295,9 @@ def test_listing_counts_what_it_emits(filled: Filled, size: int) -> None:
     listed = filled.listed(size)
     assert [name for name, _ in listed] == [b".", b"..", *NAMES]
     nodes = dict(listed)
-    # A hard link and a directory that nobody has merged come without their nodes.
-    assert [name for name, node in listed if not node] == [b".", b"..", b"sub", b"two"]
-    for name in (b"top", b"link", b"below"):
+    # A hard link comes without its node.
+    assert [name for name, node in listed if not node] == [b".", b"..", b"two"]
+    for name in (b"top", b"link", b"below", b"sub"):
         assert nodes[name] == filled.number(name) and filled.tables.lookups(nodes[name]) == 1
     numbers = [node for node in nodes.values() if node]
     batch = struct.pack("=II", len(numbers), 0)
@@ -436,3 +462,34 @@ def test_a_directory_with_marks_is_for_the_union_to_merge(tmp_path: Path) -> Non
     tables.release(FIRST)
     assert not tables.merge(FIRST, lambda *_: FIRST + 20)  # the union's now
     os.close(root)
+
+
+def test_a_walk_has_the_root_merged_by_the_union_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = {f"d{n}/sub/x": "" for n in range(5)}
+    layers = [build(tmp_path / name, content) for name in ("top", "base")]
+    for name in ("upper", "work"):
+        (tmp_path / name).mkdir()
+    option = f"lowerdir={layers[0]}:{layers[1]},upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    options = parse(["-o", option, "/mnt"]).options
+    union = Union(LayerStack.open(options.lowerdir), options)
+    loop = Loop(-1, lambda *_: None)
+    loop.use_tables(union.tree.tables, True)
+    merged = list[Sequence[Place]]()
+    monkeypatch.setattr(
+        "unionfuse.merging.merge", lambda places, _: (merged.append(places), merge(places, _))[1]
+    )
+    waiting, walked = [1], 0
+    while waiting:
+        number = waiting.pop()
+        with union.lock:
+            union.tree.load_for_listing(number)
+            answer = loop.list_from_tables(number, 0, 4096)
+        assert answer is not None
+        found = [(name, node) for name, node, _ in records(answer) if name[:1] != b"."]
+        waiting += [node for name, node in found if name != b"x"]
+        walked += len(found)
+    assert walked == 5 * 3
+    assert len(merged) == 1 and list(union.tree.nodes) == [1]
+    union.close()
