@@ -5,6 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
 from harness.containers import COMMAND, Box
 
 
@@ -84,6 +85,15 @@ def test_mistakes(box: Box, tmp_path: Path) -> None:
         assert said in box("run", *words, "busybox", "true", code=125).stderr
     assert box.out("volume", "ls", "-q") == ""
     assert box.names("-a") == []
+
+
+@pytest.mark.parametrize("kind", ["volume", "network"])
+def test_inspect_shows_what_there_is_and_complains_of_the_rest(box: Box, kind: str) -> None:
+    box(kind, "create", "here")
+    done = box(kind, "inspect", "lost", "here", code=1)
+    assert [one["Name"] for one in json.loads(done.stdout)] == ["here"]
+    assert done.stderr.count("\n") == 1 and "lost" in done.stderr
+    assert box(kind, "inspect", "lost", code=1).stdout == "[]\n"
 
 
 def test_tmpfs_mount(box: Box) -> None:

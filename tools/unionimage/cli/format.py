@@ -9,7 +9,8 @@ Sources: Go's text/template; docker's "Format command and log output".
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from unionimage.errors import UserError
@@ -110,6 +111,24 @@ def _template_table(rows: Sequence[Row], columns: Mapping[str, str], form: str) 
     width = max(map(len, cells))
     padded = [line + [""] * (width - len(line)) for line in cells]
     print(table(padded[1:], padded[0]))
+
+
+def inspect_each(
+    verb: str, names: Iterable[str], find: Callable[[str], dict[str, Any]], template: str | None
+) -> int:
+    """Show what is found, then complain of the others; the exit code."""
+    from unionimage.errors import NotFound
+
+    found, problems = [], []
+    for name in names:
+        try:
+            found.append(find(name))
+        except NotFound as error:
+            problems.append(error)
+    show_objects(found, template)
+    for problem in problems:
+        print(f"unionfuse {verb}: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def show_objects(objects: Sequence[Any], form: str | None) -> None:

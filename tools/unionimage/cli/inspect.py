@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import functools
 from typing import Any
 
 from unionimage.cli.common import format_time, open_store
-from unionimage.cli.format import add_json_option, show_objects
+from unionimage.cli.format import add_json_option, inspect_each
 from unionimage.errors import NotFound, UserError
 from unionimage.store import Image, Store
 
@@ -26,17 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    found: list[dict[str, Any]] = []
-    errors = []
-    for name in args.name:
-        try:
-            found.append(_inspect(args, name))
-        except NotFound as error:
-            errors.append(error)
-    show_objects(found, args.format)
-    for problem in errors:
-        print(f"unionfuse inspect: {problem}", file=sys.stderr)
-    return 1 if errors else 0
+    return inspect_each("inspect", args.name, functools.partial(_inspect, args), args.format)
 
 
 def _inspect(args: argparse.Namespace, name: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -88,9 +89,10 @@ def run(args: argparse.Namespace) -> int:
         case "ls" | "list":
             _list(engine, args)
         case "inspect":
-            from unionimage.cli.format import show_objects
+            from unionimage.cli.format import inspect_each
 
-            show_objects([_object(engine, name) for name in args.name], args.format)
+            find = functools.partial(_object, engine)
+            return inspect_each("network inspect", args.name, find, args.format)
         case "rm" | "remove":
             return _remove(engine, args)
         case "prune":

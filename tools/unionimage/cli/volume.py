@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
         case "ls" | "list":
             _list(engine, args)
         case "inspect":
-            from unionimage.cli.format import show_objects
+            from unionimage.cli.format import inspect_each
 
-            show_objects([engine.volumes.find(name) for name in args.name], args.format)
+            return inspect_each("volume inspect", args.name, engine.volumes.find, args.format)
         case "rm" | "remove":
             return _remove(engine, args)
         case "prune":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -464,12 +464,3 @@ def _expand(host_path: str, inside: str) -> list[Spec]:
             "gid": status.st_gid,
         }
     ]
-
-
-def arguments_of(config: Mapping[str, Any]) -> list[str]:
-    """Entrypoint and command together. Raises UserError when there is nothing to run."""
-    words: Iterable[str] = [*(config.get("Entrypoint") or []), *(config.get("Cmd") or [])]
-    result = list(words)
-    if not result or result == [""]:
-        raise UserError("no command specified: the image names none, write one after its name")
-    return result

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from unionimage.errors import UserError
 
-CGROUP_ROOT = Path("/sys/fs/cgroup")
 MINIMUM_MEMORY = 6 << 20  # docker's
 CPU_PERIOD = 100_000
 UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}

@@ -128,7 +128,7 @@ class Runtime(NamedTuple):
         if code != 0:
             self.delete(container, force=True)
             message = message or f"{self.name} ended with exit code {code}"
-            raise failure(message, _command_of(bundle))
+            raise _start_failure(message, bundle)
         return int(Path(pid_file).read_text())
 
     def start(self, container: str) -> None:
@@ -385,6 +385,28 @@ def classify(message: str) -> int:
     if about_command and any(word in text for word in denied):
         return NOT_EXECUTABLE
     return COMMAND_FAILED
+
+
+def _start_failure(message: str, bundle: str | Path) -> RuntimeFailure:
+    """What a runtime said of a bundle that it did not start; of a directory both say only EPERM."""
+    command = _command_of(bundle)
+    told = failure(message, command)
+    if told.exit_code == NOT_EXECUTABLE and _is_directory(bundle, command):
+        return RuntimeFailure(f'exec: "{command}": is a directory', exit_code=NOT_EXECUTABLE)
+    return told
+
+
+def _is_directory(bundle: str | Path, path: str) -> bool:
+    from unionimage.container import users
+
+    try:
+        spec = json.loads(Path(bundle, "config.json").read_bytes())
+        place = os.path.join(spec["process"]["cwd"], path)
+        root = Path(bundle, spec["root"]["path"])
+        os.close(users.open_inside(root, place, os.O_PATH | os.O_DIRECTORY))
+    except (OSError, ValueError, LookupError):
+        return False
+    return True
 
 
 def _command_of(bundle: str | Path) -> str:
