@@ -86,6 +86,19 @@ def test_a_daemon_that_is_killed_when_it_has_woken(workshop: Workshop) -> None:
         assert (tree / f"made{number}").is_dir()
 
 
+def test_it_sleeps_until_it_is_asked(workshop: Workshop) -> None:
+    """Nothing that the end of a daemon leaves behind wakes the keeper."""
+    tree = sleepy(workshop, "0.3")
+    assert tree.daemon is not None
+    for number in range(3):
+        keeper = asleep(tree)
+        (tree / f"new{number}").touch()
+        daemon = tree.daemon.pid
+        while serving := children(keeper):
+            assert serving == [daemon]
+            time.sleep(0.01)
+
+
 def test_signals_and_an_upgrade_in_its_sleep(workshop: Workshop) -> None:
     tree = sleepy(workshop)
     os.kill(asleep(tree), signal.SIGUSR1)

@@ -67,7 +67,8 @@ static char *reason; /* why a crash ends the mount, or NULL */
 static int short_lives, restarts;
 static double serves_since; /* 0: the present daemon does not serve yet */
 static int signals; /* a signalfd */
-static sigset_t ours, theirs; /* what is blocked here, and what was before */
+static int calls; /* one without SIGCHLD, never read: the signals stay for the other one */
+static sigset_t ours, theirs; /* what is waited for, and what was blocked before */
 static sigset_t later; /* what is blocked in a daemon until it has its handlers */
 
 static double now(void) {
@@ -358,7 +359,7 @@ static void wait_for(double seconds) {
  * Code 7 is FUSE_NOTIFY_RESEND: what the daemon had read and not answered can be read again. */
 static void sleep_until_asked(void) {
     const struct { uint32_t length; int32_t code; uint64_t unique; } resend = {16, 7, 0};
-    struct pollfd polled[] = {{.fd = signals, .events = POLLIN}, {.fd = -1, .events = POLLIN}};
+    struct pollfd polled[] = {{.fd = calls, .events = POLLIN}, {.fd = -1, .events = POLLIN}};
     for (size_t i = 0; i < kept_count; i++)
         if (!strcmp(kept[i].name, "fuse"))
             polled[1].fd = kept[i].descriptor;
@@ -459,6 +460,8 @@ static void take_signals(void) {
     sigorset(&later, &theirs, &ours);
     sigdelset(&later, SIGCHLD);
     signals = signalfd(-1, &ours, SFD_CLOEXEC | SFD_NONBLOCK);
+    sigdelset(&ours, SIGCHLD);
+    calls = signalfd(-1, &ours, SFD_CLOEXEC);
 }
 
 int main(int count, char **words) {
