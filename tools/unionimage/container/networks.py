@@ -330,7 +330,7 @@ def engine_input(
         if only not in (None, name):
             continue
         network = networks.find(name)
-        aliases = [container.name, container.id[:12], *(entry.get("Aliases") or [])]
+        aliases = [container.id[:12], *(entry.get("Aliases") or [])]
         options[name] = {
             "interface_name": entry.get("Interface") or f"eth{number}",
             "static_ips": [entry["IPAddress"]],
