@@ -180,11 +180,6 @@ def parse_options(entries: Iterable[bytes]) -> tuple[MountOptions, tuple[str, ..
     return options, tuple(warnings)
 
 
-def escape(path: bytes) -> bytes:
-    """Write a path so that it stands for itself in a `-o` list and in `lowerdir=`."""
-    return re.sub(rb"([\\:,])", rb"\\\1", path)
-
-
 def unescape(text: bytes) -> bytes:
     """Take away one level of backslashes; a last, lonely one stays."""
     return re.sub(rb"\\(.)", rb"\1", text, flags=re.DOTALL)

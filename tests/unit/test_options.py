@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 
 import pytest
+from harness.mounts import escaped
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unionfuse import options
-from unionfuse.options import Mapping, MountFlag, UsageError, parse
+from unionfuse.options import Mapping, MountFlag, MountOptions, UsageError, parse
 
 UPPER = "upperdir=/u,workdir=/w"
 
 
-def mount(line: str) -> options.MountOptions:
+def mount(line: str) -> MountOptions:
     return parse(["-o", f"lowerdir=/l,{line}", "/m"]).options
 
 
@@ -50,12 +50,16 @@ def test_escapes() -> None:
 paths = st.binary(min_size=1, max_size=30).filter(lambda path: b"\0" not in path)
 
 
+def _escape(path: bytes) -> bytes:
+    return os.fsencode(escaped(os.fsdecode(path)))
+
+
 @given(st.lists(paths, min_size=1, max_size=5), paths, paths)
 def test_every_path_survives_escaping(layers: list[bytes], upper: bytes, work: bytes) -> None:
     line = b"lowerdir=%s,upperdir=%s,workdir=%s,volatile" % (
-        b":".join(map(options.escape, layers)),
-        options.escape(upper),
-        options.escape(work),
+        b":".join(map(_escape, layers)),
+        _escape(upper),
+        _escape(work),
     )
     call = parse(["-o", os.fsdecode(line), "/m"])
     assert call.options.lowerdir == tuple(layers)

@@ -120,11 +120,6 @@ class Passthrough:
             for backing in self._journal.orphans():
                 self._close(backing)
 
-    def backings(self) -> int:
-        """How many backing files are registered."""
-        with self._lock:
-            return sum(1 for known in self._nodes.values() if known.backing)
-
     def close(self) -> None:
         """Give all backing files back."""
         with self._lock:

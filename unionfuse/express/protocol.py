@@ -164,7 +164,6 @@ class SetattrValid:  # nor are these
     KILL_SUIDGID = 1 << 11
 
 
-GETATTR_FH = 1 << 0
 OPEN_KILL_SUIDGID = 1 << 0
 WRITE_KILL_SUIDGID = 1 << 2
 SETXATTR_ACL_KILL_SGID = 1 << 0
@@ -195,7 +194,6 @@ WRITE_IN = struct.Struct("=QQIIQII")  # fh offset size write_flags lock_owner fl
 WRITE_OUT = struct.Struct("=II")  # size padding
 STATFS_OUT = struct.Struct("=QQQQQIIII24x")  # blocks bfree bavail files ffree bsize namelen frsize
 FSYNC_IN = struct.Struct("=QII")  # fh fsync_flags padding
-SETXATTR_IN = struct.Struct("=II")  # size flags; name, value (without SETXATTR_EXT)
 SETXATTR_EXT_IN = struct.Struct("=IIII")  # size flags setxattr_flags padding; name, value
 GETXATTR_IN = struct.Struct("=II")  # size padding; name
 GETXATTR_OUT = struct.Struct("=II")  # size padding
@@ -223,10 +221,8 @@ _INIT_OUT = struct.Struct("=IIIIHHIIHHIIH22x")
 #      major minor max_readahead flags max_background congestion_threshold max_write time_gran
 #      max_pages map_alignment flags2 max_stack_depth request_timeout
 
-FUSE_DEV_IOC_CLONE = 0x8004E500  # _IOR(229, 0, uint32_t)
 FUSE_DEV_IOC_BACKING_OPEN = 0x4010E501  # _IOW(229, 1, struct fuse_backing_map)
 FUSE_DEV_IOC_BACKING_CLOSE = 0x4004E502  # _IOW(229, 2, uint32_t)
-FUSE_DEV_IOC_SYNC_INIT = 0xE503  # _IO(229, 3): mount(2) returns only once INIT is answered
 
 
 class Request(NamedTuple):
