@@ -91,23 +91,9 @@ class Lane:
         self._asked_for: set[int] = set()  # directories of upper
         self._lock = threading.Lock()  # of the fields above; never held across a call
         self._survivor = survivor
-        valid = min(int(options.timeout), protocol.FOREVER)
-        with_xattrs = not (options.noxattrs or options.noacl)
-        self._loop = Loop(fuse, self._serve, valid, with_xattrs, xattrs.unlabelled())
-        if options.debug:
-            self._loop.trace_to(self._trace)
         self._as_on_disk = _shows_layers_as_they_are(options)
         self._index = union.index if self._as_on_disk else None
-        if self._index is not None:
-            size = self._loop.size_of_marks(self._index.count)
-            marks = survivor.marks(size) if survivor is not None else None
-            self._loop.use_index(self._index, marks)
-        self._loop.use_tables(union.tree.tables, self._as_on_disk)
-        self._loop.list_sparsely(self._list_again)
-        if self._as_on_disk:
-            size = self._loop.size_of_opens()
-            opens = survivor.opens(size) if survivor is not None else None
-            self._loop.open_here(self._size_to_pass_through(), opens)
+        self._loop = self._make_loop()
         self._methods = Requests(self, union).methods
         if survivor is not None:
             self._loop.stay_resident(_MAX_WRITE)
@@ -119,8 +105,32 @@ class Lane:
         union.watcher = self
         if survivor is not None:
             survivor.ask_again(fuse)
-        if options.spin != "off" and not self._has_rings:
-            self._loop.spin(always=options.spin == "on")
+        self._start_readers()
+
+    def _make_loop(self) -> Loop:
+        """The compiled loop, told of all that it may answer from."""
+        options, survivor = self._options, self._survivor
+        valid = min(int(options.timeout), protocol.FOREVER)
+        with_xattrs = not (options.noxattrs or options.noacl)
+        loop = Loop(self._fuse, self._serve, valid, with_xattrs, xattrs.unlabelled())
+        if options.debug:
+            loop.trace_to(self._trace)
+        if self._index is not None:
+            size = loop.size_of_marks(self._index.count)
+            loop.use_index(self._index, survivor.marks(size) if survivor is not None else None)
+        loop.use_tables(self._union.tree.tables, self._as_on_disk)
+        loop.list_sparsely(self._list_again)
+        if self._as_on_disk:
+            size = loop.size_of_opens()
+            opens = survivor.opens(size) if survivor is not None else None
+            loop.open_here(self._size_to_pass_through(), opens)
+        return loop
+
+    def _start_readers(self) -> None:
+        """Begin to serve, once INIT is answered."""
+        survivor = self._survivor
+        if self._options.spin != "off" and not self._has_rings:
+            self._loop.spin(always=self._options.spin == "on")
         for cpu in range(_queues() if self._has_rings else 0):
             self._start(partial(self._serve_until_end, cpu), f"lane-ring-{cpu}")
         if self._has_rings and survivor is not None and survivor.taken_over:
