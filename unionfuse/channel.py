@@ -70,6 +70,10 @@ class Channel:
         """Requests by opcode."""
         return dict(self._loop.requests)
 
+    def handed(self) -> int:
+        """How many of them were answered by Python."""
+        return sum(self.counts().values())
+
     def close(self) -> None:
         """Stop serving, and close the channel; a mount that is still there is dead from now on."""
         self._loop.stop()

@@ -34,8 +34,10 @@ class Forgetting:
         tree = self._tree
         if node is tree.root or node.lookups > 0 or node.opened or node.id not in tree.nodes:
             return False
-        if isinstance(node, Directory) and node.children:
-            return False
+        if isinstance(node, Directory):
+            tree.young.adopt_inside(node)
+            if node.children:
+                return False
         if not tree.is_indexed(node):
             return True  # for a node that a table has this takes no more than `lookups` == 0
         # Nobody counts whether the kernel knows a node of the index. What upper has could not be

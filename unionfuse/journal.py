@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from unionfuse.node import Node
+from unionfuse.survival._notes import Notes
 
 FIRST_FRESH_ID = 1 << 62
 """Node ids from here on are made up; smaller ones are inode numbers or the index's records."""
@@ -22,6 +23,18 @@ class Intents(Protocol):
     def opened(self, handle: int) -> None: ...
 
     def moving(self, inode: int) -> None: ...
+
+
+class YoungRecords(Protocol):
+    """Who has records of young files (young.py)."""
+
+    def __enter__(self) -> None:
+        """Nothing changes until `__exit__`."""
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def move_notes(self, end: int) -> int:
+        """Copy the records behind this offset; returns where they end."""
 
 
 class Handle(NamedTuple):
@@ -43,6 +56,8 @@ class Journal:
     """Remembers nothing: what a mount without a keeper has."""
 
     intents: Intents | None = None
+    notes: Notes | None = None
+    young: YoungRecords | None = None
 
     def __init__(self) -> None:
         self._fresh = FIRST_FRESH_ID
@@ -88,6 +103,12 @@ class Journal:
     def names(self, number: int) -> list[tuple[int, bytes]]:
         """Where a node was last: (parent id, name) of each of its names, the first one first."""
         return []
+
+    def adopted(self, number: int, record: int) -> None:
+        """A young file, which has a record already, has become a node of the tree."""
+
+    def adopted_handle(self, handle: int, record: int) -> None:
+        """The same of its open handle."""
 
     def count(self, node: Node) -> None:
         """The kernel's lookups of a node have changed."""

@@ -285,7 +285,7 @@ class Operations(pyfuse3.Operations):
             for name, cookie, entry in self._union.listing(directory, start_id):
                 taken = pyfuse3.readdir_reply(token, cast(Any, name), self._entry(entry), cookie)
                 if not taken:
-                    self._union.forget(entry.node, 1)
+                    self._union.unlist(entry.node)
                     break
 
     @answering

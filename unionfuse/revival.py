@@ -31,6 +31,8 @@ class Revival:
     def node(self, number: int) -> Node:
         """The node with an id that is not in the tree. Raises ESTALE where nothing is known."""
         nodes = self._tree.nodes
+        if self._tree.young.adopt(number):
+            return nodes[number]
         missing: list[tuple[int, bytes]] = []
         above = number
         while above not in nodes and not self._revive_deleted(above):

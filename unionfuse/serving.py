@@ -84,6 +84,7 @@ class Server:
         requests = Counter(self._door.counts())
         line = f"nodes={nodes} open={handles} requests={requests.total()}"
         if self._options.stats:
+            line += f" python={self._door.handed()}"
             line += "".join(f" {name}={count}" for name, count in requests.most_common())
         return line
 

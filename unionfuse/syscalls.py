@@ -271,6 +271,14 @@ class _Faults:
 _faults = _Faults()
 
 
+def dies_young_at() -> int:
+    """For tests: before which of its steps the making of files in compiled code ends the process.
+
+    Negative where all changes are to be counted: then nothing is made there.
+    """
+    return -1 if _faults.active else int(os.environ.get("UNIONFUSE_TEST_KILL_YOUNG_AT", "0"))
+
+
 def changing(function: F) -> F:
     """Marks a call that changes the disk; see the head of this module."""
     if not _faults.active:

@@ -33,6 +33,7 @@ from unionfuse.owners import Owners
 from unionfuse.redirects import Redirects
 from unionfuse.survival.farewell import farewell
 from unionfuse.upperdir import UpperDirectory
+from unionfuse.young import Young
 
 if TYPE_CHECKING:
     from unionfuse.index import LookupIndex
@@ -66,6 +67,7 @@ class Tree:
         journal: what the next daemon must know, should this one be killed.
         inodes: makes the inode numbers that users see.
         links: the nodes of files with several names.
+        young: files of upper that are not in `nodes` yet, though the kernel knows them.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Tree:
         self.redirects = Redirects(stack, options.redirect_dir != "nofollow")
         self.origins = Origins(stack, self.inodes)
         self.nodes: dict[int, Node] = {}
+        self.young = Young()
         self._leaves_tables = False
         self.tables = Tables([layer.descriptor for layer in stack.layers])
         self.merging = Merging(stack, index, self.tables, self.journal, self.inodes, self.redirects)
@@ -366,6 +369,9 @@ class Tree:
         return node or self._make_upper_node(self.upper.index, index_name, status, place)
 
     def _from_upper(self, directory: Directory, name: bytes) -> Node:
+        young = self.young.adopt_name(directory, name)
+        if young is not None:
+            return young
         parent = self.upper_directory(directory)
         status = view.entry_status(parent, name)
         if stat.S_ISDIR(status.st_mode):

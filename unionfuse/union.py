@@ -109,7 +109,8 @@ class Union:
         """How many nodes are known and how many files are open."""
         with self.lock:
             known = self.tree.nodes.keys() | self.tree.tables.counted()
-            return len(known), len(self.files)
+            young = self.tree.young
+            return len(known) + len(young), len(self.files) + young.opened()
 
     # --- who watches ---------------------------------------------------------------------
 
@@ -190,6 +191,8 @@ class Union:
         """The kernel has dropped `count` of the lookups that it was answered."""
         with self.lock:
             node = self.tree.nodes.get(number)
+            if node is None and self.tree.young.adopt(number):
+                node = self.tree.nodes[number]
             if node is None or node.tabled:
                 known = self.tree.tables.forgotten(number, count)
                 if node is not None:
@@ -457,6 +460,10 @@ class Union:
             return None
         return self.tree.upper_directory(node), node.ino, not node.lowers
 
+    def hands_down_acl(self, directory: Directory) -> bool:
+        """Whether what is made in a directory inherits an ACL, or nothing may be made at all."""
+        return self._upper is None or self._upper.hands_down_acl(directory)
+
     def is_deleted(self, number: int) -> bool:
         """Whether no name leads to a node any more, or nobody knows it."""
         node = self.tree.nodes.get(number)
@@ -524,17 +531,25 @@ class Union:
         """(name, cookie, entry) of a directory's names behind a cookie, without `.` and `..`.
 
         Every entry counts one lookup as soon as it is produced: who does not hand it on gives
-        it back with `forget`. Hold the lock while iterating.
+        it back with `unlist`. Hold the lock while iterating.
         """
         directory = self.tree.directory(number)
         for name, next_cookie in self.tree.names_after(directory, cookie):
             try:
-                entry = self._entry(self.tree.find(directory, name))
+                entry = self.tree.young.listed(directory, name)
+                if entry is None:
+                    entry = self._entry(self.tree.find(directory, name))
             except OSError as error:
                 # Gone behind our back, or broken below: that must not hide the other names.
                 log.warning("%r in a listing: %s", name, error.strerror)
                 continue
             yield name, next_cookie, entry
+
+    def unlist(self, number: int) -> None:
+        """Take back the lookup of an entry that was not handed on."""
+        with self.lock:
+            if not self.tree.young.give_back(number):
+                self.forget(number, 1)
 
     def parent(self, number: int) -> int:
         """The node id of a directory's parent; of the root, itself."""

@@ -190,9 +190,13 @@ class Upper:
 
     def _mode(self, parent: Directory, mode: int, caller: Caller) -> int:
         """The mode to create with: umask counts unless the directory hands an ACL down."""
+        return mode if self.hands_down_acl(parent) else mode & ~caller.umask
+
+    def hands_down_acl(self, parent: Directory) -> bool:
+        """Whether what is made in a directory inherits an ACL from it."""
         if parent.default_acl is None:
             parent.default_acl = self._has_default_acl(parent)
-        return mode if parent.default_acl else mode & ~caller.umask
+        return parent.default_acl
 
     def _has_default_acl(self, parent: Directory) -> bool:
         if self._tree.options.noacl:

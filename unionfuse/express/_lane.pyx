@@ -6,8 +6,9 @@ of merged directories. Everything else it hands, with the GIL, to a Python calla
 neither the request nor the index: every length and offset is checked before it is followed, and
 what does not fit is answered with an error.
 
-It does not know the union, copies no file and changes nothing on disk but the attributes of new
-files that it was given to hold (_held.pxd).
+It does not know the union and copies no file. On disk it makes and deletes files in directories that
+it was lent (_young.pyx), and changes the attributes of new files that it was given to hold
+(_held.pxd).
 """
 
 from libc.errno cimport EIO, EINTR, EAGAIN, EINVAL, ENAMETOOLONG, ENODATA, ENODEV, ENOENT, ENOSYS, \
@@ -31,9 +32,19 @@ from unionfuse.express._opens cimport (
     ASK, OURS, SLOTS, Opened, Opens, begin_open, begin_reading, count_opens, end_open, end_opening,
     end_reading, free_table, offer_file, open_table, stop_opening, swap_file,
 )
+from unionfuse.express._requests cimport (
+    LOOKUP, FORGET, GETATTR, SETATTR, READLINK, UNLINK, OPEN, READ, STATFS, RELEASE, GETXATTR,
+    LISTXATTR, FLUSH, OPENDIR, READDIR, RELEASEDIR, ACCESS, CREATE, INTERRUPT, BATCH_FORGET,
+    READDIRPLUS, fuse_read_in, fuse_open_in, fuse_open_out, fuse_release_in, fuse_getxattr_in,
+    fuse_forget_one, fuse_batch_forget_in,
+)
+from unionfuse.express._shown cimport (
+    SHOWN, Shown, begin_looking, end_looking, end_showing, hide_all, show, shows, stat_shown,
+)
 from unionfuse.express._sparse cimport (
     SPARSE, Sparse, is_regretted, note_listing, wants_sparse,
 )
+from unionfuse.express._young cimport NOT_YOUNG, Asked, YoungFiles
 from unionfuse.express._ring cimport (
     DEPTH, ENTRY, HEADER, HEADROOM, MAX_WRITE, OUT_HEADER, PAYLOAD, WAKE, Entry, Queue, await_wake,
     commit, enter, free_queue, fuse_in_header, fuse_out_header, has_left, iovec, offer, open_queue,
@@ -41,28 +52,6 @@ from unionfuse.express._ring cimport (
 )
 
 cdef extern from "_lane.h":
-    struct fuse_read_in:
-        uint64_t fh
-        uint64_t offset
-        uint32_t size
-    struct fuse_open_in:
-        uint32_t flags
-        uint32_t open_flags
-    struct fuse_open_out:
-        uint64_t fh
-        uint32_t open_flags
-        uint32_t padding
-    struct fuse_release_in:
-        uint64_t fh
-    struct fuse_getxattr_in:
-        uint32_t size
-        uint32_t padding
-    struct fuse_forget_one:
-        uint64_t nodeid
-        uint64_t nlookup
-    struct fuse_batch_forget_in:
-        uint32_t count
-        uint32_t dummy
     int munmap(void *address, size_t size) nogil
     int lane_add(int *counter, int by) nogil
     int lane_load(int *counter) nogil
@@ -71,7 +60,6 @@ cdef extern from "_lane.h":
     long lane_most_files() nogil
     int lane_splice(
         int *ends, int fuse, uint64_t unique, int file, uint64_t offset, size_t size) nogil
-    int lane_stat_directory(int directory, fuse_attr *attr) nogil
     int lane_is_absent(int directory, const char *name) nogil
     int mlock(const void *address, size_t length) nogil
     ssize_t writev(int fd, const iovec *iov, int count) nogil
@@ -93,31 +81,9 @@ cdef extern from "_opens.h":
     void opens_mark(uint8_t *place, uint8_t bit) nogil
     void opens_unmark(uint8_t *place, uint8_t bit) nogil
 
-# Opcodes answered here (enum fuse_opcode).
 cdef enum:
-    LOOKUP = 1
-    FORGET = 2
-    GETATTR = 3
-    SETATTR = 4
-    READLINK = 5
-    OPEN = 14
-    READ = 15
-    STATFS = 17
-    RELEASE = 18
-    GETXATTR = 22
-    LISTXATTR = 23
-    FLUSH = 25
-    OPENDIR = 27
-    READDIR = 28
-    RELEASEDIR = 29
-    ACCESS = 34
-    INTERRUPT = 36
-    BATCH_FORGET = 42
-    READDIRPLUS = 44
     MAX_THREADS = 1024
     OPCODES = 64  # counters; what is above shares the last one
-
-cdef enum:
     NAME_MAX = 255
     DT_DIR = 4
     SHORT = 4096  # bytes of a reply
@@ -127,7 +93,6 @@ cdef enum:
     TRUNCATE = 0o1000  # O_TRUNC
     KEEP_CACHE_NOFLUSH = 1 << 1 | 1 << 5
     BROUGHT = 32768  # bytes of a file that goes into the page cache as a whole when it is opened
-    SHOWN = 64  # directories of upper, that the loop answers for
     BARE = 4096  # new files, of which the loop knows that they have no capabilities
     HANDLES = 1 << 16  # open files that the loop knows the descriptors of
     DESCRIPTOR_BITS = 20
@@ -160,17 +125,9 @@ cdef struct Reply:
 cdef struct Place:
     uint64_t directory, cookie, offset
 
-# A directory of upper whose descriptor the loop has.
-cdef struct Shown:
-    uint64_t node  # 0 for none
-    uint64_t inode  # to show
-    uint32_t links  # to show; 0: as many as it has
-    bint alone  # nothing lies below it
-    int directory
-    int looking  # threads that use it now
-
 # What belongs to one thread.
 cdef struct Thread:
+    uint64_t slot  # of the intent log; see survival/intents.py
     char *request  # one request, header included
     char *out  # where replies are put together
     Entry *entry  # where the request came from; NULL: from /dev/fuse
@@ -215,7 +172,7 @@ cdef class Loop:
     """
 
     cdef int fd
-    cdef object handler, trace
+    cdef object handler, trace, prepare
     cdef bint tracing
     cdef size_t resident  # bytes of each buffer for requests; 0: as they are touched
     cdef uint64_t valid, forever
@@ -243,7 +200,8 @@ cdef class Loop:
     cdef int ready_rings
     cdef Tables tables  # None without
     cdef bint shows_tables  # attributes, not names alone
-    cdef Shown shown[64]
+    cdef Shown shown[SHOWN]
+    cdef YoungFiles young  # None: Python makes all files
     cdef Held held[HELD]
     cdef Sparse sparse
     cdef object list_again  # None: all directories are listed in full
@@ -270,9 +228,7 @@ cdef class Loop:
         free(self.own_opens)
         if self.rings:
             munmap(self.rings, self.rings_size)
-        for i in range(SHOWN):
-            if self.shown[i].node:
-                close(self.shown[i].directory)
+        hide_all(self.shown)
         let_all_go(self.held)
         free(self.own_marks)
         free(self.descriptors)
@@ -474,7 +430,10 @@ cdef class Loop:
                 if old & OURS:
                     close((old & ~OURS) - 1)
 
-    def show(self, uint64_t node, int directory, uint64_t inode, uint32_t links, bint alone):
+    def show(
+        self, uint64_t node, int directory, uint64_t inode, uint32_t links, bint alone,
+        bint lent=False,
+    ):
         """Answer from a descriptor what is asked of a directory of upper after each change in it.
 
         That is its attributes, and which names are absent. Another directory may take its place.
@@ -484,14 +443,24 @@ cdef class Loop:
             inode: its number in the mount.
             links: the link count to show; 0 for the one that it has.
             alone: nothing lies below it, so what upper does not have is not there.
+            lent: and what is made in it inherits no ACL.
         """
-        cdef Shown *shown = &self.shown[node % SHOWN]
+        cdef Shown wanted
         if not node or lane_most_files() < SHOWN:
             close(directory)
             return
-        self.end_showing(shown)
-        shown.directory, shown.inode, shown.links, shown.alone = directory, inode, links, alone
-        lane_swap_place(&shown.node, node)
+        wanted.directory, wanted.inode, wanted.links = directory, inode, links
+        wanted.alone, wanted.lent = alone, alone and lent
+        show(self.shown, node, &wanted)
+
+    def make_files(self, YoungFiles young, prepare):
+        """Make and delete files in directories that are lent. Called before any thread runs.
+
+        Arguments:
+            prepare: called with a node before Python is asked about it, where it has to hear of
+                such files first.
+        """
+        self.young, self.prepare = young, prepare
 
     def has_no_capabilities(self, uint64_t node, bint value):
         """Answer by ourselves that a file has no `security.capability`, or ask Python again.
@@ -523,22 +492,12 @@ cdef class Loop:
 
     def hide(self, uint64_t node):
         """Ask Python about a directory of upper from now on."""
-        if node and self.shown[node % SHOWN].node == node:
-            self.end_showing(&self.shown[node % SHOWN])
+        if shows(self.shown, node):
+            end_showing(&self.shown[node % SHOWN])
 
     def shows(self, uint64_t node):
         """Whether the loop answers for a directory of upper."""
-        return bool(node and self.shown[node % SHOWN].node == node)
-
-    cdef void end_showing(self, Shown *shown) noexcept:
-        # Taken down first: while we wait another thread may put another directory here.
-        cdef int directory = shown.directory
-        cdef bint shows = lane_swap_place(&shown.node, 0) != 0
-        with nogil:
-            while lane_load(&shown.looking):
-                pass  # somebody who began before, be it with what another thread has just ended
-        if shows:
-            close(directory)
+        return shows(self.shown, node)
 
     def counts(self):
         """Requests by opcode: (answered here, handed to Python)."""
@@ -558,15 +517,18 @@ cdef class Loop:
 
     # --- the classic transport ----------------------------------------------------------------
 
-    def run(self):
+    def run(self, uint64_t slot=0):
         """Read and answer until the mount ends; run it in as many threads as you like.
+
+        Arguments:
+            slot: this thread's of the intent log; 0 without a keeper.
 
         Returns the errno that ended it: ENODEV after an unmount, 0 after `stop`.
         """
         cdef Thread *thread = self.new_thread()
         cdef ssize_t size
         cdef int failure = 0
-        cdef Reply reply
+        thread.slot = slot
         with nogil:
             while not self.stopping:
                 size = spin_read(&self.turns, self.fd, thread.request, BUFFER)
@@ -609,12 +571,13 @@ cdef class Loop:
         cdef Reply reply
         cdef int how = self.answer(thread, size, &reply)
         cdef uint32_t opcode = header.opcode if header.opcode < OPCODES else OPCODES - 1
-        cdef bint is_due, regret
+        cdef bint is_due, regret, prepares
         if how == FOR_PYTHON:
             thread.python[opcode] += 1
             spin_open(&self.turns)
+            prepares = self.young is not None and self.young.concern(header.nodeid)
             with gil:
-                is_due = self.ask_python(thread, size, &reply)
+                is_due = self.ask_python(thread, size, prepares, &reply)
             if is_due:
                 self.send(NULL, header.unique, &reply)
             return
@@ -688,7 +651,9 @@ cdef class Loop:
         if reply.length:
             data[reply.length - 1]
 
-    cdef bint ask_python(self, Thread *thread, size_t size, Reply *reply) noexcept:
+    cdef bint ask_python(
+        self, Thread *thread, size_t size, bint prepares, Reply *reply
+    ) noexcept:
         """Have Python answer; whether a reply is to be sent once the GIL has been let go.
 
         To let go of it, send, and take it again would cost more than to copy a short reply.
@@ -701,6 +666,8 @@ cdef class Loop:
         if thread.entry != NULL:
             thread.entry.pending = unique  # before the handler: another thread may be quicker
         try:
+            if prepares:
+                self.prepare(header.nodeid)
             result = self.handler(
                 header.opcode, header.unique, header.nodeid, header.uid, header.gid, header.pid,
                 body,
@@ -775,7 +742,7 @@ cdef class Loop:
         """How many rings have told the kernel of all their entries."""
         return lane_add(&self.ready_rings, 0)
 
-    def run_ring(self, int cpu):
+    def run_ring(self, int cpu, uint64_t slot=0):
         """Serve the requests of one CPU; run it in a thread for each, once INIT is answered.
 
         The kernel sends what is asked on that CPU here. FORGET, INTERRUPT and notifications keep
@@ -786,6 +753,7 @@ cdef class Loop:
         cdef Entry *entry
         cdef uint64_t which
         cdef int result, failure, at
+        thread.slot = slot
         ring_stay_on(cpu)
         failure = open_queue(queue, self.fd, cpu, self.rings)
         if failure:
@@ -877,6 +845,10 @@ cdef class Loop:
             return ANSWERED
         if opcode == READ:
             return self.read_data(thread, body, size, reply)
+        if self.young is not None and self.young.table.count:
+            how = self.answer_young(thread, -1, size, reply)
+            if how != NOT_YOUNG:
+                return how
         if opcode == RELEASE:
             return self.release(thread, body, size, reply)
         if not self.is_as_indexed(node):
@@ -967,38 +939,50 @@ cdef class Loop:
         Reply *reply
     ) noexcept nogil:
         """Answer for what upper has, as far as `show` and `has_no_capabilities` have told of it."""
-        cdef Shown *shown = &self.shown[node % SHOWN]
+        cdef Shown *shown
         cdef int how = FOR_PYTHON
         if opcode == GETXATTR and node and self.bare[node % BARE] == node:
             if size == 8 + 20 and memcmp(body + 8, b"security.capability", 20) == 0:
                 return self.fail(reply, ENODATA)
             return FOR_PYTHON
-        if opcode != GETATTR and opcode != LOOKUP:
+        if opcode != GETATTR and opcode != LOOKUP and opcode != CREATE and opcode != UNLINK:
             return FOR_PYTHON
-        lane_add(&shown.looking, 1)  # before the look: see end_showing
-        if node and lane_load_place(&shown.node) == node:
-            if opcode == GETATTR:
-                how = self.stat_shown(thread, shown, reply)
-            elif shown.alone and size > 1 and size <= NAME_MAX + 1 and body[size - 1] == 0:
-                how = self.miss_shown(thread, shown, body, reply)
-        lane_add(&shown.looking, -1)
+        shown = begin_looking(self.shown, node)
+        if shown == NULL:
+            return FOR_PYTHON
+        if opcode == GETATTR:
+            if stat_shown(shown, <fuse_attr *>(thread.out + 16)):
+                how = self.attributes(thread, reply)
+        elif opcode == LOOKUP:
+            if shown.alone and size > 1 and size <= NAME_MAX + 1 and body[size - 1] == 0:
+                if lane_is_absent(shown.directory, body):
+                    how = self.absent(thread, reply)
+        elif shown.lent and self.young is not None:
+            how = self.answer_young(thread, shown.directory, size, reply)
+        end_looking(shown)
         return how
 
-    cdef int stat_shown(self, Thread *thread, const Shown *shown, Reply *reply) noexcept nogil:
-        cdef fuse_attr *attr = <fuse_attr *>(thread.out + 16)
-        if lane_stat_directory(shown.directory, attr):
-            return FOR_PYTHON
-        attr.ino = shown.inode
-        if shown.links:
-            attr.nlink = shown.links
-        return self.attributes(thread, reply)
-
-    cdef int miss_shown(
-        self, Thread *thread, const Shown *shown, const char *name, Reply *reply
+    cdef int answer_young(
+        self, Thread *thread, int directory, size_t size, Reply *reply
     ) noexcept nogil:
-        if not lane_is_absent(shown.directory, name):
-            return FOR_PYTHON
-        return self.absent(thread, reply)
+        """Answer what is asked of a young file, or make or delete one in a directory of upper."""
+        cdef const fuse_in_header *header = <const fuse_in_header *>thread.request
+        cdef Asked asked
+        cdef int how
+        asked.opcode, asked.unique, asked.node = header.opcode, header.unique, header.nodeid
+        asked.uid, asked.gid, asked.slot = header.uid, header.gid, thread.slot
+        asked.body, asked.size = thread.request + HEADER, size
+        asked.out, asked.length, asked.error = thread.out, 0, 0
+        if directory < 0:
+            how = self.young.answer(&asked)
+        elif asked.opcode == UNLINK:
+            how = self.young.unlink(&asked, directory)
+        else:
+            how = self.young.create(&asked, directory)
+            if how == ANSWERED and self.xattrs:
+                self.bare[asked.made % BARE] = asked.made
+        reply.error, reply.data, reply.length = asked.error, asked.out, asked.length
+        return how
 
     cdef int answer_held(
         self, Thread *thread, uint32_t opcode, uint64_t node, const char *body, size_t size,
@@ -1047,6 +1031,11 @@ cdef class Loop:
 
     cdef int forget(self, uint64_t node, const uint64_t *count) noexcept nogil:
         """Nodes of the index need no counting until they change; those of tables count there."""
+        cdef int how
+        if self.young is not None and self.young.table.count:
+            how = self.young.forget(node, count[0])
+            if how != NOT_YOUNG:
+                return how
         if self.is_as_indexed(node):
             if self.dirty[node] & CACHED:
                 opens_unmark(&self.dirty[node], CACHED)  # what the kernel forgets has no pages

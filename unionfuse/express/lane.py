@@ -24,10 +24,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from unionfuse import xattrs
+from unionfuse import syscalls, xattrs
 from unionfuse._attributes import Attributes
 from unionfuse.express import passthrough, protocol
 from unionfuse.express._lane import NODE_HANDLE, Loop, can_use_rings
+from unionfuse.express.lending import Lending
 from unionfuse.express.messages import MALFORMED, Call
 from unionfuse.express.passthrough import Passthrough
 from unionfuse.express.protocol import InitFlag, Opcode, Wanted
@@ -94,6 +95,7 @@ class Lane:
         self._as_on_disk = _shows_layers_as_they_are(options)
         self._index = union.index if self._as_on_disk else None
         self._loop = self._make_loop()
+        self._lending = self._make_lending()
         self._methods = Requests(self, union).methods
         if survivor is not None:
             self._loop.stay_resident(_MAX_WRITE)
@@ -125,6 +127,17 @@ class Lane:
             opens = survivor.opens(size) if survivor is not None else None
             loop.open_here(self._size_to_pass_through(), opens)
         return loop
+
+    def _make_lending(self) -> Lending | None:
+        """Who lends the loop directories to make files in; None: the union makes all."""
+        options = self._options
+        writes = options.upperdir is not None and not options.read_only
+        with_xattrs = not (options.noxattrs or options.noacl)
+        if not (self._as_on_disk and with_xattrs and writes and syscalls.dies_young_at() >= 0):
+            return None
+        lending = Lending(self._fuse, self._union, min(int(options.timeout), protocol.FOREVER))
+        self._loop.make_files(lending.files, lending.prepare)
+        return lending
 
     def _start_readers(self) -> None:
         """Begin to serve, once INIT is answered."""
@@ -179,7 +192,10 @@ class Lane:
         self._init = request
 
     def _use_passthrough(self, enabled: bool) -> None:
-        self._passthrough = Passthrough(self._fuse, enabled, self._union.tree.journal)
+        lock = self._lending.files if self._lending is not None else None
+        self._passthrough = Passthrough(self._fuse, enabled, self._union.tree.journal, lock)
+        if self._lending is not None:
+            self._lending.use(self._passthrough)
 
     def _wants_rings(self) -> bool:
         if self._options.uring == "off" or not can_use_rings():
@@ -256,9 +272,15 @@ class Lane:
             for opcode, (here, python) in self._loop.counts().items()
         }
 
+    def handed(self) -> int:
+        """How many of them were answered by Python."""
+        return sum(python for _, python in self._loop.counts().values())
+
     def close(self) -> None:
         """End the threads and close the channel; call it once the mount has ended."""
         self._loop.stop()
+        if self._lending is not None:
+            self._lending.files.stop()
         for _ in range(_WAITERS):
             self._work.put(None)
         if self._pair is not None:
@@ -284,7 +306,8 @@ class Lane:
 
     def _serve_until_end(self, cpu: int | None) -> None:
         """Read /dev/fuse, or be the ring of one CPU, until the mount has ended."""
-        failure = self._loop.run() if cpu is None else self._loop.run_ring(cpu)
+        slot = self._survivor.slot() if self._survivor is not None else 0
+        failure = self._loop.run(slot) if cpu is None else self._loop.run_ring(cpu, slot)
         if failure not in _ENDS:
             what = "reading /dev/fuse" if cpu is None else f"io_uring queue {cpu}"
             log.error("the express lane ends: %s: %s", what, os.strerror(failure))
@@ -480,7 +503,12 @@ class Lane:
                 if found is not None:
                     directory, inode, alone = found
                     links = 0 if alone else 1  # see attributes.shown
-                    self._loop.show(node, os.dup(directory), inode, links, alone)
+                    lent = alone and self._lending is not None and self._lending.may_have(node)
+                    self._loop.show(node, os.dup(directory), inode, links, alone, lent)
+
+    def hide(self, node: int) -> None:
+        """Have Python asked about a directory of upper."""
+        self._loop.hide(node)
 
     def forgotten(self, node: int) -> None:
         """The kernel has dropped a node; its id may become another file's."""

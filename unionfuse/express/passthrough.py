@@ -20,6 +20,7 @@ import errno
 import fcntl
 import struct
 import threading
+from contextlib import AbstractContextManager
 
 from unionfuse.express import protocol
 from unionfuse.express.protocol import OpenFlag
@@ -62,14 +63,33 @@ class Passthrough:
         fuse: the mounted /dev/fuse.
         enabled: passthrough was negotiated; otherwise every open goes through the page cache.
         journal: where the next daemon finds the ids: the kernel keeps them when this one dies.
+        lock: held while an id is asked for and noted: one that could not be noted is the next one.
     """
 
-    def __init__(self, fuse: int, enabled: bool, journal: Journal) -> None:
+    def __init__(
+        self,
+        fuse: int,
+        enabled: bool,
+        journal: Journal,
+        lock: AbstractContextManager[object] | None = None,
+    ) -> None:
         self._fuse = fuse
         self._enabled = enabled
         self._journal = journal
         self._nodes: dict[int, _Node] = {}
-        self._lock = threading.Lock()
+        self._lock = lock if lock is not None else threading.Lock()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether files are passed through, as far as is known."""
+        return self._enabled
+
+    def adopt(self, node: int, handle: int, backing: int) -> None:
+        """Count an open that somebody else has answered, be it with a backing file."""
+        with self._lock:
+            known = self._nodes.setdefault(node, _Node())
+            known.backing = backing
+            (known.passing if backing else known.cached).add(handle)
 
     def opened(self, node: int, handle: int, descriptor: int, lasting: bool) -> tuple[int, int]:
         """(open_flags, backing id) for the reply to an open.

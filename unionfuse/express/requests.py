@@ -309,12 +309,14 @@ class Requests:
         return self._copy(call, protocol.COPY_FILE_RANGE_OUT.size)
 
     def _copy(self, call: Call, answer_size: int) -> bytes | None:
-        source, offset_in, _, target, offset_out, length, flags = (
+        source, offset_in, other, target, offset_out, length, flags = (
             protocol.COPY_FILE_RANGE_IN.unpack_from(call.body)
         )
         if flags:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         length = min(length, _COPY_MOST)
+        with self._union.lock:
+            self._union.tree.young.adopt(other)
         source = self._lane.union_handle(source)
 
         def copy() -> bytes:
@@ -366,7 +368,7 @@ class Requests:
                 if not full:
                     out += record
                 if full or not plus:
-                    self._union.forget(entry.node, 1)  # only what READDIRPLUS emits is a lookup
+                    self._union.unlist(entry.node)  # only what READDIRPLUS emits is a lookup
                 if full:
                     break
         return bytes(out)
@@ -402,6 +404,7 @@ class Requests:
             return None
         self._lane.has_no_capabilities(call.node, False)
         self._union.setxattr(call.node, name, value, flags)
+        self._lane.hide(call.node)  # it may hand down an ACL now
         if extra & protocol.SETXATTR_ACL_KILL_SGID:
             mode = self._union.getattr(call.node).mode & 0o5777
             self._union.setattr(call.node, Changes(mode=mode))

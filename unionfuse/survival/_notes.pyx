@@ -7,36 +7,9 @@ last. What the notes mean is in journal.py and intents.py.
 """
 
 from libc.stdint cimport uint64_t
-from libc.string cimport memcpy
-
-
-cdef extern from "_notes.h":
-    void notes_store(uint64_t *place, uint64_t value) nogil
-
-
-# A record of the journal; its payload follows.
-cdef struct Record:
-    uint64_t header  # see journal.py
-    uint64_t number, lookups, inode, parent
-
-# A slot of the intent log; REPLY_AT bytes behind its beginning is the reply, then the request.
-cdef struct Slot:
-    uint64_t unique, state, opcode, node, length
-    uint64_t nodes[2]
-    uint64_t inodes[2]
-    uint64_t kinds[2]
-    uint64_t moving, handle
-    uint64_t error, reply_length
+from libc.string cimport memcpy, memset
 
 FREE, BEGUN, FINISHED = range(3)
-
-cdef enum:
-    IS_FREE = 0
-    IS_BEGUN = 1
-    IS_FINISHED = 2
-    REPLY_AT = 128
-    REPLY_MOST = 256
-    BODY_AT = REPLY_AT + REPLY_MOST
 
 cdef uint64_t KIND = <uint64_t>0xFF << 32
 
@@ -44,21 +17,20 @@ cdef uint64_t KIND = <uint64_t>0xFF << 32
 cdef class Notes:
     """The notes in one shared memory.
 
+    Records may be put in, and made to count no more, by several threads at a time.
+
     Arguments:
         memory: all of it; not to be unmapped before `close`.
         slot_size: bytes of a slot.
     """
 
-    cdef unsigned char[:] memory
-    cdef char *base
-    cdef size_t slot_size
-    cdef uint64_t *end
-    cdef uint64_t start, limit, garbage
-    cdef readonly uint64_t live
-
     def __cinit__(self, unsigned char[:] memory, size_t slot_size):
         self.memory, self.slot_size = memory, slot_size
         self.base = <char *>&self.memory[0]
+        pthread_mutex_init(&self.mutex, NULL)
+
+    def __dealloc__(self):
+        pthread_mutex_destroy(&self.mutex)
 
     def close(self):
         """Let go of the memory; nothing may be noted afterwards."""
@@ -94,22 +66,35 @@ cdef class Notes:
         Arguments:
             long_payload: the header does not say how long it is.
         """
-        cdef uint64_t length = len(payload), size = (sizeof(Record) + length + 7) & ~<uint64_t>7
-        cdef uint64_t at
-        cdef Record *record
         if self.end == NULL:
             raise ValueError("no half")
+        return self.put(
+            kind, kind_of_file, number, lookups, inode, parent, <const char *>payload, len(payload),
+            long_payload,
+        )
+
+    cdef uint64_t put(
+        self, uint64_t kind, uint64_t kind_of_file, uint64_t number, uint64_t lookups,
+        uint64_t inode, uint64_t parent, const char *payload, uint64_t length, bint long_payload
+    ) noexcept nogil:
+        """`append`, for who has no GIL."""
+        cdef uint64_t size = (sizeof(Record) + length + 7) & ~<uint64_t>7
+        cdef uint64_t at
+        cdef Record *record
+        pthread_mutex_lock(&self.mutex)
         at = self.end[0]
         if at + size > self.limit or at - self.start > 2 * self.live + self.garbage:
+            pthread_mutex_unlock(&self.mutex)
             return 0
         record = <Record *>(self.base + at)
         record.header = size | kind << 32 | kind_of_file << 56
         if not long_payload:
             record.header |= (length & 0xFFFF) << 40
         record.number, record.lookups, record.inode, record.parent = number, lookups, inode, parent
-        memcpy(<char *>record + sizeof(Record), <const char *>payload, length)
+        memcpy(<char *>record + sizeof(Record), payload, length)
         notes_store(self.end, at + size)
         self.live += size
+        pthread_mutex_unlock(&self.mutex)
         return at
 
     def replace(
@@ -135,13 +120,25 @@ cdef class Notes:
 
     cpdef become(self, uint64_t offset, uint64_t kind):
         """Make a record one of another kind."""
-        cdef uint64_t *header = <uint64_t *>self.at(offset)
+        self.at(offset)
+        self.turn(offset, kind)
+
+    cdef void turn(self, uint64_t offset, uint64_t kind) noexcept nogil:
+        """`become`, for who has no GIL."""
+        cdef uint64_t *header = <uint64_t *>(self.base + offset)
         notes_store(header, header[0] & ~KIND | kind << 32)
 
     cpdef kill(self, uint64_t offset):
         """Have a record count no more."""
-        self.become(offset, 0)
-        self.live -= (<Record *>self.at(offset)).header & 0xFFFFFFFF
+        self.at(offset)
+        self.end_record(offset)
+
+    cdef void end_record(self, uint64_t offset) noexcept nogil:
+        """`kill`, for who has no GIL."""
+        self.turn(offset, 0)
+        pthread_mutex_lock(&self.mutex)
+        self.live -= (<Record *>(self.base + offset)).header & <uint64_t>0xFFFFFFFF
+        pthread_mutex_unlock(&self.mutex)
 
     def set_lookups(self, uint64_t offset, uint64_t lookups):
         """Note a record's lookups."""
@@ -160,14 +157,24 @@ cdef class Notes:
             one, other: (id, inode number, type) of the nodes that it is about; zeros for none.
         """
         cdef Slot *slot = <Slot *>self.at(offset)
-        cdef size_t length = min(len(body), self.slot_size - BODY_AT)
-        notes_store(&slot.state, IS_FREE)
-        slot.unique, slot.opcode, slot.node, slot.length = unique, opcode, node, length
+        self.open_slot(slot, unique, opcode, node, <const char *>body, len(body))
         slot.nodes[0], slot.inodes[0], slot.kinds[0] = one
         slot.nodes[1], slot.inodes[1], slot.kinds[1] = other
-        slot.moving = slot.handle = 0
-        memcpy(<char *>slot + BODY_AT, <const char *>body, length)
         notes_store(&slot.state, IS_BEGUN)
+
+    cdef void open_slot(
+        self, Slot *slot, uint64_t unique, uint64_t opcode, uint64_t node, const char *body,
+        size_t length
+    ) noexcept nogil:
+        """Fill in what a slot says of a request, and of no node; it counts once it is IS_BEGUN."""
+        length = min(length, self.slot_size - BODY_AT)
+        notes_store(&slot.state, IS_FREE)
+        slot.unique, slot.opcode, slot.node, slot.length = unique, opcode, node, length
+        memset(slot.nodes, 0, sizeof(slot.nodes))
+        memset(slot.inodes, 0, sizeof(slot.inodes))
+        memset(slot.kinds, 0, sizeof(slot.kinds))
+        slot.moving = slot.handle = 0
+        memcpy(<char *>slot + BODY_AT, body, length)
 
     def handle(self, uint64_t offset, uint64_t handle):
         """Note with which handle the request of a slot is going to be answered."""
@@ -179,11 +186,16 @@ cdef class Notes:
 
     def finish(self, uint64_t offset, uint64_t error, bytes reply):
         """Note what the request of a slot is answered with."""
-        cdef Slot *slot = <Slot *>self.at(offset)
         if len(reply) > REPLY_MOST:
             raise ValueError("a reply of this length")
-        slot.error, slot.reply_length = error, len(reply)
-        memcpy(<char *>slot + REPLY_AT, <const char *>reply, len(reply))
+        self.close_slot(<Slot *>self.at(offset), error, <const char *>reply, len(reply))
+
+    cdef void close_slot(
+        self, Slot *slot, uint64_t error, const char *reply, size_t length
+    ) noexcept nogil:
+        """`finish`, for who has no GIL."""
+        slot.error, slot.reply_length = error, length
+        memcpy(<char *>slot + REPLY_AT, reply, length)
         notes_store(&slot.state, IS_FINISHED)
 
     def drop(self, uint64_t offset):

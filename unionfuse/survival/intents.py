@@ -117,7 +117,7 @@ class IntentLog:
             try:
                 place: int = local.place
             except AttributeError:
-                place = self._own_place()
+                place = self.own_place()
             begin(place, unique, opcode, call.node, call.body, *subjects(call))
             try:
                 reply_or_later = method(call)
@@ -141,7 +141,8 @@ class IntentLog:
             raise OSError(error, os.strerror(error))
         return reply
 
-    def _own_place(self) -> int:
+    def own_place(self) -> int:
+        """The offset of the running thread's slot, for who calls this first in a thread."""
         with self._lock:
             slot = self._first + self._given
             self._given += 1

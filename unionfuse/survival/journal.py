@@ -15,6 +15,7 @@ import stat
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 from unionfuse import view
@@ -51,7 +52,8 @@ class SharedJournal(Journal):
     def __init__(self, memory: SharedMemory, descriptors: Descriptors) -> None:
         """Read what is there already. Raises TakeOverError where it makes no sense."""
         self._memory = memory
-        self._bytes, self._words, self._notes = memory.bytes, memory.words, memory.notes
+        self._bytes, self._words = memory.bytes, memory.words
+        self.notes = self._notes = memory.notes
         self._descriptors = descriptors
         self._half = self._words[Word.HALF]
         self._at: dict[int, int] = {}  # id -> offset of its record
@@ -138,7 +140,8 @@ class SharedJournal(Journal):
 
     def orphans(self) -> set[int]:
         # One may have been given that nobody could note: they are given one at a time.
-        unknown = {self._words[Word.BACKING] + 1, self._words[Word.CLOSING]} - {0}
+        given_back = {self._words[Word.CLOSING], self._words[Word.CLOSING_YOUNG]}
+        unknown = {self._words[Word.BACKING] + 1} | given_back - {0}
         return (self._backings | unknown) - {handle.backing for handle in self.handles()}
 
     def doubtful(self) -> Iterator[tuple[int, int, bytes, int]]:
@@ -305,6 +308,12 @@ class SharedJournal(Journal):
     def let_go(self, number: int) -> None:
         self._descriptors.let_go(descriptor_name(number))
 
+    def adopted(self, number: int, record: int) -> None:
+        self._at[number] = record
+
+    def adopted_handle(self, handle: int, record: int) -> None:
+        self._handles[handle] = record
+
     def count(self, node: Node) -> None:
         at = self._at.get(node.id)
         if at is not None:
@@ -448,6 +457,10 @@ class SharedJournal(Journal):
         for number in self._unreachable():
             self._lost.discard(number)
             self.drop(number)
+        with self.young or nullcontext():
+            self._move()
+
+    def _move(self) -> None:
         old, old_end = self._start, self._words[Word.END + self._half]
         self._half ^= 1
         end = self._start
@@ -463,6 +476,8 @@ class SharedJournal(Journal):
                 self._bytes[end : end + size] = self._bytes[at : at + size]
                 known[key] = end
                 end += size
+        if self.young is not None:
+            end = self.young.move_notes(end)
         self._words[Word.END + self._half] = end
         self._words[Word.HALF] = self._half
         self._write_here(end - self._start)

@@ -47,6 +47,7 @@ class Word(enum.IntEnum):
     FULL = 7  # not 0: something did not fit, so no other daemon can take over
     BACKING = 8  # the backing id that the kernel gave last; it counts upwards
     CLOSING = 9  # the backing id that was given back last, or is just being given back
+    CLOSING_YOUNG = 10  # the same, of a young file (express/_young.pyx)
 
 
 class TakeOverError(Exception):

@@ -137,6 +137,10 @@ class Survivor:
             raise TakeOverError(f"{cause} is another one")
         return descriptor
 
+    def slot(self) -> int:
+        """The offset of the running thread's slot in the intent log."""
+        return self._intents.own_place()
+
     def guard(self, methods: dict[int, Method]) -> None:
         """Have each request that must not be done twice done once."""
         for opcode in GUARDED:
