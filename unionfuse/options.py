@@ -95,9 +95,7 @@ class MountOptions(NamedTuple):
     lookup_index: bytes | None = None
     stats: bool = False
     keeper: bool | None = None  # None: where a daemon can be replaced
-    sleep: float = (
-        0  # the daemon ends after at most so many seconds without a request, until one comes
-    )
+    sleep: float = 0  # seconds without a request, then the daemon ends until one comes; 0: never
 
     mount_flags: MountFlag = MountFlag.NONE
     allow_other: bool = False
