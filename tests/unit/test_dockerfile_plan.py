@@ -109,7 +109,7 @@ def test_only_what_the_target_needs_is_planned_and_resolved() -> None:
     assert [stage.name for stage in made.stages] == ["one", "two", "four"]
     assert {name for name, _ in asked} == {"a", "b", "d", "image:1"}
     assert made.stages[-1].needs == {1} and made.stages[1].needs == {0}
-    assert [stage.name for stage in plan(text)[0].stages] == ["4"]
+    assert [stage.name for stage in plan(text)[0].stages] == ["stage-4"]
     assert [stage.name for stage in plan(text, target="2")[0].stages] == ["three"]
 
 

@@ -49,7 +49,8 @@ def test_pyfuse3_ends_with_the_mount(
 @pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EIO])
 def test_the_lane_ends_with_the_mount(number: int, caplog: pytest.LogCaptureFixture) -> None:
     ended = Event()
-    lane = SimpleNamespace(_loop=SimpleNamespace(run=lambda: number), _end=ended.set)
+    loop = SimpleNamespace(run=lambda _slot: number)
+    lane = SimpleNamespace(_loop=loop, _survivor=None, _end=ended.set)
     with caplog.at_level(logging.ERROR):
         Lane._serve_until_end(cast(Any, lane), None)
     assert ended.is_set()
