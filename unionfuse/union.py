@@ -15,23 +15,24 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from unionfuse import attributes, syscalls, view, xattrs
-from unionfuse._attributes import Attributes
-from unionfuse.copyup import INLINE_SIZE, CopyUp
-from unionfuse.forgetting import Forgetting
-from unionfuse.journal import Journal
-from unionfuse.layer import LayerStack
-from unionfuse.node import Caller, Changes, Directory, Entry, Node
-from unionfuse.openfiles import OpenFiles
+from unionfuse import syscalls
+from unionfuse.changes.copyup import INLINE_SIZE, CopyUp
+from unionfuse.changes.renaming import Renaming
+from unionfuse.changes.upper import Upper
+from unionfuse.layers.layer import LayerStack
+from unionfuse.layers.upperdir import UpperDirectory
 from unionfuse.options import MountOptions
-from unionfuse.renaming import Renaming
-from unionfuse.revival import Revival
-from unionfuse.tree import Tree, failure
-from unionfuse.upper import Upper
-from unionfuse.upperdir import UpperDirectory
+from unionfuse.tree import attributes, view, xattrs
+from unionfuse.tree.forgetting import Forgetting
+from unionfuse.tree.journal import Journal
+from unionfuse.tree.node import Caller, Changes, Directory, Entry, Node
+from unionfuse.tree.openfiles import OpenFiles
+from unionfuse.tree.revival import Revival
+from unionfuse.tree.tree import Tree, failure
+from unionfuse.wire._attributes import Attributes
 
 if TYPE_CHECKING:
-    from unionfuse.index import LookupIndex
+    from unionfuse.index.lookup import LookupIndex
 
 log = logging.getLogger(__name__)
 

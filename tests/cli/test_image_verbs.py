@@ -118,7 +118,7 @@ def test_a_switch_that_is_neither_on_nor_off(unionfuse: Command) -> None:
 HEAVY = [
     *("asyncio", "concurrent.futures", "dataclasses", "dockerfile", "email", "http.client"),
     *("inspect", "isal", "logging", "pyfuse3", "rich", "shutil", "ssl", "subprocess", "tempfile"),
-    *("trio", "unionfuse.express.protocol", "urllib.request", "zstandard"),
+    *("trio", "unionfuse.wire.protocol", "urllib.request", "zstandard"),
 ]
 
 

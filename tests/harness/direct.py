@@ -16,16 +16,16 @@ from harness.snapshot import KINDS, Record, Tree
 # a number that no count reaches: the hooks are put in place, and daemons do not inherit it
 os.environ["UNIONFUSE_TEST_KILL_AT"] = "-1"
 from unionfuse import syscalls
-from unionfuse._attributes import Attributes
-from unionfuse.express import protocol
 from unionfuse.express._lane import Loop
-from unionfuse.express.protocol import Opcode
-from unionfuse.index import LookupIndex
-from unionfuse.index_builder import build as build_index
-from unionfuse.layer import LayerStack
-from unionfuse.node import Caller, Changes, Entry
+from unionfuse.index.builder import build as build_index
+from unionfuse.index.lookup import LookupIndex
+from unionfuse.layers.layer import LayerStack
 from unionfuse.options import MountOptions
+from unionfuse.tree.node import Caller, Changes, Entry
 from unionfuse.union import Union
+from unionfuse.wire import protocol
+from unionfuse.wire._attributes import Attributes
+from unionfuse.wire.protocol import Opcode
 
 del os.environ["UNIONFUSE_TEST_KILL_AT"]
 

@@ -17,8 +17,8 @@ import atheris
 with atheris.instrument_imports(include=["unionfuse"], enable_loader_override=False):
     from harness.malformed import Door, clean
 
-from unionfuse.express import protocol
-from unionfuse.express.protocol import Opcode
+from unionfuse.wire import protocol
+from unionfuse.wire.protocol import Opcode
 
 _MOST_REQUESTS = 8
 _CHECK_EVERY = 2000  # inputs

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from harness.layers import Dir, HardLink, Layer, Symlink, Whiteout, build
 from harness.mounts import fingerprint, remove_tree
-from unionfuse.eventloop import EventLoop
-from unionfuse.express import protocol
 from unionfuse.express.lane import Lane
-from unionfuse.express.protocol import Opcode
-from unionfuse.layer import LayerStack
+from unionfuse.layers.layer import LayerStack
 from unionfuse.options import parse
+from unionfuse.pyfuse.eventloop import EventLoop
 from unionfuse.union import Union
+from unionfuse.wire import protocol
+from unionfuse.wire.protocol import Opcode
 
 _LOWER: Layer = {
     "a": "x" * 5000,

@@ -7,8 +7,9 @@ The model is that of a file system with an ordered journal (ext4, XFS):
 - fsync of a file makes everything persistent up to the last change of its names and attributes, of
   a directory up to the last change in it; syncfs makes everything persistent.
 - Data is persistent only once fsync or sync_file_range has waited for it (the latter counts since
-  these file systems log a file's size and blocks before the writing ends, see unionfuse.ordering).
-  Of a file that was made and whose data was not waited for nothing is left but its name.
+  these file systems log a file's size and blocks before the writing ends, see
+  unionfuse.layers.ordering). Of a file that was made and whose data was not waited for nothing is
+  left but its name.
 
 `Recorder` notes the calls at unionfuse.syscalls; `disks` replays them.
 """

@@ -18,7 +18,7 @@ import pytest
 from harness.actions import BASE, TOP, in_arenas
 from harness.mounts import Mounted, Workshop
 
-from unionfuse.express import protocol
+from unionfuse.wire import protocol
 
 pytestmark = [pytest.mark.long, pytest.mark.on("unionfuse"), pytest.mark.through("unionfuse")]
 

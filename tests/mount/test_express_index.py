@@ -11,8 +11,8 @@ from harness.layers import Dir, File, HardLink, Symlink, Whiteout
 from harness.mounts import Mounted, Stack, Workshop
 from harness.snapshot import assert_equal
 
-from unionfuse.index_builder import build
-from unionfuse.layer import LayerStack
+from unionfuse.index.builder import build
+from unionfuse.layers.layer import LayerStack
 
 pytestmark = pytest.mark.on("unionfuse")
 

@@ -19,8 +19,8 @@ import pytest
 from harness.layers import File, Layer
 from harness.mounts import Mounted, Stack, Workshop
 
-from unionfuse.index_builder import build
-from unionfuse.layer import LayerStack
+from unionfuse.index.builder import build
+from unionfuse.layers.layer import LayerStack
 
 pytestmark = pytest.mark.on("unionfuse")
 

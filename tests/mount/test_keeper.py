@@ -236,13 +236,13 @@ def test_a_service_manager_holds_what_the_keeper_held(workshop: Workshop) -> Non
 
 OLD_KERNEL = """
 import sys
-from unionfuse.express import protocol
+from unionfuse.wire import protocol
 whole = protocol.parse_init
 def without(body):
     found = whole(body)
     return found._replace(flags=found.flags & ~protocol.InitFlag.HAS_RESEND)
 protocol.parse_init = without
-from unionfuse.__main__ import main
+from unionfuse.daemon.command import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from unionfuse import syscalls
-from unionfuse.index_builder import build
-from unionfuse.layer import LayerStack
+from unionfuse.index.builder import build
+from unionfuse.layers.layer import LayerStack
 
 WANTED = {"d2/f2": "f", "d2/sub2/f": "s", "d2/sub2/g": "g"}
 

@@ -15,7 +15,7 @@ import pytest
 from harness.disks import Disk
 from harness.mounts import Daemon, unionfuse_command
 
-from unionfuse.ordering import keeps_order
+from unionfuse.layers.ordering import keeps_order
 
 _SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN
 _WITHOUT_FLUSH = 2  # EXT4_GOING_FLAGS_NOLOGFLUSH

@@ -20,9 +20,9 @@ from harness.mounts import is_mounted, remove_tree, staging_files, unionfuse_com
 from harness.users import as_user, in_child
 from harness.waiting import wait_until
 
-import unionfuse.__main__
-import unionfuse.daemon  # now: a user that a test becomes could not read it any more
-import unionfuse.serving
+import unionfuse.daemon.command
+import unionfuse.daemon.daemon  # now: a user that a test becomes could not read it any more
+import unionfuse.daemon.serving
 from unionfuse import mounting, syscalls
 
 _MS_BIND, _MS_REC, _MS_PRIVATE = 0x1000, 0x4000, 0x40000
@@ -152,7 +152,9 @@ def test_a_signal_that_comes_before_the_keeper_listens_is_not_lost(place: Place)
         f"os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])\n"
     )  # not a shell: some clear the mask of signals
     python.chmod(0o755)
-    script = f"import sys; sys.executable = {str(python)!r}; from unionfuse.__main__ import main; "
+    script = (
+        f"import sys; sys.executable = {str(python)!r}; from unionfuse.daemon.command import main; "
+    )
     words = [sys.executable, "-c", script + "sys.exit(main())", "-f", *place.words(keeper="on")]
     process = subprocess.Popen(words)
     try:
@@ -487,7 +489,7 @@ def _dumpable() -> None:
 def _mount_change_unmount(words: list[str]) -> tuple[int, str, str, str]:
     _dumpable()
     mnt = Path(words[-1])
-    code = unionfuse.__main__.main(words)
+    code = unionfuse.daemon.command.main(words)
     content = (mnt / "file").read_text()
     (mnt / "new").write_text("new")
     (mnt / "file").unlink()
@@ -527,7 +529,7 @@ def test_root_of_a_user_namespace_mounts_by_itself(own_place: Place) -> None:
 
 def _refused(words: list[str]) -> int:
     _dumpable()
-    return unionfuse.__main__.main(words)
+    return unionfuse.daemon.command.main(words)
 
 
 def test_no_permission_for_the_device(own_place: Place, capfd: pytest.CaptureFixture[str]) -> None:

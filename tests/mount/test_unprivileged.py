@@ -12,9 +12,9 @@ from harness.snapshot import Tree, assert_equal, snapshot
 from harness.users import as_user
 from harness.watchdog import Watchdog
 
-import unionfuse.__main__
-import unionfuse.daemon  # now: a user that a test becomes could not read it any more
-import unionfuse.serving
+import unionfuse.daemon.command
+import unionfuse.daemon.daemon  # now: a user that a test becomes could not read it any more
+import unionfuse.daemon.serving
 from unionfuse import mounting
 
 USER = 65534  # nobody: fusermount3 wants one that has a name
@@ -71,7 +71,7 @@ def _use(words: list[str]) -> tuple[Tree, Tree]:
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
     root, seen = Path(words[-1]), []
     for number in range(2):
-        assert unionfuse.__main__.main(words) == 0
+        assert unionfuse.daemon.command.main(words) == 0
         if number == 0:
             _change(root)
         seen.append(snapshot(root))

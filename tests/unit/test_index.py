@@ -15,11 +15,11 @@ from harness.layers import Dir, File, HardLink, Layer, Special, Symlink, Whiteou
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unionfuse.index import CHECKSUM, HEADER_SIZE, LookupIndex, LookupIndexError, _hash
-from unionfuse.index_builder import build as build_index
-from unionfuse.index_builder import extend
-from unionfuse.index_check import damage, differences
-from unionfuse.layer import LayerStack
+from unionfuse.index.builder import build as build_index
+from unionfuse.index.builder import extend
+from unionfuse.index.check import damage, differences
+from unionfuse.index.lookup import CHECKSUM, HEADER_SIZE, LookupIndex, LookupIndexError, _hash
+from unionfuse.layers.layer import LayerStack
 from unionfuse.options import parse
 from unionfuse.union import Union
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unionfuse.node import Directory, Node
 from unionfuse.survival import journal as module
 from unionfuse.survival.journal import SharedJournal
 from unionfuse.survival.memory import SharedMemory, TakeOverError, Word
+from unionfuse.tree.node import Directory, Node
 
 
 class Keeper:

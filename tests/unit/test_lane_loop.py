@@ -10,13 +10,13 @@ from harness.layers import File, HardLink, Symlink, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unionfuse._tables import Tables
-from unionfuse.express import protocol
 from unionfuse.express._lane import Loop
-from unionfuse.express.protocol import Opcode, SetattrValid
-from unionfuse.index import LookupIndex, LookupIndexError
-from unionfuse.index_builder import build as build_index
-from unionfuse.layer import LayerStack
+from unionfuse.index.builder import build as build_index
+from unionfuse.index.lookup import LookupIndex, LookupIndexError
+from unionfuse.layers.layer import LayerStack
+from unionfuse.tree._tables import Tables
+from unionfuse.wire import protocol
+from unionfuse.wire.protocol import Opcode, SetattrValid
 
 LAYER = {
     "file": "x",

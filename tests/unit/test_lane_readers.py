@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from harness.waiting import wait_until
 
-from unionfuse.express import protocol
 from unionfuse.express._lane import Loop
-from unionfuse.express.protocol import Opcode
+from unionfuse.wire import protocol
+from unionfuse.wire.protocol import Opcode
 
 QUICK, PYTHON = Opcode.ACCESS, Opcode.MKDIR  # what the loop answers by itself, and what it does not
 WAYS = ("off", "auto", "on")

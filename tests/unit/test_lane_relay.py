@@ -9,11 +9,11 @@ from pathlib import Path
 
 from harness.layers import build
 
-from unionfuse.express import protocol
 from unionfuse.express.lane import Lane
-from unionfuse.layer import LayerStack
+from unionfuse.layers.layer import LayerStack
 from unionfuse.options import parse
 from unionfuse.union import Union
+from unionfuse.wire import protocol
 
 INIT_BODY = struct.pack("=IIII48x", 7, 39, 1 << 17, int(protocol.ALWAYS & 0xFFFFFFFF))
 

@@ -9,13 +9,13 @@ from harness.layers import HardLink, Symlink, build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unionfuse.express import protocol
 from unionfuse.express.messages import MALFORMED, Call
-from unionfuse.express.protocol import Opcode
 from unionfuse.express.requests import Requests
-from unionfuse.layer import LayerStack
+from unionfuse.layers.layer import LayerStack
 from unionfuse.options import parse
 from unionfuse.union import Union
+from unionfuse.wire import protocol
+from unionfuse.wire.protocol import Opcode
 
 
 class QuietLane:

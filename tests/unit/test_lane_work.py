@@ -14,13 +14,13 @@ from typing import Any, cast
 import pytest
 from harness.layers import build
 
-from unionfuse.express import protocol
 from unionfuse.express.lane import Lane
 from unionfuse.express.passthrough import Passthrough
-from unionfuse.express.protocol import OpenFlag
-from unionfuse.layer import LayerStack
+from unionfuse.layers.layer import LayerStack
 from unionfuse.options import parse
 from unionfuse.union import Union
+from unionfuse.wire import protocol
+from unionfuse.wire.protocol import OpenFlag
 
 INIT_BODY = struct.pack("=IIII48x", 7, 39, 1 << 17, int(protocol.ALWAYS & 0xFFFFFFFF))
 

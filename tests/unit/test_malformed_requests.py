@@ -9,7 +9,7 @@ from harness.users import in_child
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from unionfuse.express.protocol import Opcode
+from unionfuse.wire.protocol import Opcode
 
 _WORDS = (b"a", b"b", b"d", b"e", b"new", b"..", b".", b"", b"x" * 256, b".wh.a", b"a/b", b"../d")
 _ATTRIBUTES = (b"user.a", b"trusted.overlay.opaque", b"security.capability")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unionfuse.express import protocol
-from unionfuse.express.protocol import InitFlag, Wanted
+from unionfuse.wire import protocol
+from unionfuse.wire.protocol import InitFlag, Wanted
 
 # sizeof() of the C structs, from include/uapi/linux/fuse.h
 SIZES = {

@@ -423,7 +423,7 @@ def test_without_privilege(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> No
         member("link", tarfile.SYMTYPE, linkname="d/file", uid=11),
         member(".wh.gone"),
     )
-    for module in ("index", "index_builder", "index_check", "layer"):
+    for module in ("index.lookup", "index.builder", "index.check", "layers.layer"):
         importlib.import_module(f"unionfuse.{module}")  # while it may still be read
     stat_of = "user.containers.override_stat"
 

@@ -15,14 +15,14 @@ from harness.layers import Dir, HardLink, Symlink, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unionfuse._tables import Tables
-from unionfuse.express import protocol
 from unionfuse.express._lane import Loop
-from unionfuse.express.protocol import Opcode
-from unionfuse.layer import LayerStack, Place
+from unionfuse.layers.layer import LayerStack, Place
 from unionfuse.options import parse
+from unionfuse.tree._tables import Tables
+from unionfuse.tree.view import merge
 from unionfuse.union import Union
-from unionfuse.view import merge
+from unionfuse.wire import protocol
+from unionfuse.wire.protocol import Opcode
 
 REGULAR, DIRECTORY = stat.S_IFREG, stat.S_IFDIR
 FIRST = 1 << 62
@@ -478,7 +478,8 @@ def test_a_walk_has_the_root_merged_by_the_union_and_nothing_else(
     loop.use_tables(union.tree.tables, True)
     merged = list[Sequence[Place]]()
     monkeypatch.setattr(
-        "unionfuse.merging.merge", lambda places, _: (merged.append(places), merge(places, _))[1]
+        "unionfuse.tree.merging.merge",
+        lambda places, _: (merged.append(places), merge(places, _))[1],
     )
     waiting, walked = [1], 0
     while waiting:

@@ -15,12 +15,12 @@ from typing import Any, cast
 
 import pytest
 
-from unionfuse.eventloop import EventLoop
-from unionfuse.express import protocol
 from unionfuse.express.lane import Lane
-from unionfuse.layer import LayerStack
+from unionfuse.layers.layer import LayerStack
 from unionfuse.options import parse
+from unionfuse.pyfuse.eventloop import EventLoop
 from unionfuse.union import Union
+from unionfuse.wire import protocol
 
 
 @pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EIO])

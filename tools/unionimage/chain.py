@@ -1,7 +1,8 @@
 """A stack of layer directories read as one tree, without a mount: for export, diff, which, commit.
 
 Everything is read when it is asked for and nothing is kept: this serves walks and single questions.
-Mounts are served by `unionfuse.union`, whose reading of marks (`unionfuse.view.scan`) is used here.
+Mounts are served by `unionfuse.union`; its reading of marks (`unionfuse.tree.view.scan`) is used
+here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from unionfuse import syscalls, view, whiteout
+from unionfuse import syscalls
+from unionfuse.layers import whiteout
+from unionfuse.tree import view
 from unionimage.tuples import NamedTuple
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY

@@ -296,7 +296,7 @@ def start_daemon(words: Sequence[str]) -> tuple[int, str]:
     A spawner forks the daemon. Without one it is a fork of this process, or a program of its own,
     and there is a spawner for the next time.
     """
-    from unionfuse import spawner
+    from unionfuse.daemon import spawner
     from unionimage import spawn
 
     with open(os.memfd_create("messages", os.MFD_CLOEXEC), "r+b") as messages:

@@ -1,4 +1,4 @@
-"""What the spawner does for commands (see `unionfuse.spawner`), and asking it.
+"""What the spawner does for commands (see `unionfuse.daemon.spawner`), and asking it.
 
 `python -m unionimage.spawn PATH LOCK` is the spawner itself. The everyday verbs of root are done by
 it as a whole: in the command nothing is imported for them, it only passes signals on. What types
@@ -11,10 +11,10 @@ import os
 import sys
 import time
 
-from unionfuse import errand
+from unionfuse.daemon import errand
 from unionimage.container.places import run_path
 
-TYPE_CHECKING = False  # see unionfuse.errand
+TYPE_CHECKING = False  # see unionfuse.daemon.errand
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
@@ -104,7 +104,7 @@ def start() -> None:
     import contextlib
     from pathlib import Path
 
-    from unionfuse import spawner
+    from unionfuse.daemon import spawner
 
     with contextlib.suppress(OSError):
         path = Path(_socket())
@@ -152,7 +152,7 @@ def main() -> None:
     import importlib
     from pathlib import Path
 
-    from unionfuse import spawner
+    from unionfuse.daemon import spawner
     from unionimage import cli
 
     for name in IMPORTS:

@@ -7,7 +7,7 @@ such files are held here, so that the last three need no Python.
 from libc.stdint cimport uint64_t
 from posix.unistd cimport close
 
-from unionfuse._wire cimport fuse_attr
+from unionfuse.wire._wire cimport fuse_attr
 
 
 cdef extern from "_held.h" nogil:

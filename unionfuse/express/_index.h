@@ -1,4 +1,4 @@
-/* Records of a lookup index as they lie in its file; see unionfuse/index.py. For _index.pxd alone. */
+/* Records of a lookup index as they lie in its file; see unionfuse/index/lookup.py. For _index.pxd alone. */
 #ifndef UNIONFUSE_INDEX_H
 #define UNIONFUSE_INDEX_H
 #define XXH_INLINE_ALL

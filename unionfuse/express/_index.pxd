@@ -1,13 +1,13 @@
 """A mapped lookup index, as the loop reads it: names, records, targets of links, paths in layers.
 
-Its form is described in unionfuse/index.py. Nothing in it is trusted: every length and offset is
+Its form is described in unionfuse/index/lookup.py. Nothing in it is trusted: every length and offset is
 checked before it is followed. Only node ids have to be, by who asks (`has_node`).
 """
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
-from unionfuse._wire cimport ENTRY_SIZE, RECORD_SIZE, fuse_dirent, record_length
+from unionfuse.wire._wire cimport ENTRY_SIZE, RECORD_SIZE, fuse_dirent, record_length
 
 
 cdef extern from "_index.h":

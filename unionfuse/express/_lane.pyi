@@ -2,9 +2,9 @@ from collections.abc import Callable, Iterable
 
 from typing_extensions import Buffer
 
-from unionfuse._tables import Tables
 from unionfuse.express._young import YoungFiles
-from unionfuse.index import LookupIndex
+from unionfuse.index.lookup import LookupIndex
+from unionfuse.tree._tables import Tables
 
 Handler = Callable[[int, int, int, int, int, int, bytes], bytes | int | None]
 

@@ -19,8 +19,8 @@ from libc.string cimport memchr, memcmp, memcpy, memset
 from posix.types cimport off_t
 from posix.unistd cimport close, pread
 
-from unionfuse._tables cimport ABSENT, BELOW, FOUND, SPARSE_NAMES, Tables
-from unionfuse._wire cimport (
+from unionfuse.tree._tables cimport ABSENT, BELOW, FOUND, SPARSE_NAMES, Tables
+from unionfuse.wire._wire cimport (
     ATTR_AT, ENTRY_SIZE, RECORD_SIZE, fuse_attr, fuse_dirent, record_length,
 )
 from unionfuse.express._held cimport HELD, Held, held_attributes, hold, let_all_go, let_go

@@ -7,7 +7,7 @@ before it makes it. One `fstat` or `fstatat` tells, by a descriptor that the loo
 from libc.stdint cimport uint32_t, uint64_t
 from posix.unistd cimport close
 
-from unionfuse._wire cimport fuse_attr
+from unionfuse.wire._wire cimport fuse_attr
 
 
 cdef extern from "_lane.h" nogil:

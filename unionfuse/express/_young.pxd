@@ -2,8 +2,8 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from unionfuse._wire cimport fuse_attr
-from unionfuse.survival._notes cimport Notes, pthread_mutex_t
+from unionfuse.wire._wire cimport fuse_attr
+from unionfuse.tree._notes cimport Notes, pthread_mutex_t
 
 
 cdef extern from "_young.h" nogil:

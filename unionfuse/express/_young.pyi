@@ -1,4 +1,4 @@
-from unionfuse.survival._notes import Notes
+from unionfuse.tree._notes import Notes
 
 def handle_of(node: int) -> int: ...
 

@@ -19,9 +19,9 @@ from libc.stdlib cimport free
 from libc.string cimport memchr, memcmp, memcpy, memset
 from posix.unistd cimport close
 
-from unionfuse._wire cimport ATTR_AT, ENTRY_SIZE, fuse_attr
+from unionfuse.wire._wire cimport ATTR_AT, ENTRY_SIZE, fuse_attr
 from unionfuse.express._requests cimport GETATTR, GETXATTR, IOCTL, LOOKUP, RELEASE, SETATTR
-from unionfuse.survival._notes cimport (
+from unionfuse.tree._notes cimport (
     IS_BEGUN, IS_FREE, Notes, Record, Slot, notes_store, pthread_mutex_destroy, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_unlock,
 )

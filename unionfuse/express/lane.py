@@ -24,20 +24,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from unionfuse import syscalls, xattrs
-from unionfuse._attributes import Attributes
-from unionfuse.express import passthrough, protocol
+from unionfuse import syscalls
+from unionfuse.express import passthrough
 from unionfuse.express._lane import NODE_HANDLE, Loop, can_use_rings
 from unionfuse.express.lending import Lending
 from unionfuse.express.messages import MALFORMED, Call
 from unionfuse.express.passthrough import Passthrough
-from unionfuse.express.protocol import InitFlag, Opcode, Wanted
 from unionfuse.express.requests import Requests
 from unionfuse.options import MountOptions
+from unionfuse.tree import xattrs
 from unionfuse.union import Union
+from unionfuse.wire import protocol
+from unionfuse.wire._attributes import Attributes
+from unionfuse.wire.protocol import InitFlag, Opcode, Wanted
 
 if TYPE_CHECKING:
-    from unionfuse.eventloop import EventLoop
+    from unionfuse.pyfuse.eventloop import EventLoop
     from unionfuse.survival.survivor import Survivor
 
 log = logging.getLogger(__name__)
@@ -382,7 +384,7 @@ class Lane:
 
     def _start_pyfuse(self) -> socket.socket:
         """Start pyfuse3 behind a pair of sockets; returns our end."""
-        from unionfuse.eventloop import EventLoop
+        from unionfuse.pyfuse.eventloop import EventLoop
 
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (ours, theirs):

@@ -12,14 +12,14 @@ import os
 import resource
 import stat
 
-from unionfuse import syscalls, view
-from unionfuse._attributes import Attributes
+from unionfuse import syscalls
 from unionfuse.express._young import YoungFiles, handle_of
 from unionfuse.express.passthrough import Passthrough
-from unionfuse.node import Directory, Entry, Node
-from unionfuse.survival import farewell
+from unionfuse.tree import farewell, view
+from unionfuse.tree.node import Directory, Entry, Node
+from unionfuse.tree.young import Young
 from unionfuse.union import Union
-from unionfuse.young import Young
+from unionfuse.wire._attributes import Attributes
 
 _NODES = 1 << 16  # ids that are given to the loop at a time
 

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
-from unionfuse._attributes import Attributes
-from unionfuse.express import protocol
-from unionfuse.node import Caller, Entry
 from unionfuse.syscalls import NOW
+from unionfuse.tree.node import Caller, Entry
+from unionfuse.wire import protocol
+from unionfuse.wire._attributes import Attributes
 
 ENTRY_SIZE = protocol.ENTRY_OUT.size + protocol.ATTR.size
 _STATX_BASIC_STATS = 0x7FF

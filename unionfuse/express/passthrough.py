@@ -22,9 +22,9 @@ import struct
 import threading
 from contextlib import AbstractContextManager
 
-from unionfuse.express import protocol
-from unionfuse.express.protocol import OpenFlag
-from unionfuse.journal import Journal
+from unionfuse.tree.journal import Journal
+from unionfuse.wire import protocol
+from unionfuse.wire.protocol import OpenFlag
 
 _CAP_SYS_ADMIN = 21
 

@@ -15,14 +15,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from unionfuse import syscalls
-from unionfuse._attributes import Attributes
 from unionfuse.capabilities import FSETID, has_capability
-from unionfuse.express import messages, protocol
+from unionfuse.express import messages
 from unionfuse.express._lane import NODE_HANDLE
 from unionfuse.express.messages import Call, Method
-from unionfuse.express.protocol import Opcode, OpenFlag, SetattrValid
-from unionfuse.node import Changes, Entry
+from unionfuse.tree.node import Changes, Entry
 from unionfuse.union import Union
+from unionfuse.wire import protocol
+from unionfuse.wire._attributes import Attributes
+from unionfuse.wire.protocol import Opcode, OpenFlag, SetattrValid
 
 if TYPE_CHECKING:
     from unionfuse.express.lane import Lane

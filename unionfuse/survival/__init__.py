@@ -2,8 +2,6 @@
 
 memory.py     the shared memory that a keeper holds: layout, INIT, counters
 journal.py    node ids and open handles, written down before the kernel learns of them
-farewell.py   what is left of a node without a name
-_notes.pyx    writes into that memory what each change needs; compiled, for each change waits for it
 intents.py    what is being changed right now, and what was answered: nothing is done twice
 settling.py   a new daemon's first act: finishes or takes back what the dead one had begun
 keeping.py    the daemon's line to its keeper, which holds descriptors and starts daemons anew

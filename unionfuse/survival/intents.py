@@ -18,12 +18,12 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-from unionfuse.express import protocol
 from unionfuse.express.messages import Call, Method
-from unionfuse.express.protocol import RESEND_BIT, Opcode
-from unionfuse.survival._notes import BEGUN, FINISHED
 from unionfuse.survival.memory import SLOT, SLOTS, SLOTS_AT, SharedMemory
+from unionfuse.tree._notes import BEGUN, FINISHED
 from unionfuse.union import Union
+from unionfuse.wire import protocol
+from unionfuse.wire.protocol import RESEND_BIT, Opcode
 
 _GENERATION = 16  # slots for each daemon, hence threads that change something
 

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
-from unionfuse import view
-from unionfuse.journal import Handle, Journal
-from unionfuse.node import Node
-from unionfuse.survival.farewell import descriptor_name
 from unionfuse.survival.memory import HALF, JOURNAL_AT, SharedMemory, TakeOverError, Word
+from unionfuse.tree import view
+from unionfuse.tree.farewell import descriptor_name
+from unionfuse.tree.journal import Handle, Journal
+from unionfuse.tree.node import Node
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ import os
 import sys
 
 from unionfuse import syscalls
-from unionfuse.journal import FIRST_FRESH_ID
-from unionfuse.survival._notes import Notes
+from unionfuse.tree._notes import Notes
+from unionfuse.tree.journal import FIRST_FRESH_ID
 
 SLOT = 4096
 SLOTS = 192

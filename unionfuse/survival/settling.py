@@ -12,11 +12,7 @@ import errno
 import logging
 import stat
 
-from unionfuse import view
-from unionfuse.express import protocol
 from unionfuse.express.messages import entry_out
-from unionfuse.express.protocol import Opcode
-from unionfuse.node import Directory
 from unionfuse.survival.intents import (
     CREATING,
     DELETING,
@@ -28,7 +24,11 @@ from unionfuse.survival.intents import (
 )
 from unionfuse.survival.journal import SharedJournal
 from unionfuse.syscalls import RENAME_EXCHANGE
+from unionfuse.tree import view
+from unionfuse.tree.node import Directory
 from unionfuse.union import Union
+from unionfuse.wire import protocol
+from unionfuse.wire.protocol import Opcode
 
 log = logging.getLogger(__name__)
 

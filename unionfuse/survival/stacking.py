@@ -16,10 +16,10 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from unionfuse.express import protocol
-from unionfuse.layer import DescriptorCache, Layer, LayerError, LayerStack, open_layer
-from unionfuse.node import Directory, Node
-from unionfuse.tree import ROOT_ID, Tree
+from unionfuse.layers.layer import DescriptorCache, Layer, LayerError, LayerStack, open_layer
+from unionfuse.tree.node import Directory, Node
+from unionfuse.tree.tree import ROOT_ID, Tree
+from unionfuse.wire import protocol
 
 if TYPE_CHECKING:
     from unionfuse.survival.journal import Descriptors, SharedJournal

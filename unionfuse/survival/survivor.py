@@ -7,10 +7,8 @@ import mmap
 import os
 
 from unionfuse import mounting
-from unionfuse.express import protocol
 from unionfuse.express.messages import Method
-from unionfuse.express.protocol import InitFlag
-from unionfuse.layer import LayerError, LayerStack
+from unionfuse.layers.layer import LayerError, LayerStack
 from unionfuse.options import MountOptions
 from unionfuse.survival import stacking
 from unionfuse.survival.intents import GUARDED, IntentLog
@@ -19,6 +17,8 @@ from unionfuse.survival.keeping import SLEEP, UPGRADE, Keeping
 from unionfuse.survival.memory import SharedMemory, TakeOverError, Word
 from unionfuse.survival.settling import Settling
 from unionfuse.union import Union
+from unionfuse.wire import protocol
+from unionfuse.wire.protocol import InitFlag
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,9 @@ import stat
 from collections.abc import Iterator, Set
 from contextlib import ExitStack
 
-from unionfuse import syscalls, view, whiteout
+from unionfuse import syscalls
+from unionfuse.layers import whiteout
+from unionfuse.tree import view
 from unionimage.chain import Chain, Found, Place
 from unionimage.changeset import tar
 from unionimage.changeset.paths import OVERRIDE_STAT

@@ -19,7 +19,8 @@ import stat
 from collections import OrderedDict
 from collections.abc import Callable
 
-from unionfuse import syscalls, whiteout
+from unionfuse import syscalls
+from unionfuse.layers import whiteout
 from unionimage.changeset import tar
 from unionimage.changeset.limits import Limits
 from unionimage.changeset.paths import OVERRIDE_STAT, RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS

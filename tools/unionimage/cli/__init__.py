@@ -15,7 +15,7 @@ from unionfuse import __version__
 from unionimage import spawn
 from unionimage.cli.verbs import ALIASES, GROUPS, VERBS
 
-TYPE_CHECKING = False  # see unionfuse.errand
+TYPE_CHECKING = False  # see unionfuse.daemon.errand
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else argv
     if _is_mount_call(words):
-        from unionfuse.__main__ import main as mount_program
+        from unionfuse.daemon.command import main as mount_program
 
         return mount_program(words)
     verb = ""

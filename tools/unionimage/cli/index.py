@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from unionimage.errors import BadContent, UserError
 
 if TYPE_CHECKING:
-    from unionfuse.index import LookupIndex
-    from unionfuse.layer import LayerStack
+    from unionfuse.index.lookup import LookupIndex
+    from unionfuse.layers.layer import LayerStack
 
 EXAMPLE = """
 unionfuse index build -o debian.index layers/top layers/base
@@ -53,8 +53,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from unionfuse.index import LookupIndexError
-    from unionfuse.layer import LayerError
+    from unionfuse.index.lookup import LookupIndexError
+    from unionfuse.layers.layer import LayerError
 
     try:
         if args.verb == "build":
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _layers(paths: Sequence[str]) -> Iterator[LayerStack]:
-    from unionfuse.layer import LayerStack
+    from unionfuse.layers.layer import LayerStack
 
     stack = LayerStack.open([os.fsencode(path) for path in paths])
     try:
@@ -80,8 +80,8 @@ def _layers(paths: Sequence[str]) -> Iterator[LayerStack]:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from unionfuse.index import LookupIndex
-    from unionfuse.index_builder import build, extend
+    from unionfuse.index.builder import build, extend
+    from unionfuse.index.lookup import LookupIndex
 
     began = time.monotonic()
     with _layers(args.layer) as stack:
@@ -102,8 +102,8 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from unionfuse.index import LookupIndex
-    from unionfuse.index_check import damage, differences
+    from unionfuse.index.check import damage, differences
+    from unionfuse.index.lookup import LookupIndex
 
     index = LookupIndex.open(args.index)
     faults = list(damage(index))
@@ -122,7 +122,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from unionfuse.index import LookupIndex
+    from unionfuse.index.lookup import LookupIndex
 
     index = LookupIndex.open(args.index)
     if not args.path:
@@ -145,7 +145,7 @@ def _summary(index: LookupIndex) -> int:
 def _show_path(index: LookupIndex, path: str) -> None:
     import stat
 
-    from unionfuse.index import DIRECTORY, ROOT
+    from unionfuse.index.lookup import DIRECTORY, ROOT
 
     node = ROOT
     for name in os.fsencode(path).split(b"/"):

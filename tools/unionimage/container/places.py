@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-TYPE_CHECKING = False  # see unionfuse.errand
+TYPE_CHECKING = False  # see unionfuse.daemon.errand
 if TYPE_CHECKING:
     from pathlib import Path
 

@@ -20,7 +20,7 @@ import termios
 import tty
 from collections.abc import Iterator
 
-from unionfuse import errand
+from unionfuse.daemon import errand
 from unionimage.container import wire
 from unionimage.errors import UserError
 

@@ -1,8 +1,8 @@
 """The helper process of a build: it mounts quickly, and it cleans up should the build be killed.
 
-`python -m unionimage.dockerfile.helper STAGING` is a spawner (see `unionfuse.spawner`) in the mount
-namespace of the build, which also knows what runs. It reads requests from standard input, a JSON
-list a line, and answers mounts on standard output:
+`python -m unionimage.dockerfile.helper STAGING` is a spawner (see `unionfuse.daemon.spawner`) in
+the mount namespace of the build, which also knows what runs. It reads requests from standard
+input, a JSON list a line, and answers mounts on standard output:
 
     ["prepare"]                       mounts will follow
     ["mount", WORDS]              → [exit code, what was said on stderr]
@@ -24,7 +24,8 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from unionfuse import mounting, spawner, syscalls
+from unionfuse import mounting, syscalls
+from unionfuse.daemon import spawner
 from unionimage.mounts import start_program
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from unionfuse import view
+from unionfuse.tree import view
 from unionimage.tuples import NamedTuple
 
 DIRECTORY, FILE, LINK, HARD_LINK = "d", "f", "l", "h"

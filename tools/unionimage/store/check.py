@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unionfuse import whiteout
+from unionfuse.layers import whiteout
 from unionimage.changeset.unpack import unpack
 from unionimage.digest import CHUNK, Digest, Readable, chain_ids
 from unionimage.errors import UserError
@@ -232,9 +232,9 @@ class _Checker:
 
     def indexes(self) -> Iterator[Problem]:
         """An index that is not what its layers say is made again at the next mount."""
-        from unionfuse.index import LookupIndex, LookupIndexError
-        from unionfuse.index_check import damage, differences
-        from unionfuse.layer import LayerStack
+        from unionfuse.index.check import damage, differences
+        from unionfuse.index.lookup import LookupIndex, LookupIndexError
+        from unionfuse.layers.layer import LayerStack
 
         for image in self._images:
             for count, chain_id in enumerate(chain_ids(image.diff_ids), 1):

@@ -39,8 +39,8 @@ def chain_index(store: Contents, diff_ids: Sequence[Digest]) -> Path | None:
     path = index_path(store, chain[-1])
     if _fits(store, path, diff_ids):
         return path
-    from unionfuse.index import LookupIndexError
-    from unionfuse.layer import LayerError
+    from unionfuse.index.lookup import LookupIndexError
+    from unionfuse.layers.layer import LayerError
 
     try:
         _make(store, diff_ids, chain, path)
@@ -53,7 +53,7 @@ def _fits(store: Contents, path: Path, diff_ids: Sequence[Digest]) -> bool:
     """It is there and was made of these directories as they are."""
     if not path.exists():
         return False
-    from unionfuse.index import LookupIndex, LookupIndexError
+    from unionfuse.index.lookup import LookupIndex, LookupIndexError
 
     try:
         index = LookupIndex.open(os.fspath(path))
@@ -69,9 +69,9 @@ def _fits(store: Contents, path: Path, diff_ids: Sequence[Digest]) -> bool:
 
 
 def _make(store: Contents, diff_ids: Sequence[Digest], chain: Sequence[Digest], path: Path) -> None:
-    from unionfuse.index import LookupIndex
-    from unionfuse.index_builder import build, extend
-    from unionfuse.layer import LayerStack
+    from unionfuse.index.builder import build, extend
+    from unionfuse.index.lookup import LookupIndex
+    from unionfuse.layers.layer import LayerStack
 
     directories = store.chain_directories(diff_ids)
     labels = [diff_id.encode() for diff_id in reversed(diff_ids)]
