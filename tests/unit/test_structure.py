@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import unionimage
 
 import unionfuse
 
 FILE_SYSTEM = Path(unionfuse.__file__).parent
+IMAGES = Path(unionimage.__file__).parent
+SETUP = tomllib.loads((FILE_SYSTEM.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
 
 # From the caller down. What stands in one line knows nothing of what stands above it.
 ROOMS = [
@@ -74,3 +78,23 @@ def test_only_one_room_imports_pyfuse3() -> None:
         if {"pyfuse3"} & {name.split(".")[0] for name in imported(ast.parse(path.read_bytes()))}
     }
     assert users == {"pyfuse"}
+
+
+def test_all_that_is_here_is_installed() -> None:
+    folders = {
+        ".".join((root.name, *init.parent.relative_to(root).parts))
+        for root in (FILE_SYSTEM, IMAGES)
+        for init in root.rglob("__init__.py")
+    }
+    assert folders == set(SETUP["packages"])
+    compiled = {str(path.relative_to(FILE_SYSTEM.parent)) for path in FILE_SYSTEM.rglob("*.pyx")}
+    assert compiled == {one for module in SETUP["ext-modules"] for one in module["sources"]}
+
+
+def test_a_module_is_built_anew_when_what_it_includes_has_changed() -> None:
+    included = {
+        str(path.relative_to(FILE_SYSTEM.parent))
+        for pattern in ("*.pxd", "*.h")
+        for path in FILE_SYSTEM.rglob(pattern)
+    }
+    assert included == {one for module in SETUP["ext-modules"] for one in module.get("depends", ())}
