@@ -14,6 +14,7 @@ VALUE = {
     "None": None,
     "Yes": True,
     "List": ["a", "b"],
+    "Rows": {"a/b": [{"Port": "80"}]},
     "Map": {"x": 1, "y": {"z": [1]}},
 }
 
@@ -27,6 +28,9 @@ VALUE = {
         ("{{json .Map}}", '{"x":1,"y":{"z":[1]}}'),
         ("{{.Map.y.z}}", "[1]"),
         ('{{index .Map.y.z 0}}{{index .List 1}}{{index .Map "x"}}', "1b1"),
+        ('{{(index .Map "y").z}}{{(index (index .Rows "a/b") 0).Port}}', "[1]80"),
+        ("{{range $k, $v := .Rows}}{{$k}}->{{(index $v 0).Port}}{{end}}", "a/b->80"),
+        ("{{print (len .List) .ID}}", "2 abc"),
         ("{{range .List}}<{{.}}>{{end}}", "<a><b>"),
         ("{{range $i, $v := .List}}{{$i}}={{$v}} {{end}}", "0=a 1=b "),
         ("{{range $k, $v := .Map}}{{$k}} {{end}}", "x y "),

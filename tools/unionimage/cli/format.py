@@ -85,11 +85,11 @@ def show(rows: Sequence[Row], columns: Mapping[str, str], form: str | None) -> N
 
 
 def table(rows: Sequence[Sequence[str]], headings: Sequence[str]) -> str:
-    """Columns padded to their widest cell and three spaces, as docker's tabwriter does."""
+    """Columns of their widest cell and three spaces, ten at least, as docker's tabwriter does."""
     lines = [list(headings), *map(list, rows)]
-    widths = [max(len(line[n]) for line in lines) for n in range(len(headings))]
+    widths = [max(7, *(len(line[n]) for line in lines)) + 3 for n in range(len(headings))]
     return "\n".join(
-        "   ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        "".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
 

@@ -33,7 +33,6 @@ def _inspect(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Containers come first, then images."""
     if args.type != "image":
         from unionimage.cli.engine import open_engine
-        from unionimage.container import describe
 
         engine = open_engine(args)
         try:
@@ -42,9 +41,15 @@ def _inspect(args: argparse.Namespace, name: str) -> dict[str, Any]:
             if args.type == "container":
                 raise
         else:
-            shown = describe.inspect(container, engine.networks)
+            from unionimage import config
+            from unionimage.container import describe, inspection
+
+            shown = inspection.inspect(container, engine.networks, config.load().driver)
             if args.size:
-                shown["SizeRw"] = describe.writable_size(container)
+                shown["SizeRw"] = own = describe.writable_size(container)
+                with engine.open_store() as store:
+                    below = store.image(str(container.record["Image"]))
+                    shown["SizeRootFs"] = own + below.size
             return shown
     with open_store(args) as store:
         image = store.find(name)

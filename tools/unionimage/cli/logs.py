@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
         follow=going_on if args.follow else None,
     ):
         stream = sys.stdout if line.stream == "stdout" else sys.stderr
-        text = f"{line.time} {line.text}" if args.timestamps else line.text
+        text = f" {line.text}" if args.details else line.text  # docker: the details come before
+        text = f"{line.time} {text}" if args.timestamps else text
         stream.buffer.write(text.encode(errors="surrogateescape"))
         if args.follow or stream is sys.stderr:
             stream.flush()

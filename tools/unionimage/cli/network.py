@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from unionimage.errors import UserError
-from unionimage.labels import has_labels
+from unionimage.labels import LabelText, has_labels
 
 if TYPE_CHECKING:
     from unionimage.container.lifecycle import Engine
@@ -142,9 +142,8 @@ def _list(engine: Engine, args: argparse.Namespace) -> None:
             continue
         if wanted.get("driver") and network["Driver"] not in wanted["driver"]:
             continue
-        labels = ",".join(f"{key}={value}" for key, value in network["Labels"].items())
         identity = network["Id"] if args.no_trunc else network["Id"][:12]
-        rows.append(network | {"ID": identity, "Labels": labels})
+        rows.append(network | {"ID": identity, "Labels": LabelText(network["Labels"])})
     if args.quiet and args.format is None:
         print("".join(f"{row['ID']}\n" for row in rows), end="")
     else:

@@ -84,6 +84,7 @@ class VerbParser(argparse.ArgumentParser):
             **options,
         )
         self.example = example
+        self.refused: dict[str, str] = {}  # docker's options that are not here, and why
         self.add_argument("--help", action="help", help="show this and exit")
 
     def parse_known_args(  # type: ignore[override]
@@ -106,6 +107,8 @@ class VerbParser(argparse.ArgumentParser):
             if word == "--" or (rest_is_taken and (word == "-" or not word.startswith("-"))):
                 return [*formed, word, *left]
             name, equals, value = word.partition("=")
+            if name in self.refused:
+                raise UserError(f"{name} is not supported: {self.refused[name]}", exit_code=125)
             action = self._option_string_actions.get(name)
             if isinstance(action, argparse._StoreTrueAction) and equals:
                 if value not in _SWITCHED:

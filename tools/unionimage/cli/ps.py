@@ -6,8 +6,10 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from unionimage.cli.format import add_filter_option, add_format_options
+from unionimage.labels import LabelText
 
 if TYPE_CHECKING:
+    from unionimage.container.lifecycle import Engine
     from unionimage.container.state import Container
 
 EXAMPLE = """unionfuse ps -a
@@ -18,7 +20,7 @@ COLUMNS = {
     "ID": "CONTAINER ID",
     "Image": "IMAGE",
     "Command": "COMMAND",
-    "CreatedAgo": "CREATED",
+    "RunningFor": "CREATED",
     "Status": "STATUS",
     "Ports": "PORTS",
     "Names": "NAMES",
@@ -61,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
         for container in found:
             print(container.id if args.no_trunc else container.id[:12])
         return 0
-    rows = [row_of(container, args.no_trunc, args.size) for container in found]
+    asked = args.size or any(word in (args.format or "") for word in (".Size", "json"))
+    sizes = iter(_sizes(engine, found) if asked else [])
+    rows = [row_of(container, args.no_trunc, next(sizes, None)) for container in found]
     columns = COLUMNS | ({"Size": "SIZE"} if args.size else {})
     show(rows, columns, args.format)
     return 0
@@ -70,9 +74,24 @@ def run(args: argparse.Namespace) -> int:
 RUNNING = ("running", "paused", "restarting")
 
 
-def row_of(container: Container, full: bool, size: bool) -> dict[str, Any]:
+def _sizes(engine: Engine, found: list[Container]) -> list[str]:
+    """`2B (virtual 1.98MB)`: what each has written, and that with its image."""
+    from unionimage.cli.common import human_size
+    from unionimage.container import describe
+
+    own = [describe.writable_size(container) for container in found]
+    with engine.open_store() as store:
+        images = {str(one.record["Image"]) for one in found}
+        below = {image: store.image(image).size for image in images}
+    return [
+        f"{human_size(size)} (virtual {human_size(size + below[str(one.record['Image'])])})"
+        for one, size in zip(found, own, strict=True)
+    ]
+
+
+def row_of(container: Container, full: bool, size: str | None) -> dict[str, Any]:
     """One line, with docker's field names."""
-    from unionimage.cli.common import human_duration, human_size, local_time, parse_time
+    from unionimage.cli.common import human_duration, local_time, parse_time
     from unionimage.container import create, describe
 
     command = create.command_line(container.record)
@@ -85,22 +104,17 @@ def row_of(container: Container, full: bool, size: bool) -> dict[str, Any]:
         "Image": image,
         "Command": f'"{_shortened(command, full, 20)}"',
         "CreatedAt": local_time(parse_time(str(container.record["Created"]))),
-        "CreatedAgo": f"{age} ago",
         "RunningFor": f"{age} ago",
         "Status": status_text(container),
         "State": container.state()["Status"],
         "Ports": describe.ports_text(container),
         "Names": container.name,
-        "Labels": ",".join(
-            f"{name}={value}" for name, value in (container.config.get("Labels") or {}).items()
-        ),
+        "Labels": LabelText(container.config.get("Labels")),
         "Mounts": ",".join(_shortened(name, full) for name in places if name),
         "Networks": ",".join(container.record["Networks"]) or str(container.record["NetworkMode"]),
         "LocalVolumes": str(sum(point["Type"] == "volume" for point in points)),
     }
-    if size:
-        row["Size"] = human_size(describe.writable_size(container))
-    return row
+    return row if size is None else row | {"Size": size}
 
 
 def _shortened(text: str, full: bool, width: int = 15) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from unionimage.errors import UserError
 from unionimage.json_object import json_line
+from unionimage.labels import LabelText
 
 _ACTION = re.compile(r"\{\{(-\s)?(.*?)(\s-)?\}\}", re.S)
 _TOKEN = re.compile(
@@ -17,6 +18,7 @@ _TOKEN = re.compile(
 )
 
 Scope = dict[str, Any]
+Token = tuple[str, str]  # its kind, its text
 
 
 class Template:
@@ -180,27 +182,28 @@ class _Expression:
             scope.update(dict.fromkeys(self.variables[-1:], result))
         return result
 
-    def _scan(self) -> list[tuple[str, str]]:
+    def _scan(self) -> list[Token]:
         tokens, position, text = [], 0, self.text.rstrip()
         while position < len(text):
             match = _TOKEN.match(text, position)
             if match is None or match.lastgroup is None:
                 raise _bad(f"unexpected {text[position:].strip()[:10]!r}")
-            tokens.append((match.lastgroup, match[match.lastgroup]))
+            kind, token = match.lastgroup, match[match.lastgroup]
+            if kind == "field" and token[0] == "." and text[:position].endswith(")"):
+                kind = "member" if text[position] == "." else kind  # (…).Name, not (…) .Name
+            tokens.append((kind, token))
             position = match.end()
         return tokens
 
-    def _pipeline(
-        self, tokens: list[tuple[str, str]], value: Any, scope: Scope
-    ) -> tuple[Any, list[tuple[str, str]]]:
+    def _pipeline(self, tokens: list[Token], value: Any, scope: Scope) -> tuple[Any, list[Token]]:
         result, rest = self._command(tokens, value, scope, [])
         while rest and rest[0][1] == "|" and rest[0][0] == "mark":
             result, rest = self._command(rest[1:], value, scope, [result])
         return result, rest
 
     def _command(
-        self, tokens: list[tuple[str, str]], value: Any, scope: Scope, piped: list[Any]
-    ) -> tuple[Any, list[tuple[str, str]]]:
+        self, tokens: list[Token], value: Any, scope: Scope, piped: list[Any]
+    ) -> tuple[Any, list[Token]]:
         if tokens and tokens[0][0] == "word" and tokens[0][1] in _FUNCTIONS:
             name, tokens = tokens[0][1], tokens[1:]
             arguments = []
@@ -215,9 +218,7 @@ class _Expression:
             raise _bad("only a function can come after |")
         return self._operand(tokens, value, scope)
 
-    def _operand(
-        self, tokens: list[tuple[str, str]], value: Any, scope: Scope
-    ) -> tuple[Any, list[tuple[str, str]]]:
+    def _operand(self, tokens: list[Token], value: Any, scope: Scope) -> tuple[Any, list[Token]]:
         if not tokens:
             raise _bad(f"something is missing in {{{{{self.text}}}}}")
         (kind, token), rest = tokens[0], tokens[1:]
@@ -225,18 +226,28 @@ class _Expression:
             result, rest = self._pipeline(rest, value, scope)
             if not rest or rest[0][1] != ")":
                 raise _bad("a ( is not closed")
-            return result, rest[1:]
+            rest = rest[1:]
+            if rest and rest[0][0] == "member":
+                result, rest = _lookup(rest[0][1], result, scope), rest[1:]
+            return result, rest
         if kind == "string":
             return (token[1:-1] if token[0] == "`" else json.loads(token)), rest
         if kind == "number":
             return (float(token) if "." in token else int(token)), rest
         if kind == "field":
+            if token == ".Label" and rest and rest[0][0] == "string":
+                return _label(value, *self._operand(rest, value, scope))
             return _lookup(token, value, scope), rest
         if token in _CONSTANTS:
             return _CONSTANTS[token], rest
         if kind == "word":
             return _FUNCTIONS[token](), rest
         raise _bad(f"unexpected {token!r}")
+
+
+def _label(row: Any, name: str, rest: list[Token]) -> tuple[str, list[Token]]:
+    labels = _lookup(".Labels", row, {})
+    return (labels.table if isinstance(labels, LabelText) else labels or {}).get(name, ""), rest
 
 
 def _lookup(path: str, value: Any, scope: Scope) -> Any:

@@ -88,7 +88,7 @@ _CONTAINER_COLUMNS = {
     "Command": "COMMAND",
     "LocalVolumes": "LOCAL VOLUMES",
     "Size": "SIZE",
-    "CreatedAgo": "CREATED",
+    "RunningFor": "CREATED",
     "Status": "STATUS",
     "Names": "NAMES",
 }
@@ -118,8 +118,9 @@ def _images(engine: Engine) -> Rows:
 
 def _containers(engine: Engine) -> Rows:
     from unionimage.cli.ps import row_of
+    from unionimage.container import describe
 
-    return [row_of(one, False, True) for one in engine.all()]
+    return [row_of(one, False, human_size(describe.writable_size(one))) for one in engine.all()]
 
 
 def _volumes(engine: Engine) -> Rows:

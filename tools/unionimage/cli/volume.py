@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from unionimage.errors import UserError
-from unionimage.labels import has_labels
+from unionimage.labels import LabelText, has_labels
 
 if TYPE_CHECKING:
     from unionimage.container.lifecycle import Engine
@@ -93,8 +93,7 @@ def _list(engine: Engine, args: argparse.Namespace) -> None:
             continue
         if wanted.get("driver") and volume["Driver"] not in wanted["driver"]:
             continue
-        labels = ",".join(f"{key}={value}" for key, value in volume["Labels"].items())
-        rows.append(volume | {"Labels": labels, "Links": "N/A", "Size": "N/A"})
+        rows.append(volume | {"Labels": LabelText(volume["Labels"]), "Links": "N/A", "Size": "N/A"})
     if args.quiet and args.format is None:
         print("".join(f"{row['Name']}\n" for row in rows), end="")
     else:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
+
+from unionimage.errors import UserError
 
 EXAMPLE = "unionfuse wait job"
 
@@ -14,7 +17,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from unionimage.cli.engine import open_engine
 
-    engine = open_engine(args)
-    for container in [engine.find(name) for name in args.container]:
-        print(engine.wait(container), flush=True)
-    return 0
+    engine, code = open_engine(args), 0
+    for name in args.container:
+        try:
+            print(engine.wait(engine.find(name)), flush=True)
+        except UserError as error:
+            print(f"unionfuse wait: {error.message}", file=sys.stderr)
+            code = 1
+    return code

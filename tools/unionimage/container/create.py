@@ -89,11 +89,11 @@ def _config(
         "Cmd": command,
         "Image": args.image,
         "Volumes": image.get("Volumes"),
-        "WorkingDir": args.workdir or image.get("WorkingDir") or "/",
+        "WorkingDir": args.workdir or image.get("WorkingDir") or "",
         "Entrypoint": entrypoint,
         "Labels": dict(image.get("Labels") or {}) | labels_of(args.label, args.label_file),
     }
-    if not config["WorkingDir"].startswith("/"):
+    if not (config["WorkingDir"] or "/").startswith("/"):
         raise UserError(f"--workdir {config['WorkingDir']}: it must be absolute")
     exposed = dict(image.get("ExposedPorts") or {})
     for text in args.expose:
@@ -102,7 +102,8 @@ def _config(
         config["ExposedPorts"] = exposed
     stop = args.stop_signal or image.get("StopSignal")
     signal_number(stop)
-    config["StopSignal"] = stop or "SIGTERM"
+    if stop:
+        config["StopSignal"] = stop
     timeout = args.stop_timeout if args.stop_timeout is not None else image.get("StopTimeout")
     if timeout is not None:
         config["StopTimeout"] = timeout
@@ -226,8 +227,16 @@ def _host_config(args: argparse.Namespace) -> dict[str, Any]:
         "PortBindings": _port_bindings(args.publish),
         "Annotations": labels_of(args.annotation),
         "VolumesFrom": args.volumes_from or None,
+        "Binds": [_bind(text) for text in args.volume if ":" in text] or None,
+        "ContainerIDFile": args.cidfile or "",
     }
     return config
+
+
+def _bind(text: str) -> str:
+    """`-v` as docker notes it: a directory of the host by its absolute path."""
+    point, options = volumes.parse_volume(text), text.split(":")[2:]
+    return ":".join((point.get("Name") or point["Source"], point["Destination"], *options))
 
 
 def limits_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -258,21 +267,23 @@ def limits_of(args: argparse.Namespace) -> dict[str, Any]:
         if value is not None:
             config[key] = value
     for key, entries in (
+        ("BlkioWeightDevice", args.blkio_weight_device),
         ("BlkioDeviceReadBps", args.device_read_bps),
         ("BlkioDeviceWriteBps", args.device_write_bps),
         ("BlkioDeviceReadIOps", args.device_read_iops),
         ("BlkioDeviceWriteIOps", args.device_write_iops),
     ):
         if entries:
-            config[key] = [_rate(text) for text in entries]
+            number = "Weight" if key == "BlkioWeightDevice" else "Rate"
+            config[key] = [_of_disk(text, number) for text in entries]
     return config
 
 
-def _rate(text: str) -> dict[str, Any]:
-    path, colon, rate = text.rpartition(":")
+def _of_disk(text: str, number: str) -> dict[str, Any]:
+    path, colon, value = text.rpartition(":")
     if not colon or not path.startswith("/dev/"):
-        raise UserError(f"{text!r}: write /dev/DISK:RATE")
-    return {"Path": path, "Rate": limits.parse_size(rate, text)}
+        raise UserError(f"{text!r}: write /dev/DISK:{number.upper()}")
+    return {"Path": path, number: limits.parse_size(value, text)}
 
 
 def restart_policy(text: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A container as people and scripts see it: docker's inspect object, `ps` rows, their filters."""
+"""A container as people and scripts see it: its ports, its size, the filters of `ps`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from unionimage.container import networks
 from unionimage.container.state import NEVER, Container, Containers
@@ -27,90 +26,6 @@ FILTERS = (
     "status",
     "volume",
 )
-
-
-def inspect(container: Container, known: networks.Networks) -> dict[str, Any]:
-    """Docker's object of a container."""
-    record, state = container.record, container.state()
-    status = state["Status"]
-    config = record["Config"]
-    words = [*(config.get("Entrypoint") or []), *(config.get("Cmd") or [])]
-    shown: dict[str, Any] = {
-        "Status": status,
-        "Running": status in ("running", "paused", "restarting"),
-        "Paused": status == "paused",
-        "Restarting": status == "restarting",
-        "OOMKilled": bool(state.get("OOMKilled")),
-        "Dead": False,
-        "Pid": state.get("Pid", 0),
-        "ExitCode": state.get("ExitCode", 0),
-        "Error": state.get("Error", ""),
-        "StartedAt": state.get("StartedAt", NEVER),
-        "FinishedAt": state.get("FinishedAt", NEVER),
-    }
-    if state.get("Health"):
-        shown["Health"] = state["Health"]
-    directory = container.directory
-    return {
-        "Id": container.id,
-        "Created": record["Created"],
-        "Path": words[0] if words else "",
-        "Args": words[1:],
-        "State": shown,
-        "Image": record["Image"],
-        "ResolvConfPath": str(directory / "resolv.conf"),
-        "HostnamePath": str(directory / "hostname"),
-        "HostsPath": str(directory / "hosts"),
-        "LogPath": str(container.log_path),
-        "Name": f"/{container.name}",
-        "RestartCount": state.get("RestartCount", 0),
-        "Driver": record.get("MountDriver") or "",
-        "Platform": "linux",
-        "HostConfig": record["HostConfig"],
-        "GraphDriver": {
-            "Name": "unionfuse",
-            "Data": {
-                "MergedDir": str(container.merged) if shown["Running"] else "",
-                "UpperDir": str(container.upper),
-                "WorkDir": str(container.work),
-            },
-        },
-        "Mounts": record["Mounts"],
-        "Config": config,
-        "NetworkSettings": network_settings(container, known),
-    }
-
-
-def network_settings(container: Container, known: networks.Networks) -> dict[str, Any]:
-    """Docker's NetworkSettings: addresses while it runs, empty ones else."""
-    live = networks.live(container)
-    table: dict[str, Any] = {}
-    for name, asked in (container.record.get("Networks") or {}).items():
-        entry = live["Networks"].get(name) or {}
-        length = 0
-        if entry:
-            subnet = known.find(name)["IPAM"]["Config"][0]["Subnet"]
-            length = int(subnet.partition("/")[2])
-        table[name] = {
-            "Aliases": asked.get("Aliases") or [],
-            "NetworkID": entry.get("NetworkID", ""),
-            "Gateway": entry.get("Gateway", ""),
-            "IPAddress": entry.get("IPAddress", ""),
-            "IPPrefixLen": length,
-            "MacAddress": entry.get("MacAddress") or "",
-        }
-    mode = str(container.record["NetworkMode"])
-    if mode in ("none", "host"):
-        table[mode] = {"Aliases": [], "IPAddress": "", "Gateway": "", "IPPrefixLen": 0}
-    default = table.get(networks.DEFAULT) or {}
-    return {
-        "Ports": ports(container),
-        "Networks": table,
-        "IPAddress": default.get("IPAddress", ""),
-        "Gateway": default.get("Gateway", ""),
-        "IPPrefixLen": default.get("IPPrefixLen", 0),
-        "MacAddress": default.get("MacAddress", ""),
-    }
 
 
 def ports(container: Container) -> dict[str, list[dict[str, str]] | None]:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from unionimage.container import bundle, capabilities, runtime, terminal, users, wire
 from unionimage.container.state import Container, remove_tree
+from unionimage.errors import UserError
 
 CHUNK = 1 << 16
 
@@ -48,7 +49,10 @@ def process_of(container: Container, request: Request) -> bundle.Spec:
     if request.privileged:
         granted = capabilities.chosen(privileged=True)
     text = config.get("User") if request.user is None else request.user
-    user = users.find(root, text or "", host_config.get("GroupAdd") or ())
+    try:
+        user = users.find(root, text or "", host_config.get("GroupAdd") or ())
+    except UserError as error:
+        raise UserError(error.message, exit_code=runtime.NOT_EXECUTABLE) from None
     environment = bundle.environment_of(config, user, str(config["Hostname"]))
     spec = bundle.process(config, host_config, user, request.command, environment, granted)
     if request.tty and (size := terminal.terminal_size()):

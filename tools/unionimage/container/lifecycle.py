@@ -66,6 +66,7 @@ class Engine(Inventory):
         record = create.record(
             args, image.config.run.to_object(), str(image.id), self.containers, detach=detach
         )
+        record["MountDriver"] = record["MountDriver"] or store.config.driver
         if args.runtime:
             from unionimage.container import runtime
 

@@ -215,15 +215,14 @@ def _block_io(config: Mapping[str, Any], found: Host) -> dict[str, Any]:
     block: dict[str, Any] = {}
     controller = "blkio" if found.version == 1 else "io"
     if weight := config.get("BlkioWeight"):
-        if not 10 <= weight <= 1000:
-            raise UserError("--blkio-weight is a number from 10 to 1000")
         found.require(controller, "--blkio-weight")
-        if not _bfq_in_use():
-            raise UserError(
-                "--blkio-weight cannot be enforced: no disk of this host uses the bfq scheduler"
-                " (echo bfq > /sys/block/DISK/queue/scheduler)"
-            )
+        _check_weight(weight, "--blkio-weight")
         block["weight"] = weight
+    if disks := config.get("BlkioWeightDevice"):
+        found.require(controller, option := "--blkio-weight-device")
+        for disk in disks:
+            _check_weight(disk["Weight"], option)
+        block["weightDevice"] = [_of_disk(disk, "Weight", option) for disk in disks]
     for key, name, option in (
         ("BlkioDeviceReadBps", "throttleReadBpsDevice", "--device-read-bps"),
         ("BlkioDeviceWriteBps", "throttleWriteBpsDevice", "--device-write-bps"),
@@ -232,16 +231,26 @@ def _block_io(config: Mapping[str, Any], found: Host) -> dict[str, Any]:
     ):
         if entries := config.get(key):
             found.require(controller, option)
-            block[name] = [_throttle(entry, option) for entry in entries]
+            block[name] = [_of_disk(entry, "Rate", option) for entry in entries]
     return block
 
 
-def _throttle(entry: Mapping[str, Any], option: str) -> dict[str, int]:
+def _check_weight(weight: int, option: str) -> None:
+    if not 10 <= weight <= 1000:
+        raise UserError(f"{option} is a number from 10 to 1000")
+    if not _bfq_in_use():
+        raise UserError(
+            f"{option} cannot be enforced: no disk of this host uses the bfq scheduler"
+            " (echo bfq > /sys/block/DISK/queue/scheduler)"
+        )
+
+
+def _of_disk(entry: Mapping[str, Any], number: str, option: str) -> dict[str, int]:
     try:
-        number = os.stat(entry["Path"]).st_rdev
+        device = os.stat(entry["Path"]).st_rdev
     except OSError as error:
         raise UserError(f"{option}: {entry['Path']}: {error.strerror}") from None
-    return {"major": os.major(number), "minor": os.minor(number), "rate": entry["Rate"]}
+    return {"major": os.major(device), "minor": os.minor(device), number.lower(): entry[number]}
 
 
 def _bfq_in_use() -> bool:

@@ -233,6 +233,18 @@ def forget_live(container: Container) -> None:
     (container.run / "network.json").unlink(missing_ok=True)
 
 
+def endpoint_id(container: Container, name: str) -> str:
+    """A number of its own for a container on a network, as docker shows one."""
+    import hashlib
+
+    return hashlib.sha256(f"{container.id} {name}".encode()).hexdigest()
+
+
+def prefix_length(network: Network) -> int:
+    """24 for 10.1.2.0/24."""
+    return int(network["IPAM"]["Config"][0]["Subnet"].partition("/")[2])
+
+
 def users_of(name: str, containers: Iterable[Container]) -> list[str]:
     """The short ids of the containers that are on a network."""
     return [one.id[:12] for one in containers if name in (one.record.get("Networks") or {})]
