@@ -1,6 +1,7 @@
 """After a kill at the wrong moment, a full stop of the host, a rush: `ps` tells the truth and
 nothing is left."""
 
+import json
 import os
 import random
 import signal
@@ -48,6 +49,22 @@ def test_a_killed_monitor_with_a_network_and_rm(box: Box) -> None:
     assert box.out("volume", "ls", "-q") == ""
     box.start("heir", "--network", "crash", "-p", "127.0.0.1:18999:80")
     assert box.inspect("heir")["NetworkSettings"]["Networks"]["crash"]["IPAddress"] == address
+
+
+def test_monitor_and_process_killed_with_a_network(box: Box) -> None:
+    box("network", "create", "gone")
+    shown = json.loads(box.out("network", "inspect", "gone"))[0]
+    identity = box.start("netted", "--network", "gone", "-p", "127.0.0.1:18998:80")
+    for pid in (monitor_of(box, "netted"), box.state("netted")["Pid"]):
+        os.kill(pid, signal.SIGKILL)
+    assert "Exited (137)" in wait_until(lambda: box.out("ps", "-a", "--filter", "status=exited"))
+    assert "18998" not in subprocess.check_output(["iptables-save"], text=True)
+    box("rm", "netted")
+    box("network", "rm", "gone")
+    assert not Path("/sys/class/net", shown["Interface"]).exists()
+    rules = subprocess.check_output(["iptables-save"], text=True)
+    assert shown["IPAM"]["Config"][0]["Subnet"] not in rules
+    assert nothing_left(box, (identity,))
 
 
 def test_monitor_and_process_both_killed(box: Box) -> None:

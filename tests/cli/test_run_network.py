@@ -8,7 +8,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from harness.containers import Box, boxed
+from harness.containers import Box, boxed, nothing_left
 from harness.waiting import wait_until
 
 SERVER = "mkdir /www; echo page > /www/index.html; exec httpd -f -p 80 -h /www"
@@ -207,6 +207,55 @@ def test_no_rules_or_addresses_are_left(box: Box) -> None:
     assert not Path("/sys/class/net", interface).exists()
     rules = subprocess.check_output(["iptables-save"], text=True)
     assert subnet not in rules
+
+
+def interface_of(box: Box, network: str) -> Path:
+    shown = json.loads(box.out("network", "inspect", network))[0]
+    return Path("/sys/class/net", shown["Interface"])
+
+
+def test_a_bridge_waits_for_the_next_container(box: Box) -> None:
+    box("network", "create", "warm")
+    bridge = interface_of(box, "warm")
+    box("run", "--rm", "--network", "warm", "busybox", "true")
+    address = (bridge / "address").read_text()
+    box.start("first", "--network", "warm")
+    box.start("second", "--network", "warm")
+    assert (bridge / "address").read_text() == address, "who talks to it would lose it"
+    box("exec", "second", "ping", "-c", "1", "-W", "5", "first")
+    box("network", "prune", "-f")
+    assert bridge.exists(), "its containers need it"
+    box("rm", "-f", "first", "second")
+    assert bridge.exists()
+    box("network", "prune", "-f")
+    assert not bridge.exists()
+    assert bridge.name not in subprocess.check_output(["ip", "link"], text=True)
+
+
+def test_the_default_bridge_goes_with_a_prune_and_with_the_spawner(box: Box) -> None:
+    bridge = interface_of(box, "bridge")
+    shown = json.loads(box.out("network", "inspect", "bridge"))[0]
+    subnet = shown["IPAM"]["Config"][0]["Subnet"]
+
+    def no_rules() -> bool:
+        return subnet not in subprocess.check_output(["iptables-save"], text=True)
+
+    box("run", "--rm", "busybox", "true")
+    assert bridge.exists() and not no_rules()
+    box("system", "prune", "-f")
+    assert not bridge.exists() and no_rules()
+    box("run", "--rm", "busybox", "true")
+    for place in box.run_root.glob("spawner-*"):
+        place.unlink()
+    wait_until(lambda: not bridge.exists() and no_rules(), 20, "the spawner puts it away")
+
+
+def test_a_start_that_fails_gives_its_network_back(box: Box) -> None:
+    port = free_port()
+    box("run", "-p", f"127.0.0.1:{port}:80", "-u", "nobody-there", "busybox", "true", code=125)
+    assert nothing_left(box)
+    assert f"dport {port}" not in subprocess.check_output(["iptables-save"], text=True)
+    box("run", "--rm", "-p", f"127.0.0.1:{port}:80", "busybox", "true")
 
 
 def test_two_stores_do_not_get_into_each_others_way(box: Box, scratch: Path) -> None:

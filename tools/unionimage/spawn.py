@@ -165,6 +165,8 @@ def main() -> None:
     os.set_inheritable(int(lock), False)
     _served_at = path
     spawner.serve(Path(path), int(lock), tasks)
+    netavark = importlib.import_module("unionimage.container.netavark")
+    netavark.put_away()  # what was kept for the next container
 
 
 if __name__ == "__main__":

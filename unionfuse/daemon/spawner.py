@@ -128,6 +128,7 @@ def serve(path: Path, lock: int, tasks: Mapping[str, Task]) -> None:
                 _answer(connection, tasks)
     if _still_ours(path, mine):
         path.unlink()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _answer(connection: socket.socket, tasks: Mapping[str, Task]) -> None:

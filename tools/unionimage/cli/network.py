@@ -168,7 +168,7 @@ def _remove(engine: Engine, args: argparse.Namespace) -> int:
     code = 0
     for name in args.name:
         try:
-            print(engine.networks.remove(name, engine.containers.all()))
+            print(engine.remove_network(name, engine.containers.all()))
         except UserError as error:
             if not (args.force and isinstance(error, NotFound)):
                 print(f"unionfuse: {error.message}", file=sys.stderr)

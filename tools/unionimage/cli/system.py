@@ -53,7 +53,7 @@ def _info(engine: Engine, args: argparse.Namespace) -> None:
     import platform
 
     import unionfuse
-    from unionimage.container import limits, networks, runtime
+    from unionimage.container import limits, netavark, runtime
 
     states = [container.state()["Status"] for container in engine.all()]
     with engine.open_store() as store:
@@ -66,7 +66,7 @@ def _info(engine: Engine, args: argparse.Namespace) -> None:
         except UserError:
             continue
     try:
-        network_engine = networks.engine()
+        network_engine = netavark.program()
     except UserError:
         network_engine = ""
     system = os.uname()

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unionimage.container import networks, volumes, wire
+from unionimage.container import netavark, networks, volumes, wire
 from unionimage.container.inventory import Inventory
 from unionimage.container.state import ALIVE, Container
 from unionimage.errors import Conflict, NotFound, UserError
@@ -222,7 +222,16 @@ class Engine(Inventory):
             and not networks.users_of(network["Name"], containers)
             and has_labels(network["Labels"], labels)
         ]
-        return [self.networks.remove(name, containers) for name in unused]
+        removed = [self.remove_network(name, containers) for name in unused]
+        netavark.put_away()
+        return removed
+
+    def remove_network(self, text: str, containers: Sequence[Container]) -> str:
+        """Remove a network that no container has, and its bridge; its name is returned."""
+        bridge = self.networks.find(text).get("Interface")
+        name = self.networks.remove(text, containers)
+        netavark.put_away(str(bridge))
+        return name
 
     def to_autostart(self) -> list[Container]:
         """What should run after a boot, the oldest first."""
@@ -268,7 +277,8 @@ class Engine(Inventory):
 
                 prepare.reserve_one(container, self.networks, self.containers, network, asked)
                 namespace = f"/proc/{container.state()['Pid']}/ns/net"
-                networks.connect(container, self.networks, namespace, only=network["Name"])
+                only = netavark.input_for(container, self.networks, network["Name"])
+                netavark.connect(container, namespace, only)
             container.save()
         self.events.write(
             "network",
@@ -287,7 +297,8 @@ class Engine(Inventory):
             live = networks.live(container)
             if network["Name"] in live["Networks"]:
                 namespace = f"/proc/{container.state()['Pid']}/ns/net"
-                networks.disconnect(container, self.networks, namespace, only=network["Name"])
+                only = netavark.input_for(container, self.networks, network["Name"])
+                netavark.disconnect(namespace, only)
                 del live["Networks"][network["Name"]]
                 networks.set_live(container, live)
             del container.record["Networks"][network["Name"]]

@@ -1,8 +1,7 @@
 """Networks: none, host, another container's, or bridges made by netavark.
 
-netavark and aardvark-dns (podman's engine, Debian packages) do the work in the kernel: bridge, veth
-pair, addresses, NAT, published ports, and names. This module keeps the definitions and hands out
-addresses; an address belongs to a container while it runs.
+This module keeps the definitions and hands out addresses; an address belongs to a container while
+it runs. The work in the kernel is had done by `netavark`.
 
     STORE/networks/NAME.json   the definition, in docker's words where docker has them
     RUN/KEY/ID/network.json    what a running container has got
@@ -14,11 +13,10 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unionimage.container.places import run_directory
 from unionimage.container.state import (
     NAME,
     Container,
@@ -30,7 +28,6 @@ from unionimage.errors import Conflict, NotFound, UserError
 
 if TYPE_CHECKING:
     import ipaddress
-    import subprocess
 
 Network = dict[str, Any]
 
@@ -38,9 +35,6 @@ DEFAULT = "bridge"
 SPECIAL = ("none", "host", "bridge")
 # Where new networks take their /24 from; the default bridge is the first.
 POOL = "10.90.0.0/16"
-ENGINE = ("netavark", "/usr/lib/podman/netavark", "/usr/libexec/podman/netavark")
-ENGINE_LOCK = "/run/unionfuse-network.lock"
-NAMES = ("aardvark-dns", "/usr/lib/podman/aardvark-dns", "/usr/libexec/podman/aardvark-dns")
 
 
 class Networks:
@@ -142,7 +136,6 @@ class Networks:
             if holders := users_of(name, containers):
                 raise Conflict(f"network {name} is in use by {', '.join(holders)}: remove it first")
             (self.directory / f"{name}.json").unlink(missing_ok=True)
-        remove_interface(network)
         return name
 
     def take_address(
@@ -281,156 +274,3 @@ def _little_endian(text: str) -> ipaddress.IPv4Address:
     import ipaddress
 
     return ipaddress.IPv4Address(int.from_bytes(bytes.fromhex(text), "little"))
-
-
-# ---- the engine
-
-
-def engine() -> str:
-    """The netavark program. Raises UserError when there is none."""
-    import shutil
-
-    for candidate in ENGINE:
-        if found := shutil.which(candidate):
-            return found
-    raise UserError(
-        "networks need netavark (Debian: netavark, aardvark-dns, iptables): install it, or run"
-        " with --network none or host",
-        exit_code=125,
-    )
-
-
-def connect(
-    container: Container, networks: Networks, namespace: str, only: str | None = None
-) -> None:
-    """Give a network namespace the interfaces of a container, or that on one network."""
-    begin_to_connect(container, networks, namespace, only)()
-
-
-def begin_to_connect(
-    container: Container, networks: Networks, namespace: str, only: str | None = None
-) -> Callable[[], None]:
-    """`connect` as a process; what is returned waits for its end, and raises UserError."""
-    begun = _begin("setup", namespace, engine_input(container, networks, only))
-    return lambda: _connected(container, _told(begun, "setup"))
-
-
-def _connected(container: Container, told: Mapping[str, Any]) -> None:
-    now_has = live(container)
-    for name, entry in now_has["Networks"].items():
-        for interface in (told.get(name) or {}).get("interfaces", {}).values():
-            entry["MacAddress"] = interface.get("mac_address")
-    set_live(container, now_has)
-
-
-def disconnect(
-    container: Container, networks: Networks, namespace: str, only: str | None = None
-) -> None:
-    """Take interfaces, NAT rules and names away again."""
-    _told(_begin("teardown", namespace, engine_input(container, networks, only)), "teardown")
-
-
-def engine_input(
-    container: Container, networks: Networks, only: str | None = None
-) -> dict[str, Any]:
-    """What netavark reads: the container's networks, addresses and ports."""
-    now_has = live(container)
-    entries = now_has["Networks"]
-    options: dict[str, Any] = {}
-    information: dict[str, Any] = {}
-    for number, (name, entry) in enumerate(entries.items()):
-        if only not in (None, name):
-            continue
-        network = networks.find(name)
-        aliases = [container.id[:12], *(entry.get("Aliases") or [])]
-        options[name] = {
-            "interface_name": entry.get("Interface") or f"eth{number}",
-            "static_ips": [entry["IPAddress"]],
-            "aliases": list(dict.fromkeys(aliases)),
-        }
-        if entry.get("MacAddress"):
-            options[name]["static_mac"] = entry["MacAddress"]
-        information[name] = _network_input(network)
-    return {
-        "container_id": container.id,
-        "container_name": container.name,
-        "networks": options,
-        "network_info": information,
-        "port_mappings": now_has["PortMappings"],
-    }
-
-
-def _network_input(network: Network) -> dict[str, Any]:
-    return {
-        "name": network["Name"],
-        "id": network["Id"],
-        "driver": "bridge",
-        "network_interface": network["Interface"],
-        "subnets": [
-            {"subnet": one["Subnet"], "gateway": one["Gateway"]}
-            for one in network["IPAM"]["Config"]
-        ],
-        "ipv6_enabled": False,
-        "internal": network["Internal"],
-        "dns_enabled": bool(network.get("DNS")) and names_program() is not None,
-        "ipam_options": {"driver": "host-local"},
-    }
-
-
-def names_program() -> str | None:
-    """The aardvark-dns program."""
-    import shutil
-
-    return next((found for one in NAMES if (found := shutil.which(one))), None)
-
-
-def _begin(verb: str, namespace: str, data: Mapping[str, Any]) -> tuple[subprocess.Popen[str], int]:
-    """Start netavark; what it reads and says fits into pipes. Also a lock, held until `_told`.
-
-    One at a time on this host, whichever the store: it looks for chains that all share, makes them
-    and takes them away in steps.
-    """
-    import subprocess
-
-    directory = run_directory() / "names"
-    directory.mkdir(parents=True, exist_ok=True)
-    command = [engine(), "--config", str(directory)]
-    if program := names_program():
-        command += ["--aardvark-binary", program]
-    lock = os.open(ENGINE_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    process = subprocess.Popen(
-        [*command, verb, namespace],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"},
-    )
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
-        pipe.write(json.dumps(data))
-    process.stdin = None
-    return process, lock
-
-
-def _told(begun: tuple[subprocess.Popen[str], int], verb: str) -> Mapping[str, Any]:
-    """What netavark answers. Raises UserError when it failed."""
-    process, lock = begun
-    out, said = process.communicate()
-    os.close(lock)
-    if process.returncode != 0:
-        reason = out.strip() or said.strip()
-        with contextlib.suppress(ValueError, KeyError):
-            reason = json.loads(out)["error"]
-        raise UserError(f"network {verb} failed: {reason}", exit_code=125)
-    return dict(json.loads(out)) if out.strip() else {}
-
-
-def remove_interface(network: Network) -> None:
-    """The bridge itself goes with its network."""
-    import subprocess
-
-    interface = network.get("Interface")
-    if interface and os.path.exists(f"/sys/class/net/{interface}"):
-        subprocess.run(["ip", "link", "delete", interface], capture_output=True)

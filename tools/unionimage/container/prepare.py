@@ -11,13 +11,22 @@ import fcntl
 import os
 import signal
 import socket
-import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unionimage.container import bundle, files, networks, rootless, sleeping, slirp, users, volumes
+from unionimage.container import (
+    bundle,
+    files,
+    netavark,
+    networks,
+    rootless,
+    sleeping,
+    slirp,
+    users,
+    volumes,
+)
 from unionimage.container.bundle import Mount, Namespaces, Surroundings
 from unionimage.container.state import Container, Containers, replace_file
 from unionimage.errors import Conflict, UserError
@@ -37,8 +46,14 @@ def prepare(
     store: Store,
     containers: Containers,
     console_size: tuple[int, int] | None = None,
+    *,
+    reserved: Callable[[], None],
 ) -> None:
-    """Make everything ready for the runtime. Raises UserError; then nothing is left."""
+    """Make everything ready for the runtime. Raises UserError; then nothing is left.
+
+    Args:
+        reserved: is called once the addresses are noted, if there are any.
+    """
     container.run.mkdir(mode=0o711, parents=True, exist_ok=True)
     container.bundle.mkdir(exist_ok=True)
     container.merged.mkdir(exist_ok=True)
@@ -48,8 +63,9 @@ def prepare(
         _check_source(point, known_volumes)
     try:
         if container.record["NetworkMode"] == "engine":
-            (slirp.program if rootless.active() else networks.engine)()
+            (slirp.program if rootless.active() else netavark.program)()
             reserve(container, known, containers)
+            reserved()
         mount_root(container, store)
         for point in container.record["Mounts"]:
             volumes.fill(point, container.merged, _owner_of_root(container))
@@ -378,7 +394,7 @@ def _write_files(container: Container, known: networks.Networks, containers: Con
     entries = networks.live(container)["Networks"]
     servers = [slirp.NAME_SERVER] if entries and rootless.active() else []
     for name, entry in entries.items():
-        if not servers and known.find(name).get("DNS") and networks.names_program():
+        if not servers and known.find(name).get("DNS") and netavark.names_program():
             servers.append(entry["Gateway"])
     addresses = [entry["IPAddress"] for entry in entries.values()]
     if mode == "none":
@@ -503,17 +519,3 @@ def remove_cgroup(container: Container) -> None:
             if path.is_dir():
                 with contextlib.suppress(OSError):
                     path.rmdir()
-
-
-def with_fresh_network_namespace(action: Any) -> None:
-    """Call `action(path)` with the path of a network namespace that is gone afterwards."""
-    keeper = subprocess.Popen(
-        ["unshare", "-n", "sh", "-c", "echo; exec sleep 60"], stdout=subprocess.PIPE
-    )
-    try:
-        assert keeper.stdout is not None
-        keeper.stdout.readline()
-        action(f"/proc/{keeper.pid}/ns/net")
-    finally:
-        keeper.kill()
-        keeper.communicate()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unionimage.container import networks, prepare, rootless, runtime
+from unionimage.container import netavark, networks, prepare, rootless, runtime
 from unionimage.container.places import boot_id
 from unionimage.container.processes import started_by
 from unionimage.container.state import ALIVE, Container, Record, now, remove_tree
@@ -45,15 +46,9 @@ def _kill_leftovers(inventory: Inventory, container: Container, state: Record) -
     pid = int(state.get("Pid") or 0)
     alive = started_by(pid, state.get("PidStart"))
     if networks.live(container)["Networks"] and not rootless.active():
-
-        def teardown(namespace: str) -> None:
-            with contextlib.suppress(UserError):
-                networks.disconnect(container, inventory.networks, namespace)
-
-        if alive:
-            teardown(f"/proc/{pid}/ns/net")
-        else:
-            prepare.with_fresh_network_namespace(teardown)
+        data = netavark.input_for(container, inventory.networks)
+        with contextlib.suppress(UserError), _namespace(pid if alive else 0, data) as namespace:
+            netavark.disconnect(namespace, data)
     if alive:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -63,6 +58,22 @@ def _kill_leftovers(inventory: Inventory, container: Container, state: Record) -
     with contextlib.suppress(UserError):
         runtime.find(container.record.get("Runtime")).delete(container.id, force=True)
     prepare.remove_cgroup(container)
+
+
+@contextlib.contextmanager
+def _namespace(pid: int, data: netavark.Data) -> Iterator[str]:
+    """The path of a process's network namespace; of one that stands in for it where it has gone."""
+    try:
+        opened = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:  # or it has ended, and nobody has waited for it yet
+        interfaces = [one["interface_name"] for one in data["networks"].values()]
+        with netavark.empty_namespace(interfaces) as namespace:
+            yield namespace
+        return
+    try:
+        yield f"/proc/{os.getpid()}/fd/{opened}"
+    finally:
+        os.close(opened)
 
 
 def _forget_runtime(container: Container) -> None:

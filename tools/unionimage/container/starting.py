@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -16,6 +17,7 @@ from unionfuse import syscalls
 from unionimage import spawn
 from unionimage.container import (
     monitor,
+    netavark,
     networks,
     prepare,
     remains,
@@ -27,6 +29,7 @@ from unionimage.container.places import boot_id
 from unionimage.container.state import ALIVE, Container
 from unionimage.errors import Conflict, NotFound, UserError
 
+CONNECT, START = b"c", b"s"  # what a monitor is told
 DESCRIPTORS = {"namespace", "leave"}  # in what is noted of a container's network
 LAST_MOMENTS = 5.0  # seconds that a monitor may take between writing the end and its own
 
@@ -117,13 +120,21 @@ def _start(
         chosen = runtime.find(container.record.get("Runtime"))
         # Forked before the work is done: the memory that this touches is not the monitor's.
         begin, answers = _fork_monitor(inventory, container, chosen, client)
-        with answers:
+        with answers, contextlib.ExitStack() as until_told:
+            until_told.callback(answers.read)  # after a failure: until the monitor has ended
             # Nor is a database open then: SQLite's locks are not for a child.
             with begin, inventory.open_store() as opened:
-                prepare.prepare(container, opened, inventory.containers, console_size)
+                prepare.prepare(
+                    container,
+                    opened,
+                    inventory.containers,
+                    console_size,
+                    reserved=lambda: _tell(begin, CONNECT),
+                )
                 kept = {"BootId": boot_id(), "RestartCount": 0, "StoppedByUser": False}
                 container.write_state(state | kept | {"Error": ""})
-                begin.write(b"\n")
+                _tell(begin, START)
+            until_told.pop_all()
             _hear(container, answers.readline())
 
 
@@ -133,7 +144,7 @@ def _fork_monitor(
     chosen: runtime.Runtime,
     client: socket.socket | None,
 ) -> tuple[BinaryIO, BinaryIO]:
-    """Fork the monitor: a line tells it to begin, its end not to; how that went it answers."""
+    """Fork the monitor: it is told CONNECT, START; how that went it answers. The end: neither."""
     from unionimage.store import database
 
     database.before_fork()  # the monitor opens it when the container has ended
@@ -147,6 +158,11 @@ def _fork_monitor(
     os.close(ready)
     os.waitpid(pid, 0)
     return os.fdopen(begin, "wb"), os.fdopen(answers, "rb")
+
+
+def _tell(begin: BinaryIO, what: bytes) -> None:
+    begin.write(what)
+    begin.flush()
 
 
 def _hear(container: Container, answer: bytes) -> None:
@@ -178,22 +194,40 @@ def _be_monitor(
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT):
             signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
-        if not os.read(told, 1):
+        what = os.read(told, 1)
+        if not what:
             os._exit(0)
-        os.close(told)
         log = os.open(container.run / "monitor.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         null = os.open(os.devnull, os.O_RDWR)
         for target, source in ((0, null), (1, log), (2, log)):
             os.dup2(source, target)
         os.close(log)
         os.close(null)
-        monitor.Monitor(container, chosen, hooks(inventory, container), client, ready).run()
+        others = hooks(inventory, container)
+        if what == CONNECT:
+            what = _connect_until_told(told, container, others)
+        os.close(told)
+        if what == START:
+            monitor.Monitor(container, chosen, others, client, ready).run()
     except BaseException:
         import traceback
 
         traceback.print_exc()
         os._exit(1)
     os._exit(0)
+
+
+def _connect_until_told(told: int, container: Container, others: monitor.Hooks) -> bytes:
+    """Have the network connected while the root is mounted; what the monitor is told then."""
+    with open(container.run / "alive", "wb") as alive:
+        fcntl.flock(alive, fcntl.LOCK_EX)  # another start waits until all is taken away again
+        with contextlib.suppress(UserError):  # it is tried again, and heard, at the start
+            others.begin_to_connect()
+        what = os.read(told, 1)
+        if what != START:
+            others.disconnect()
+            networks.forget_live(container)
+    return what
 
 
 def hooks(
@@ -203,6 +237,7 @@ def hooks(
     noted = network or {}
     namespace = noted.get("namespace", -1)
     connected: Callable[[], None] | None = None
+    asked: dict[str, Any] = {}  # what was asked of the engine
     rootless_network: slirp.Connection | None = None
     if "slirp" in noted:
         rootless_network = slirp.Connection(noted["slirp"], noted["leave"])
@@ -211,17 +246,20 @@ def hooks(
 
     def begin(opened: int) -> str:
         """Have the engine connect a namespace, which is kept open: it outlives the process."""
-        nonlocal namespace, connected
+        nonlocal namespace, connected, asked
         namespace = opened
         path = f"/proc/{os.getpid()}/fd/{namespace}"
         if not networks.live(container)["Networks"]:
             prepare.reserve(container, inventory.networks, inventory.containers)
-        connected = networks.begin_to_connect(container, inventory.networks, path)
+        asked = netavark.input_for(container, inventory.networks)
+        connected = netavark.begin_to_connect(container, path, asked)
         return path
 
     def begin_to_connect() -> str | None:
         if rootless.active() or container.record["IdMappings"]:
             return None  # the namespace has to be of the user namespace that there will be
+        if connected is not None:
+            return f"/proc/{os.getpid()}/fd/{namespace}"
         return begin(new_network_namespace())
 
     def connect(pid: int) -> None:
@@ -248,7 +286,9 @@ def hooks(
         if namespace >= 0:
             with contextlib.suppress(UserError):
                 path = f"/proc/{os.getpid()}/fd/{namespace}"
-                networks.disconnect(container, inventory.networks, path)
+                now_has = netavark.input_for(container, inventory.networks)
+                # A start that failed has forgotten its addresses.
+                netavark.disconnect(path, now_has if now_has["networks"] else asked)
             os.close(namespace)
             namespace = -1
 
