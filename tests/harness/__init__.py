@@ -12,6 +12,7 @@ malformed.py   a mount's doors with a test in the place of the kernel
 fuzzing*.py    what scripts/fuzz runs: readers of what strangers send, and those doors
 torture.py     programs that write without pause and check all that they read
 disks.py       real file systems in a file
+backings.py    the files that the kernel holds for passthrough
 scenarios.py   single operations for the tests that disturb them
 waiting.py     waiting for what nobody reports
 users.py       a function run as another user, or in namespaces of its own

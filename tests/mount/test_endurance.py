@@ -1,24 +1,18 @@
 """What takes minutes to show: that nothing is left of a million operations; how long a pause is."""
 
-import ctypes
-import errno
-import fcntl
 import os
 import select
 import signal
 import statistics
-import struct
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from harness.actions import BASE, TOP, in_arenas
+from harness.backings import backing_ids
 from harness.mounts import Mounted, Workshop
-
-from unionfuse.wire import protocol
 
 pytestmark = [pytest.mark.long, pytest.mark.on("unionfuse"), pytest.mark.through("unionfuse")]
 
@@ -28,7 +22,6 @@ COUNT = 1_000_000
 NODES = 50_000
 # kB: what the allocator may keep, and what the journal may hold of nodes that are gone
 SLACK = {"RssAnon": 2048, "RssShmem": 5120}
-_PIDFD_GETFD = 438  # the same number on every architecture
 
 
 def _work(tree: Mounted, seed: int, count: int) -> None:
@@ -56,39 +49,12 @@ def _held(tree: Mounted) -> dict[str, int]:
         for key in ("RssAnon", "RssShmem"):
             found[f"{name} {key}"] = int(words[key].split()[0])
         found[f"{name} descriptors"] = len(os.listdir(f"/proc/{pid}/fd"))
-    return found | known | {"backing ids": _backing_ids(daemon, tree.upper)}
+    return found | known | {"backing ids": backing_ids(daemon, tree.upper)}
 
 
 def _known(tree: Mounted) -> dict[str, int]:
     status = tree.status()
     return {key: status[key] for key in ("nodes", "open")}
-
-
-def _backing_ids(daemon: int, beside: Path) -> int:
-    """How many ids of backing files the kernel has of a mount; it closes them to count them."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    channel = next(
-        int(entry.name)
-        for entry in os.scandir(f"/proc/{daemon}/fd")
-        if os.readlink(entry.path) == "/dev/fuse"
-    )
-    pidfd = os.pidfd_open(daemon)
-    fuse = libc.syscall(_PIDFD_GETFD, pidfd, channel, 0)
-    os.close(pidfd)
-    assert fuse >= 0, os.strerror(ctypes.get_errno())
-    found = 0
-    with tempfile.TemporaryFile(dir=beside) as file:
-        request = bytearray(protocol.BACKING_MAP.pack(file.fileno(), 0, 0))
-        newest = fcntl.ioctl(fuse, protocol.FUSE_DEV_IOC_BACKING_OPEN, request)  # they count up
-    fcntl.ioctl(fuse, protocol.FUSE_DEV_IOC_BACKING_CLOSE, struct.pack("=I", newest))
-    for number in range(1, newest):
-        try:
-            fcntl.ioctl(fuse, protocol.FUSE_DEV_IOC_BACKING_CLOSE, struct.pack("=I", number))
-            found += 1
-        except OSError as error:
-            assert error.errno == errno.ENOENT
-    os.close(fuse)
-    return found
 
 
 @pytest.mark.timeout(3600)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from harness.actions import Action, Actor
+from harness.backings import backing_ids
 from harness.mounts import Mounted, Workshop
 from harness.snapshot import assert_equal
 from harness.waiting import wait_until
@@ -346,6 +347,8 @@ def killed_in_the_middle(workshop: Workshop, number: int, expected: list[Any]) -
     assert (tree / "d/1").read_bytes() == b"more"
     assert tree.daemon is not None
     killed = "takes over" in tree.daemon.messages()
+    wait_until(lambda: tree.status()["open"] == 0, 20, "the last RELEASE")
+    assert backing_ids(tree.daemon.pid, tree.upper) == 0, f"killed at {number}"
     tree.remount("overlay", {})
     assert sorted(os.listdir(tree / "d")) == ["0", "1"]
     assert (tree / "d/1").stat().st_mode & 0o777 == 0o600

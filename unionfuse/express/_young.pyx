@@ -547,14 +547,17 @@ cdef class YoungFiles:
         ):
             return FOR_PYTHON
         if file.handle_note:
+            # First: at any moment the record says which id is to be given back, or this does.
+            if file.backing:
+                (<uint64_t *>self.notes.base)[CLOSING_WORD] = file.backing
+            self.step()
             self.notes.end_record(file.handle_note)
             file.handle_note = 0
         self.step()
         if file.backing:
-            if self.notes is not None:
-                (<uint64_t *>self.notes.base)[CLOSING_WORD] = file.backing
             young_unregister(self.fuse, file.backing)
             file.backing = 0
+        self.step()
         close(file.descriptor)
         file.descriptor = -1
         self.table.open -= 1
