@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -92,6 +93,34 @@ def test_cached_layers_that_were_collected_are_made_again(builder: Builder, tmp_
 
 
 # ---- stages
+
+
+def test_the_cache_is_counted_and_given_up(builder: Builder, tmp_path: Path) -> None:
+    def run(*words: str) -> str:
+        return builder.run(*words).stdout
+
+    run("builder", "prune", "-a", "-f")
+    dockerfile = "RUN head -c 300000 /dev/zero > /x && echo given up\n"
+    dockerfile += "RUN --mount=type=cache,target=/c head -c 200000 /dev/zero | tee /c/y > /y\n"
+    context(tmp_path, dockerfile)
+    image = builder.build(tmp_path)
+    df = {row["Type"]: row for row in map(json.loads, run("system", "df", "--json").splitlines())}
+    row = df["Build Cache"]
+    assert (row["TotalCount"], row["Active"], row["Size"][:2]) == ("3", "2", "20")
+    detail = json.loads(run("system", "df", "-v", "--json"))["BuildCache"]
+    assert [one["Shared"] for one in detail] == ["true", "true", "false"]
+    assert "Build cache space usage:" in run("system", "df", "-v")
+
+    said = run("builder", "prune", "-f", "--filter", "type=regular")  # an image has these
+    assert said == "Total reclaimed space: 0B\n" and made(builder, tmp_path) == []
+    run("rmi", "-f", image)  # both steps and the mount are the cache's alone now: 700 kB
+    assert "Deleted" not in run("builder", "prune", "-f", "--filter", "until=1h")
+    assert "Deleted" not in run("builder", "prune", "-f", "--keep-storage", "1g")
+    said = run("builder", "prune", "-f", "--keep-storage", "450k")
+    assert said.splitlines()[-1].startswith("Total reclaimed space: 300")
+    assert made(builder, tmp_path)[0].startswith("RUN head")
+    run("builder", "prune", "-a", "-f")
+    assert json.loads(run("system", "df", "-v", "--json"))["BuildCache"] == []
 
 
 def test_only_needed_stages_are_built(builder: Builder, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from unionimage.errors import Conflict, UserError
 from unionimage.labels import has_labels
 from unionimage.mounts import forget_dead
 from unionimage.store import Image, Store, platforms
-from unionimage.store.files import remove
 
 EXAMPLE = """
 unionfuse prune -f
@@ -33,6 +32,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from unionimage.dockerfile.records import give_up, records
+
     chosen = filters(args.filter, ("until", "label"))
     what = "all images that nothing uses" if args.all else "all images without a name"
     if not args.force and not _confirmed(f"This will remove {what}."):
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         forget_dead(store)
         deleted = prune_images(store, all=args.all, chosen=chosen)
         if args.all:
-            forget_build_cache(store)
+            give_up(store, records(store))
         freed = store.collect()
     if deleted:
         print("Deleted Images:")
@@ -69,13 +70,6 @@ def prune_images(store: Store, *, all: bool, chosen: dict[str, list[str]]) -> li
             except Conflict:
                 continue  # a container began to use it just now
             deleted.append(image)
-
-
-def forget_build_cache(store: Store) -> None:
-    """Give up the layers of cached build steps, and what RUN --mount=type=cache keeps."""
-    store.release("build-cache")
-    (store.root / "build-cache.sqlite").unlink(missing_ok=True)
-    remove(store.root / "build-mounts")
 
 
 def _wanted(store: Store, image: Image, all: bool, chosen: dict[str, list[str]]) -> bool:

@@ -103,6 +103,9 @@ def _info(engine: Engine, args: argparse.Namespace) -> None:
         print(f"{name}: {shown}")
 
 
+_TITLES = {"Volumes": "Local Volumes", "BuildCache": "Build cache"}
+
+
 def _usage(engine: Engine, args: argparse.Namespace) -> None:
     from unionimage.cli import usage
     from unionimage.cli.format import show
@@ -118,8 +121,7 @@ def _usage(engine: Engine, args: argparse.Namespace) -> None:
     if args.format not in (None, "table"):
         raise UserError("with --verbose there is json, and no template")
     for kind, (rows, columns) in detail.items():
-        kind = "Local Volumes" if kind == "Volumes" else kind
-        print(f"{kind} space usage:\n")
+        print(f"{_TITLES.get(kind, kind)} space usage:\n")
         show(rows, columns, None)
         print()
 

@@ -1,10 +1,10 @@
-"""What `unionfuse system df` shows: what images, containers and volumes take."""
+"""What `unionfuse system df` shows: what images, containers, volumes and cached steps take."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from unionimage.cli.common import human_size
+from unionimage.cli.common import human_ago, human_size, parse_time
 
 if TYPE_CHECKING:
     from unionimage.container.lifecycle import Engine
@@ -21,8 +21,9 @@ Rows = list[dict[str, Any]]
 
 
 def summary(engine: Engine) -> Rows:
-    """A row for images, for containers and for volumes."""
+    """A row for images, for containers, for volumes and for the build cache."""
     from unionimage.container import describe, volumes
+    from unionimage.dockerfile.records import records
 
     containers = engine.all()
     running = [one for one in containers if one.state()["Status"] in ("running", "paused")]
@@ -40,6 +41,8 @@ def summary(engine: Engine) -> Rows:
             if str(image.id) in used_images
             for diff_id in image.diff_ids
         }
+        cached = records(store)
+    own = [record.size for record in cached if not record.shared]
     free = sum(size for diff_id, size in layers.items() if diff_id not in kept)
     known = engine.volumes.all()
     volume_sizes = {one["Name"]: volumes.size(one) for one in known}
@@ -49,6 +52,7 @@ def summary(engine: Engine) -> Rows:
         _line("Images", len(images), len(used_images), sum(layers.values()), free),
         _line("Containers", len(containers), len(running), sum(sizes.values()), idle),
         _line("Local Volumes", len(known), len(busy), sum(volume_sizes.values()), unused),
+        _line("Build Cache", len(cached), len(cached) - len(own), sum(own), sum(own)),
     ]
 
 
@@ -64,11 +68,12 @@ def _line(kind: str, total: int, active: int, size: int, free: int) -> dict[str,
 
 
 def in_detail(engine: Engine) -> dict[str, tuple[Rows, dict[str, str]]]:
-    """Images, Containers and Volumes, each one by one: rows, and the columns to show."""
+    """Images, Containers, Volumes and BuildCache one by one: rows, and the columns to show."""
     return {
         "Images": (_images(engine), _IMAGE_COLUMNS),
         "Containers": (_containers(engine), _CONTAINER_COLUMNS),
         "Volumes": (_volumes(engine), {"Name": "VOLUME NAME", "Links": "LINKS", "Size": "SIZE"}),
+        "BuildCache": (_build_cache(engine), _CACHE_COLUMNS),
     }
 
 
@@ -91,6 +96,13 @@ _CONTAINER_COLUMNS = {
     "RunningFor": "CREATED",
     "Status": "STATUS",
     "Names": "NAMES",
+}
+_CACHE_COLUMNS = {
+    "ID": "CACHE ID",
+    "CacheType": "CACHE TYPE",
+    "Size": "SIZE",
+    "CreatedSince": "CREATED",
+    "Shared": "SHARED",
 }
 
 
@@ -135,3 +147,19 @@ def _volumes(engine: Engine) -> Rows:
         }
         for one in engine.volumes.all()
     ]
+
+
+def _build_cache(engine: Engine) -> Rows:
+    from unionimage.dockerfile.records import records
+
+    with engine.open_store() as store:
+        return [
+            {
+                "ID": record.id[:12],
+                "CacheType": record.type,
+                "Size": human_size(record.size),
+                "CreatedSince": human_ago(parse_time(record.created)),
+                "Shared": str(record.shared).lower(),
+            }
+            for record in records(store)
+        ]

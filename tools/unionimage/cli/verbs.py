@@ -28,6 +28,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "build": ("build", "Build an image from a Dockerfile"),
         "commit": ("commit", "Make an image from changes on top of another"),
         "import": ("import_", "Make an image of a root file system's tar"),
+        "builder": ("builder", "Manage the build cache"),
     },
     "Archives and registries": {
         "save": ("save", "Write images to an archive"),
@@ -114,6 +115,9 @@ ALIASES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("container", "ls"): ("ps",),
     ("container", "list"): ("ps",),
     ("container", "ps"): ("ps",),
+    ("builder", "build"): ("build",),
+    ("buildx", "build"): ("build",),
+    ("buildx", "prune"): ("builder", "prune"),
     ("info",): ("system", "info"),
     ("system", "events"): ("events",),
 }

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unionimage.container import netavark, networks, volumes, wire
+from unionimage.container import networks, volumes, wire
 from unionimage.container.inventory import Inventory
 from unionimage.container.state import ALIVE, Container
 from unionimage.errors import Conflict, NotFound, UserError
@@ -222,12 +222,16 @@ class Engine(Inventory):
             and not networks.users_of(network["Name"], containers)
             and has_labels(network["Labels"], labels)
         ]
+        from unionimage.container import netavark
+
         removed = [self.remove_network(name, containers) for name in unused]
         netavark.put_away()
         return removed
 
     def remove_network(self, text: str, containers: Sequence[Container]) -> str:
         """Remove a network that no container has, and its bridge; its name is returned."""
+        from unionimage.container import netavark
+
         bridge = self.networks.find(text).get("Interface")
         name = self.networks.remove(text, containers)
         netavark.put_away(str(bridge))
@@ -273,7 +277,7 @@ class Engine(Inventory):
             asked = {"Aliases": list(aliases), "WantedIP": address}
             container.record["Networks"][network["Name"]] = asked
             if container.state()["Status"] in ("running", "paused"):
-                from unionimage.container import prepare
+                from unionimage.container import netavark, prepare
 
                 prepare.reserve_one(container, self.networks, self.containers, network, asked)
                 namespace = f"/proc/{container.state()['Pid']}/ns/net"
@@ -296,6 +300,8 @@ class Engine(Inventory):
                 raise UserError(f"container {container.name} is not on network {network['Name']}")
             live = networks.live(container)
             if network["Name"] in live["Networks"]:
+                from unionimage.container import netavark
+
                 namespace = f"/proc/{container.state()['Pid']}/ns/net"
                 only = netavark.input_for(container, self.networks, network["Name"])
                 netavark.disconnect(namespace, only)

@@ -13,6 +13,7 @@
 #   place.py         files → a root file system that may be hostile
 #   select.py        which files a source names, and their digest
 #   context.py       directory, tar, stdin, git → the build context
+#   records.py       what the cache takes, and giving it up
 #   cache.py         key → what a step made
 #   plan.py          instructions and base images → immutable steps
 #   config.py        instructions about the config alone, history texts

@@ -21,6 +21,10 @@ from unionimage.tuples import NamedTuple
 VERSION = 1
 """Part of every key: raised when what a step does to files changes."""
 
+FILE = "build-cache.sqlite"
+MOUNTS = "build-mounts"  # the directory of what RUN --mount=type=cache keeps
+HOLD = "build-cache"  # who holds the layers of cached steps in the store
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS step (key TEXT PRIMARY KEY, diff_id TEXT, created TEXT NOT NULL)
     WITHOUT ROWID;
@@ -40,7 +44,7 @@ class BuildCache:
 
     def __init__(self, directory: Path) -> None:
         self._lock = threading.Lock()
-        path = directory / "build-cache.sqlite"
+        path = directory / FILE
         try:
             self._database = _open(path)
         except sqlite3.DatabaseError as error:
@@ -61,6 +65,19 @@ class BuildCache:
     def remember(self, key: str, made: Cached) -> None:
         """Keep what a step made; replaces what was known."""
         self._write("INSERT OR REPLACE INTO step VALUES (?, ?, ?)", (key, *made))
+
+    def steps(self) -> list[tuple[str, Cached]]:
+        """All steps that are known, with their keys."""
+        with self._lock:
+            rows = self._database.execute("SELECT key, diff_id, created FROM step").fetchall()
+        return [
+            (key, Cached(Digest(made) if made else None, created)) for key, made, created in rows
+        ]
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Forget steps; what is not known is no error."""
+        with self._lock:
+            self._database.executemany("DELETE FROM step WHERE key = ?", [(key,) for key in keys])
 
     def content(self, key: str) -> str | None:
         """The remembered digest of files selected from something that never changes."""

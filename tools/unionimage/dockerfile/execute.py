@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from unionimage.digest import Digest, chain_ids
 from unionimage.dockerfile import copystep
-from unionimage.dockerfile.cache import BuildCache, Cached, key_of
+from unionimage.dockerfile.cache import HOLD, BuildCache, Cached, key_of
 from unionimage.dockerfile.kitchen import Kitchen
 from unionimage.dockerfile.parser import DockerfileError
 from unionimage.dockerfile.plan import (
@@ -35,7 +35,6 @@ from unionimage.tuples import NamedTuple
 if TYPE_CHECKING:
     from unionimage.dockerfile.runstep import Environment, Secret
 
-HOLD = "build-cache"
 """Holds the layers of cached steps in the store."""
 
 COMMENT = "unionfuse.dockerfile.v0"

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from unionfuse import syscalls
 from unionimage.digest import Digest
+from unionimage.dockerfile.cache import MOUNTS
 from unionimage.dockerfile.ignore import Patterns
 from unionimage.dockerfile.kitchen import Kitchen
 from unionimage.dockerfile.parser import DockerfileError
@@ -319,7 +320,7 @@ class _Step:
         """The directory of a cache; locked, or a private one that is free, where it asks for it."""
         origin = mount.source_stage + "\0" + mount.source if mount.source_stage else ""
         identity = hashlib.sha256(f"{mount.id}\0{origin}".encode()).hexdigest()
-        top = self.shared.kitchen.store.root / "build-mounts"
+        top = self.shared.kitchen.store.root / MOUNTS
         for number in range(1000):
             directory = top / f"{identity}-{number}"
             directory.mkdir(mode=0o711, parents=True, exist_ok=True)
