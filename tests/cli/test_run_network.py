@@ -209,6 +209,20 @@ def test_no_rules_or_addresses_are_left(box: Box) -> None:
     assert subnet not in rules
 
 
+def test_a_network_written_in_full(box: Box) -> None:
+    box("network", "create", "--attachable", "--subnet", "10.213.7.0/24", "full")
+    wanted = "name=full,alias=db,ip=10.213.7.77,mac-address=02:00:00:00:77:77"
+    box.start("long", "--network", wanted)
+    entry = box.inspect("long")["NetworkSettings"]["Networks"]["full"]
+    assert (entry["IPAddress"], entry["MacAddress"]) == ("10.213.7.77", "02:00:00:00:77:77")
+    box("run", "--rm", "--network", "full", "busybox", "ping", "-c", "1", "-W", "5", "db")
+    (member,) = json.loads(box.out("network", "inspect", "full"))[0]["Containers"].values()
+    assert (member["Name"], member["IPv4Address"]) == ("long", "10.213.7.77/24")
+    said = box("run", "--network", "name=full,ip6=::1", "busybox", "true", code=125).stderr
+    assert "'ip6' is not one of name, alias, ip, mac-address" in said
+    assert "--ipv6 is not supported" in box("network", "create", "--ipv6", "six", code=125).stderr
+
+
 def interface_of(box: Box, network: str) -> Path:
     shown = json.loads(box.out("network", "inspect", network))[0]
     return Path("/sys/class/net", shown["Interface"])

@@ -204,3 +204,10 @@ def test_copy_never_leaves_the_container(box: Box, tmp_path: Path) -> None:
     box("cp", "-L", "hostile:/root/s", str(tmp_path / "got"), code=None)
     assert target.read_text() == "mine"
     assert not (tmp_path / "got").exists()
+
+
+def test_volumes_by_name_and_what_they_do_not_have(box: Box) -> None:
+    assert box.out("volume", "create", "--name", "called") == "called\n"
+    assert box.out("volume", "rm", "-f", "called", "not-there") == "called\nnot-there\n"
+    said = box("volume", "create", "-o", "type=nfs", "far", code=125).stderr
+    assert "-o is not supported" in said and said.count("\n") == 1

@@ -18,16 +18,33 @@ unionfuse run -d --network backend --name db postgres
 unionfuse network ls"""
 
 COLUMNS = {"ID": "NETWORK ID", "Name": "NAME", "Driver": "DRIVER", "Scope": "SCOPE"}
+# Docker's flags of `create` that are refused, and why.
+REFUSED = {
+    "--ipv6": "networks have IPv4 addresses only",
+    "--ip-range": "addresses are taken from the whole subnet; --ip asks for a certain one",
+    "--aux-address": "addresses are taken from the whole subnet; --ip asks for a certain one",
+    "--ipam-driver": "addresses are given out by unionfuse itself",
+    "--ipam-opt": "addresses are given out by unionfuse itself",
+    "--opt": "a bridge has no options of its own",
+    "-o": "a bridge has no options of its own",
+    "--scope": "there are no swarms",
+    "--ingress": "there are no swarms",
+    "--config-from": "there are no swarms",
+    "--config-only": "there are no swarms",
+}
 FILTERS = ("driver", "id", "label", "name")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     from unionimage.cli.format import add_filter_option, add_format_options
+    from unionimage.cli.parser import VerbParser
 
     verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
-    def add(name: str, help: str) -> argparse.ArgumentParser:
-        return verbs.add_parser(name, help=help, description=help)
+    def add(name: str, help: str) -> VerbParser:
+        made = verbs.add_parser(name, help=help, description=help)
+        assert isinstance(made, VerbParser)
+        return made
 
     create = add("create", "make a network")
     create.add_argument("-d", "--driver", choices=("bridge",), default="bridge")
@@ -39,6 +56,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     create.add_argument(
         "--label", action="append", default=[], metavar="NAME=VALUE", help="note something about it"
     )
+    create.add_argument(
+        "--attachable", action="store_true", help="for docker's swarms; here each network is"
+    )
+    create.refused |= REFUSED
     create.add_argument("name", metavar="NAME")
     for name in ("ls", "list"):
         listing = add(name, "list networks")
@@ -158,7 +179,13 @@ def _object(engine: Engine, name: str) -> dict[str, Any]:
     for container in engine.all():
         entry = networks.live(container)["Networks"].get(network["Name"])
         if entry:
-            members[container.id] = {"Name": container.name, "IPv4Address": entry["IPAddress"]}
+            members[container.id] = {
+                "Name": container.name,
+                "EndpointID": networks.endpoint_id(container, network["Name"]),
+                "MacAddress": entry.get("MacAddress") or "",
+                "IPv4Address": f"{entry['IPAddress']}/{networks.prefix_length(network)}",
+                "IPv6Address": "",
+            }
     return network | {"Containers": members}
 
 

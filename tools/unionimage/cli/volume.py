@@ -22,16 +22,23 @@ FILTERS = ("dangling", "driver", "label", "name")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     from unionimage.cli.format import add_filter_option, add_format_options
+    from unionimage.cli.parser import VerbParser
 
     verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
-    def add(name: str, help: str) -> argparse.ArgumentParser:
-        return verbs.add_parser(name, help=help, description=help)
+    def add(name: str, help: str) -> VerbParser:
+        made = verbs.add_parser(name, help=help, description=help)
+        assert isinstance(made, VerbParser)
+        return made
 
     create = add("create", "make a volume")
     create.add_argument("-d", "--driver", choices=("local",), default="local")
     create.add_argument(
         "--label", action="append", default=[], metavar="NAME=VALUE", help="note something about it"
+    )
+    create.add_argument("--name", dest="named", metavar="NAME", help="the same as NAME at the end")
+    create.refused["-o"] = create.refused["--opt"] = (
+        "a volume is a directory of the store; mount the device on the host and use -v"
     )
     create.add_argument("name", metavar="NAME", nargs="?")
     for name in ("ls", "list"):
@@ -60,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
         case "create":
             from unionimage.container.create import labels_of
 
-            volume, _ = engine.volumes.create(args.name, labels_of(args.label))
+            if args.name and args.named:
+                raise UserError("conflicting options: --name and NAME", exit_code=125)
+            volume, _ = engine.volumes.create(args.name or args.named, labels_of(args.label))
             print(volume["Name"])
         case "ls" | "list":
             _list(engine, args)
@@ -108,7 +117,9 @@ def _remove(engine: Engine, args: argparse.Namespace) -> int:
         try:
             engine.volumes.remove(name, engine.containers.all())
         except NotFound as error:
-            if not args.force:
+            if args.force:
+                print(name)
+            else:
                 print(f"unionfuse: {error.message}", file=sys.stderr)
                 code = 1
         except UserError as error:

@@ -467,9 +467,12 @@ def _mount_points(
 
 def _networking(args: argparse.Namespace, result: Record) -> None:
     """NetworkMode, the networks with what was asked of them, the ports."""
-    names = args.network or [networks.DEFAULT]
-    names = [networks.DEFAULT if name == "default" else name for name in names]
-    first = names[0]
+    wanted = [_network(text) for text in args.network or [networks.DEFAULT]]
+    names = [name for name, _ in wanted]
+    first, asked = wanted[0]
+    asked["Aliases"] += args.network_alias
+    asked["WantedIP"] = asked["WantedIP"] or (args.ip and _address(args.ip, "--ip"))
+    asked["MacAddress"] = asked["MacAddress"] or args.mac_address
     host_config = result["HostConfig"]
     host_config["NetworkMode"] = first
     exclusive = first in ("none", "host") or first.startswith("container:")
@@ -480,9 +483,9 @@ def _networking(args: argparse.Namespace, result: Record) -> None:
     if exclusive:
         for option, value in (
             ("--publish", args.publish and first != "host"),
-            ("--ip", args.ip),
-            ("--network-alias", args.network_alias),
-            ("--mac-address", args.mac_address),
+            ("--ip", asked["WantedIP"]),
+            ("--network-alias", asked["Aliases"]),
+            ("--mac-address", asked["MacAddress"]),
         ):
             if value:
                 raise UserError(f"{option} cannot go together with --network {first}")
@@ -491,21 +494,43 @@ def _networking(args: argparse.Namespace, result: Record) -> None:
         result["NetworkMode"] = first
         result["Networks"] = {}
         return
-    user_defined = first != networks.DEFAULT
-    if args.ip and not user_defined:
-        raise UserError("--ip needs a network of its own: --network NAME")
-    if args.network_alias and not user_defined:
-        raise UserError("--network-alias needs a network of its own: --network NAME")
-    for alias in args.network_alias:
-        if not NAME.fullmatch(alias):
-            raise UserError(f"--network-alias {alias!r}: not a name")
+    for name, asked in wanted:
+        if asked["WantedIP"] and name == networks.DEFAULT:
+            raise UserError("--ip needs a network of its own: --network NAME")
+        if asked["Aliases"] and name == networks.DEFAULT:
+            raise UserError("--network-alias needs a network of its own: --network NAME")
+        for alias in asked["Aliases"]:
+            if not NAME.fullmatch(alias):
+                raise UserError(f"--network-alias {alias!r}: not a name")
     result["NetworkMode"] = "engine"
-    result["Networks"] = {name: {"Aliases": []} for name in names}
-    result["Networks"][first] |= {
-        "Aliases": list(args.network_alias),
-        "WantedIP": args.ip and _address(args.ip, "--ip"),
-        "MacAddress": args.mac_address,
+    result["Networks"] = dict(wanted)
+
+
+def _network(text: str) -> tuple[str, dict[str, Any]]:
+    """`NAME` or `name=NAME,alias=OTHER,ip=ADDRESS,mac-address=ADDRESS`, and what it asks for."""
+    name, aliases = text, []
+    given = {"ip": "", "mac-address": ""}
+    if "=" in text:
+        name = ""
+        for field in text.split(","):
+            key, _, value = field.partition("=")
+            if key == "name":
+                name = value
+            elif key == "alias":
+                aliases.append(value)
+            elif key in given:
+                given[key] = value
+            else:
+                raise UserError(f"--network {text!r}: {key!r} is not one of name, alias, ip,"
+                                " mac-address")  # fmt: skip
+    if not name:
+        raise UserError(f"--network {text!r}: it has no name")
+    asked = {
+        "Aliases": aliases,
+        "WantedIP": given["ip"] and _address(given["ip"], "--ip"),
+        "MacAddress": given["mac-address"],
     }
+    return networks.DEFAULT if name == "default" else name, asked
 
 
 def _namespaces(args: argparse.Namespace, result: Record, containers: Containers) -> None:
