@@ -271,6 +271,11 @@ class _Faults:
 _faults = _Faults()
 
 
+def counts_changes() -> bool:
+    """For tests: whether all changes are counted, so that each is to come in its order."""
+    return _faults.active
+
+
 def dies_young_at() -> int:
     """For tests: before which of its steps the making of files in compiled code ends the process.
 

@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from unionfuse import syscalls
-from unionfuse.changes.copyup import INLINE_SIZE, CopyUp
+from unionfuse.changes.copyup import CopyUp
 from unionfuse.changes.renaming import Renaming
+from unionfuse.changes.staging import INLINE_SIZE
 from unionfuse.changes.upper import Upper
 from unionfuse.layers.layer import LayerStack
 from unionfuse.layers.upperdir import UpperDirectory
@@ -102,6 +103,7 @@ class Union:
             for node in self.tree.nodes.values():
                 self.tree.close_unnamed(node)
             self.tree.nodes.clear()
+            self._copy.close()
             if self._store is not None:
                 self._store.close()
             self._stack.close()
@@ -242,9 +244,11 @@ class Union:
                 attributes.change_remembered(node.last, changes)
                 self.tree.nameless(node)
                 return node.last
-            self._copy.copy_up(node, data=changes.size is not None, size=changes.size)
+            copied = self._copy.copy_up(node, data=changes.size is not None, size=changes.size)
             attributes.change(self.tree, node, changes, self._writable(handle))
             self._changed(node)
+            if copied and changes.size is None:
+                self._copy.attributes_changed(node)
             return attributes.shown(self.tree, node)
 
     def _writable(self, handle: int | None) -> int:

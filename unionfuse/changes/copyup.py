@@ -1,8 +1,7 @@
 """Copy-up: how a lower file gets into upper before its first change.
 
-Staged in the work directory, in the order of overlayfs (fs/overlayfs/copy_up.c): data, owner,
-xattrs, mode, times, then one rename makes it visible. A crash leaves either the lower file or
-the whole copy; what is left in work is thrown away by the next mount.
+Staged in the work directory (staging.py), then one rename makes it visible. A crash leaves either
+the lower file or the whole copy; what is left in work is thrown away by the next mount.
 
 The union's lock is held to begin and to publish, but not while the data of a big file is
 copied. Who finds that somebody else was faster throws his own copy away.
@@ -13,22 +12,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from unionfuse import syscalls
+from unionfuse.changes.ahead import Ahead
+from unionfuse.changes.staging import Original, Staging
 from unionfuse.layers import whiteout
-from unionfuse.layers.layer import Place
 from unionfuse.tree import view
 from unionfuse.tree.node import Directory, Node
 from unionfuse.tree.tree import Tree, failure
-
-INLINE_SIZE = 128 * 1024
-"""Bytes that are copied at once; more is copied without the lock, by a thread that may wait."""
-
-_CHUNK = 8 << 20  # bytes that are copied before their writing is begun
 
 
 class CopyUp:
@@ -48,9 +42,17 @@ class CopyUp:
         self._tree = tree
         self._lock: Any = lock
         self._published = published
-        self._unshared: set[int] = set()  # st_dev of files whose blocks upper cannot share
+        self._staging = Staging(tree.upper) if tree.upper is not None else None
+        self._ahead: Ahead | None = None
+        if self._staging is not None and tree.upper is not None and tree.upper.sync:
+            self._ahead = Ahead(tree, tree.upper, self._staging)
         self._filling: set[Node] = set()  # metacopies whose data is being copied without the lock
         self._filled = threading.Condition(self._lock)
+
+    def close(self) -> None:
+        """Throw away what is staged, and copy nothing any more."""
+        if self._ahead is not None:
+            self._ahead.close()
 
     # --- what is to be done --------------------------------------------------------------
 
@@ -78,7 +80,7 @@ class CopyUp:
 
     # --- doing it ------------------------------------------------------------------------
 
-    def copy_up(self, node: Node, data: bool = True, size: int | None = None) -> None:
+    def copy_up(self, node: Node, data: bool = True, size: int | None = None) -> bool:
         """Bring a node into upper, if it is not there.
 
         With the lock held by the caller all of it happens at once. Called without, only the
@@ -88,22 +90,24 @@ class CopyUp:
             data: the file's data is needed; without, `metacopy=on` leaves it where it is.
             size: no more than so many bytes are needed: the file is about to be truncated.
 
+        Returns:
+            Whether there was anything to do.
+
         Raises:
             OSError: as the file system below says; the tree is as it was.
         """
         if not self.needed(node, data):
-            return  # and never will be again
-        tree = self._tree
+            return False  # and never will be again
         with self._lock:
             self.wait(node)
             if not self.needed(node, data):
-                return
-            if tree.upper is None:
+                return False
+            if self._staging is None:
                 raise failure(errno.EROFS)
             if node.in_upper:  # a metacopy whose data is wanted
                 if size == 0:
                     self._drop_data(node)
-                    return
+                    return True
                 source = self._open_data(node)
                 self._filling.add(node)
             else:
@@ -112,20 +116,24 @@ class CopyUp:
                     if node.deleted:
                         raise failure(errno.ENOENT)  # nothing is left that could be changed
                     self._copy_directory(node)
-                    return
-                status = self._tree.status(node)
+                    return True
                 whole = data or self._whole(node)
-                if not node.is_regular or size == 0 or not whole:
-                    self._stage_and_publish(node, status, -1, 0, metacopy=not whole)
-                    return
-                source = self._open_data(node)
+                if size is None and whole and self._publish_ahead(node):
+                    return True
+                with_data = node.is_regular and size != 0 and whole
+                original = self._original(node, with_data)
+                source = original.source
+                if not with_data:
+                    self._stage_and_publish(node, original, 0, metacopy=not whole)
+                    return True
         try:
             if node in self._filling:
                 self._complete(node, source, size)
             else:
-                self._stage_and_publish(node, status, source, size)
+                self._stage_and_publish(node, original, size)
         finally:
             os.close(source)
+        return True
 
     def _parents(self, node: Node) -> None:
         """Bring the directories above a node into upper, from the top down (paths may be deep)."""
@@ -141,27 +149,59 @@ class CopyUp:
         directory, name = self._tree.data_location(node)
         return view.open_entry(directory, name, os.O_RDONLY)
 
+    def _original(self, node: Node, with_data: bool) -> Original:
+        tree, place = self._tree, node.lower
+        assert place is not None
+        location = place.layer.directory(place.path), place.name
+        origin = tree.origins.of(place)
+        original = Original(tree.status(node), node.ino, origin, location)
+        if not with_data:
+            return original
+        found = tree.data_location(node)
+        source = view.open_entry(*found, os.O_RDONLY)
+        if found != location:
+            return original._replace(source=source)
+        return original._replace(location=(source, b""), source=source, is_itself=True)
+
+    # --- ahead ---------------------------------------------------------------------------
+
+    def attributes_changed(self, node: Node) -> None:
+        """A node was copied up because its attributes change: its neighbours may be next."""
+        if self._ahead is None or not self._whole(node):
+            return
+        if isinstance(node, Directory):
+            self._ahead.follow(node, is_file=False)
+        elif node.names and node.is_regular:
+            self._ahead.follow(node.names[0][0], is_file=True)
+
+    def _publish_ahead(self, node: Node) -> bool:
+        """Publish the copy of a file that was staged ahead, if there is one."""
+        if self._ahead is None or not node.is_regular or node.deleted:
+            return False
+        staged = self._ahead.fetch(*node.names[0])
+        if staged is None:
+            return False
+        try:
+            self._publish(node, staged, b"", 1)
+        except BaseException:
+            self._ahead.discard(staged)
+            raise
+        node.lower = None
+        return True
+
     # --- files ---------------------------------------------------------------------------
 
     def _stage_and_publish(
-        self,
-        node: Node,
-        status: os.stat_result,
-        source: int,
-        size: int | None,
-        metacopy: bool = False,
+        self, node: Node, original: Original, size: int | None, metacopy: bool = False
     ) -> None:
-        upper = self._tree.upper
-        assert upper is not None and node.lower is not None
-        place = node.lower
+        upper, staging, status = self._tree.upper, self._staging, original.status
+        assert upper is not None and staging is not None
         staged = upper.staging_name()
         try:
             if node.is_regular:
-                length = status.st_size if metacopy else size
-                origin = self._stage_regular(staged, node, status, source, length)
+                staging.regular(staged, original, status.st_size if metacopy else size)
             else:
-                self._stage_special(staged, status, place)
-                origin = self._copy_metadata(staged, status, place, node.ino)
+                staging.special(staged, original)
             with self._lock:
                 if node.in_upper:
                     upper.discard(staged)
@@ -169,79 +209,12 @@ class CopyUp:
                 if metacopy:
                     self._mark_metacopy(staged, node)
                 links = status.st_nlink if not node.is_directory else 1
-                self._publish(node, staged, origin if links > 1 else b"", links)
+                self._publish(node, staged, original.origin if links > 1 else b"", links)
         except BaseException:
             upper.discard(staged)
             raise
         if metacopy is False:
             node.lower = None
-
-    def _stage_regular(
-        self,
-        staged: bytes,
-        node: Node,
-        status: os.stat_result,
-        source: int,
-        size: int | None,
-    ) -> bytes:
-        """Make a whole copy of a file; returns its origin mark. Without a source it is a hole."""
-        upper = self._tree.upper
-        assert upper is not None and node.lower is not None
-        target = syscalls.create(upper.work, staged, os.O_WRONLY, 0o600)
-        try:
-            if source >= 0:
-                self._copy_data(source, target, size)
-                upper.begin_to_settle(target)  # the rest is done while the device writes
-            elif size:
-                syscalls.ftruncate(target, size)
-            origin = self._copy_metadata(staged, status, node.lower, node.ino)
-            if source >= 0:
-                upper.settle(target)
-            return origin
-        finally:
-            os.close(target)
-
-    def _stage_special(self, staged: bytes, status: os.stat_result, place: Place) -> None:
-        upper = self._tree.upper
-        assert upper is not None
-        if stat.S_ISLNK(status.st_mode):
-            directory = place.layer.directory(place.path)
-            syscalls.symlink(os.readlink(place.name, dir_fd=directory), upper.work, staged)
-        else:
-            syscalls.mknod(upper.work, staged, status.st_mode, status.st_rdev)
-
-    def _copy_metadata(
-        self, staged: bytes, status: os.stat_result, place: Place, ino: int
-    ) -> bytes:
-        """Give a staged file all that its lower file has but data; returns its origin mark."""
-        upper = self._tree.upper
-        assert upper is not None
-        directory = place.layer.directory(place.path)
-        syscalls.chown(upper.work, staged, status.st_uid, status.st_gid)
-        copy_attributes(directory, place.name, upper.work, staged)
-        origin = self._tree.origins.of(place)
-        self._mark_origin(staged, origin, ino)
-        if not stat.S_ISLNK(status.st_mode):
-            syscalls.chmod(upper.work, staged, stat.S_IMODE(status.st_mode))
-        syscalls.utimens(upper.work, staged, (status.st_atime_ns, status.st_mtime_ns))
-        return origin
-
-    def _mark_origin(self, staged: bytes, origin: bytes, ino: int) -> None:
-        """Note where a copy came from, so that it keeps its st_ino after a new mount.
-
-        The handle of the lower file tells that to who may open it by handle; for others the
-        number itself is kept. Both are a convenience: what refuses them goes without.
-        """
-        upper = self._tree.upper
-        assert upper is not None
-        try:
-            if origin:
-                upper.marker.set(upper.work, staged, b"origin", origin)
-            if not origin or not upper.privileged:
-                upper.marker.set(upper.work, staged, b"unionfuse.inode", b"%d" % ino)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
-                raise
 
     def _mark_metacopy(self, staged: bytes, node: Node) -> None:
         upper = self._tree.upper
@@ -269,10 +242,10 @@ class CopyUp:
                 self._filled.notify_all()
 
     def _fill(self, target: int, source: int, size: int | None) -> None:
-        upper = self._tree.upper
-        assert upper is not None
+        upper, staging = self._tree.upper, self._staging
+        assert upper is not None and staging is not None
         try:
-            self._copy_data(source, target, size)
+            staging.copy_data(source, target, size)
             upper.settle(target)
         finally:
             os.close(target)
@@ -303,15 +276,16 @@ class CopyUp:
     # --- directories ---------------------------------------------------------------------
 
     def _copy_directory(self, node: Directory) -> None:
-        upper = self._tree.upper
-        assert upper is not None
+        upper, staging = self._tree.upper, self._staging
+        assert upper is not None and staging is not None
         staged = upper.staging_name()
         self._tree.load(node)
         place = node.lowers[0]
-        status = os.stat(place.layer.directory(place.path))
+        location = place.layer.directory(place.path), b""
+        origin = self._tree.origins.of(place)
         try:
             syscalls.mkdir(upper.work, staged, 0o700)
-            self._copy_metadata(staged, status, place, node.ino)
+            staging.metadata(staged, Original(os.stat(location[0]), node.ino, origin, location))
             self._publish(node, staged, b"", 1)
         except BaseException:
             upper.discard(staged)
@@ -412,87 +386,6 @@ class CopyUp:
         note = b"L%+d" % (links - lower) if lower else b"U%+d" % node.link_offset
         upper.marker.set(directory, name, b"nlink", note)
 
-    # --- data ----------------------------------------------------------------------------
-
-    def _copy_data(self, source: int, target: int, size: int | None = None) -> None:
-        """Copy a file's data: shared blocks where the file system can, holes kept.
-
-        Arguments:
-            size: copy no more than so many bytes.
-
-        Raises:
-            OSError: EIO, ENOSPC, EDQUOT and whatever else reading or writing gives.
-        """
-        status = os.fstat(source)
-        end = status.st_size
-        if size is not None and size < end:
-            end = size
-        elif self._share_blocks(source, target, status.st_dev):
-            return
-        upper = self._tree.upper
-        assert upper is not None
-        for start, stop in _pieces(source, status, end):
-            while start < stop:
-                count = _copy_range(source, target, start, min(stop, start + _CHUNK))
-                if count == 0:
-                    break  # the layer changed under us: what is missing reads as zeros
-                start += count
-                if start < end:
-                    upper.begin_to_settle(target)
-        if os.fstat(target).st_size != end:
-            syscalls.ftruncate(target, end)
-
-    def _share_blocks(self, source: int, target: int, device: int) -> bool:
-        if device in self._unshared:
-            return False
-        try:
-            syscalls.clone_file(target, source)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-                raise
-            if error.errno in (errno.EOPNOTSUPP, errno.EXDEV, errno.ENOTTY):
-                self._unshared.add(device)
-            return False
-        return True
-
-
-def _pieces(source: int, status: os.stat_result, end: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of what is not a hole in a file before `end`."""
-    if status.st_blocks * 512 >= status.st_size:
-        yield 0, end
-        return
-    offset = 0
-    while offset < end:
-        try:
-            start = os.lseek(source, offset, os.SEEK_DATA)
-            offset = min(end, os.lseek(source, start, os.SEEK_HOLE))
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            return  # nothing but a hole up to the end
-        if start < end:
-            yield start, offset
-
-
-_NO_COPY_RANGE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
-
-
-def _copy_range(source: int, target: int, start: int, stop: int) -> int:
-    """Copy bytes to the same place in another file; returns how many, 0 at the source's end."""
-    try:
-        count = syscalls.copy_range(source, target, stop - start, start, start)
-    except OSError as error:
-        if error.errno not in _NO_COPY_RANGE:
-            raise
-        count = 0
-    if count:
-        return count
-    data = memoryview(os.pread(source, min(1 << 20, stop - start), start))
-    written = 0
-    while written < len(data):
-        written += syscalls.pwrite(target, data[written:], start + written)
-    return written
-
 
 def _status(directory: int, name: bytes) -> os.stat_result:
     return view.entry_status(directory, name) if name else os.stat(directory)
@@ -509,29 +402,3 @@ def _capability(directory: int, name: bytes) -> bytes:
         return syscalls.getxattr(directory, name, b"security.capability")
     except OSError:
         return b""
-
-
-def copy_attributes(source: int, name: bytes, target: int, new: bytes) -> None:
-    """Copy xattrs, ACLs and capabilities among them, but not the overlay's own marks.
-
-    Raises:
-        OSError: one that matters (an ACL, a security attribute) cannot be set.
-    """
-    try:
-        attributes = syscalls.listxattr(source, name)
-    except OSError as error:
-        if error.errno == errno.EOPNOTSUPP:
-            return
-        raise
-    for attribute in attributes:
-        if whiteout.unescape_attribute(attribute) is None:
-            continue
-        try:
-            value = syscalls.getxattr(source, name, attribute)
-            syscalls.setxattr(target, new, attribute, value)
-        except OSError as error:
-            matters = attribute.startswith((b"system.posix_acl", b"security."))
-            gone = error.errno == errno.ENODATA
-            refused = error.errno in (errno.EOPNOTSUPP, errno.EPERM)
-            if not gone and not (refused and not matters):
-                raise

@@ -38,6 +38,7 @@ class UpperDirectory:
         privileged: marks are `trusted.`, which nobody else can write, so redirects are safe.
         device: st_dev of both.
         sync: data is to be on disk before it becomes visible.
+        keeps_order: written data survives wherever a change of names after it does.
     """
 
     def __init__(self, options: MountOptions, taken_over: bool = False) -> None:
@@ -78,7 +79,7 @@ class UpperDirectory:
         self.privileged = self.marker.prefix == TRUSTED
         self._open_index()
         self.device = os.stat(self.descriptor).st_dev
-        self._keeps_order = self.sync and ordering.keeps_order(self.descriptor)
+        self.keeps_order = self.sync and ordering.keeps_order(self.descriptor)
         if self._volatile:
             self._leave_volatile_mark()
 
@@ -200,14 +201,14 @@ class UpperDirectory:
 
     def begin_to_settle(self, descriptor: int) -> None:
         """Have the device write, so that `settle` finds less to wait for."""
-        if self._keeps_order:
+        if self.keeps_order:
             syscalls.write_back(descriptor, wait=False)
 
     def settle(self, descriptor: int) -> None:
         """See to it that a file's data survives wherever a change of names after it does."""
         if not self.sync:
             return
-        if self._keeps_order:
+        if self.keeps_order:
             syscalls.write_back(descriptor)
         else:
             syscalls.fsync(descriptor, True)
