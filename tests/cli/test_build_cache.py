@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -177,9 +179,29 @@ def test_source_date_epoch_gives_the_same_bytes(builder: Builder, tmp_path: Path
 # ---- killed builds
 
 
-def test_a_killed_build_leaves_nothing_behind(builder: Builder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("spawner", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_build_leaves_nothing_behind(
+    builder: Builder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    number: signal.Signals,
+    spawner: bool,
+) -> None:
     """Neither a container, nor a daemon, nor staged files; the finished step stays cached."""
-    context(tmp_path, "RUN echo k1 > /k1\nRUN sleep 77\n")
+    sockets = tmp_path / "run"
+    sockets.mkdir()
+    request.addfinalizer(lambda: shutil.rmtree(sockets))  # a spawner ends with it
+    monkeypatch.setenv("UNIONFUSE_RUNROOT", str(sockets))
+    if spawner:
+        code = "from unionimage import spawn; spawn.start()"
+        subprocess.run([sys.executable, "-c", code], check=True)
+        wait_until(lambda: list(sockets.glob("spawner-*")), 30, "the spawner")
+    tmp_path = tmp_path / "context"
+    tmp_path.mkdir()
+    first = f"RUN echo k1 {number} {spawner} > /k1\n"
+    context(tmp_path, f"{first}RUN sleep 77\n")
     process = subprocess.Popen(
         [PROGRAM, "--root", str(builder.root), "build", "--progress", "plain", str(tmp_path)],
         stderr=subprocess.PIPE, start_new_session=True,
@@ -189,13 +211,14 @@ def test_a_killed_build_leaves_nothing_behind(builder: Builder, tmp_path: Path) 
         if b"RUN sleep 77" in line:
             break
     wait_until(lambda: any(b"sleep\x0077" in words for words in command_lines()), 20)
-    process.kill()
+    process.send_signal(number)
     process.wait()
     process.stderr.close()
     staging = os.fsencode(builder.root / "staging")
     wait_until(lambda: not any(b"sleep\x0077" in w or staging in w for w in command_lines()), 20)
-    context(tmp_path, "RUN echo k1 > /k1\nRUN echo k2 > /k2\n")
-    assert made(builder, tmp_path) == ["RUN echo k2 > /k2"]
+    second = f"RUN echo k2 {number} {spawner} > /k2"
+    context(tmp_path, f"{first}{second}\n")
+    assert made(builder, tmp_path) == [second]
     assert os.listdir(staging) == []
 
 

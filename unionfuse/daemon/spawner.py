@@ -158,7 +158,8 @@ def _answer(connection: socket.socket, tasks: Mapping[str, Task]) -> None:
 def _take_signals(connection: socket.socket) -> None:
     """Get the signals that the caller passes on, and be told to exit when it is gone.
 
-    SIGURG tells of them: it is nobody's, and does nothing to those who do not ask for it.
+    SIGIO tells of them. SIGURG would be more harmless, but the parser of Dockerfiles is in Go,
+    whose runtime takes that for itself when a build loads it.
     """
 
     def take(*_: object) -> None:
@@ -167,10 +168,10 @@ def _take_signals(connection: socket.socket) -> None:
                 os.kill(os.getpid(), data[0])
             raise SystemExit(128 + signal.SIGHUP)
 
-    signal.signal(signal.SIGURG, take)
+    signal.signal(signal.SIGIO, take)
     descriptor = connection.fileno()
     fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
+    fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGIO)
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC)
     take()  # what came before
