@@ -26,7 +26,7 @@ OWN_SIGNALS = frozenset(
         *(_signal.SIGKILL, _signal.SIGSTOP, _signal.SIGCONT, _signal.SIGTSTP, _signal.SIGTTIN),
         *(_signal.SIGTTOU, _signal.SIGCHLD, _signal.SIGPIPE, _signal.SIGURG, _signal.SIGWINCH),
         *(_signal.SIGSEGV, _signal.SIGBUS, _signal.SIGFPE, _signal.SIGILL, _signal.SIGABRT),
-        *(_signal.SIGSYS, _signal.SIGTRAP),
+        *(_signal.SIGSYS, _signal.SIGTRAP, _signal.SIGIO),  # SIGIO: see spawner.py
     )
 )
 # What a child inherits, by the names that /proc/PID/status has for it.
