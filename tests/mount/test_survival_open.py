@@ -8,9 +8,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from harness.backings import backing_ids
 from harness.layers import HardLink, Layer
 from harness.mounts import Mounted, Workshop
 from harness.snapshot import assert_equal
+from harness.waiting import wait_until
 
 pytestmark = [
     pytest.mark.on("unionfuse"),
@@ -116,6 +118,22 @@ def test_files_that_are_passed_through_go_on(workshop: Workshop) -> None:
     fresh.write_bytes(b"x")
     assert fresh.read_bytes() == b"x"
     assert tree.status().get("READ", 0) == 0
+
+
+def test_what_one_daemon_opened_the_next_one_opens_again(workshop: Workshop) -> None:
+    tree = workshop({"f": "low"}, options={"keeper": "on"})
+    for number in range(2):
+        tree.kill_daemon()
+        path = tree / f"new{number}"
+        with open(path, "wb+", buffering=0) as writer:  # the first file that this daemon opens
+            writer.write(b"one")
+            tree.kill_daemon()
+            assert path.read_text() == "one"  # EIO where it is taken for one that was given back
+            writer.write(b" two")
+            assert path.read_text() == "one two"
+    assert tree.daemon is not None
+    wait_until(lambda: tree.status()["open"] == 0, 20, "the last RELEASE")
+    assert backing_ids(tree.daemon.pid, tree.upper) == 0
 
 
 def test_opens_that_the_compiled_loop_answered_go_on(workshop: Workshop) -> None:

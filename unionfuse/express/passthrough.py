@@ -138,7 +138,8 @@ class Passthrough:
                 known.backing = known.backing or handle.backing
                 (known.passing if handle.backing else known.cached).add(handle.number)
             for backing in self._journal.orphans():
-                self._close(backing)
+                self._give_back(backing)
+            self._journal.orphans_closed()
 
     def close(self) -> None:
         """Give all backing files back."""
@@ -164,6 +165,9 @@ class Passthrough:
 
     def _close(self, backing: int) -> None:
         self._journal.gives_back(backing)
+        self._give_back(backing)
+
+    def _give_back(self, backing: int) -> None:
         try:
             request = struct.pack("=I", backing)
             fcntl.ioctl(self._fuse, protocol.FUSE_DEV_IOC_BACKING_CLOSE, request)

@@ -144,6 +144,14 @@ class SharedJournal(Journal):
         unknown = {self._words[Word.BACKING] + 1} | given_back - {0}
         return (self._backings | unknown) - {handle.backing for handle in self.handles()}
 
+    def orphans_closed(self) -> None:
+        # One that was closed to be on the safe side may be the next that the kernel gives.
+        closed = self._words[Word.CLOSING]
+        for at in self._handles.values():
+            if self._words[at // 8 + 3] == closed:
+                self._words[at // 8 + 3] = 0
+        self._words[Word.CLOSING] = self._words[Word.CLOSING_YOUNG] = 0
+
     def doubtful(self) -> Iterator[tuple[int, int, bytes, int]]:
         """(id, parent, name, inode number) of nodes that may or may not have lost their name."""
         for number, at in list(self._at.items()):

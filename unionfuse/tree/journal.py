@@ -148,6 +148,9 @@ class Journal:
         """Backing ids that the daemon before this one has left without an open file."""
         return set()
 
+    def orphans_closed(self) -> None:
+        """They have been given back; the kernel may give the same numbers to others from now on."""
+
     def moving(self, directory: int, name: bytes) -> None:
         """A rename is about to move what lies under a name in a directory of upper."""
 
