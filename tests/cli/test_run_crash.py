@@ -1,6 +1,7 @@
 """After a kill at the wrong moment, a full stop of the host, a rush: `ps` tells the truth and
 nothing is left."""
 
+import contextlib
 import json
 import os
 import random
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from harness.containers import COMMAND, Box, monitor_of, nothing_left
+from harness.containers import COMMAND, Box, leftovers, monitor_of, nothing_left
 from harness.waiting import wait_until
 from unionimage.container import prepare
 from unionimage.container.state import Containers
@@ -65,6 +66,25 @@ def test_monitor_and_process_killed_with_a_network(box: Box) -> None:
     rules = subprocess.check_output(["iptables-save"], text=True)
     assert shown["IPAM"]["Config"][0]["Subnet"] not in rules
     assert nothing_left(box, (identity,))
+
+
+@pytest.mark.parametrize("delay", [0.03, 0.08, 0.13, 0.18])
+def test_a_start_that_is_killed_with_its_monitor(box: Box, delay: float) -> None:
+    """Whatever the runtime and the network's engine had made by then goes with `rm`."""
+    port = "18997"
+    words = ("run", "-d", "-p", f"127.0.0.1:{port}:80", "busybox", "sleep", "1000")
+    command = subprocess.Popen([COMMAND, *words], env=box.environment, stdout=subprocess.DEVNULL)
+    time.sleep(delay)
+    for process in leftovers(box)["processes"]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(process.split()[0]), signal.SIGKILL)
+    command.wait(30)
+    identities = box.out("ps", "-aq", "--no-trunc").split()
+    if identities:
+        box("rm", "-f", *identities)
+    assert nothing_left(box, tuple(identities))
+    assert port not in subprocess.check_output(["iptables-save"], text=True)
+    box("run", "--rm", "-p", f"127.0.0.1:{port}:80", "busybox", "true")
 
 
 def test_monitor_and_process_both_killed(box: Box) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from unionimage.labels import has_labels
 
 if TYPE_CHECKING:
     from unionimage.store import Image, Store
+
+START_PATIENCE = 10.0  # seconds
 
 
 class Engine(Inventory):
@@ -152,6 +155,7 @@ class Engine(Inventory):
         self, container: Container, *, force: bool = False, anonymous_volumes: bool = False
     ) -> None:
         """Remove a container. Raises Conflict when it runs, unless `force` kills it."""
+        _await_start(container)
         if container.state()["Status"] in ALIVE:
             if not force:
                 raise Conflict(
@@ -167,14 +171,11 @@ class Engine(Inventory):
 
     def _put_away(self, container: Container) -> None:
         """Clean up after a dead monitor, or a command that was killed while it started one."""
+        from unionimage.container import remains
+
         if container.state()["Status"] in ALIVE:
-            from unionimage.container import remains
-
             remains.bury(self, container)
-        if container.mounted():
-            from unionimage.container import prepare
-
-            prepare.undo(container)
+        remains.clear(self, container)
 
     # ---- what is about many
 
@@ -330,3 +331,12 @@ class Engine(Inventory):
                 yield container.merged
             finally:
                 prepare.unmount_root(container)
+
+
+def _await_start(container: Container) -> None:
+    """A monitor goes on with its start when the command that asked for it was killed."""
+    deadline = time.monotonic() + START_PATIENCE
+    while container.monitor_lives() and container.state()["Status"] not in ALIVE:
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.005)

@@ -493,14 +493,18 @@ def _init_program() -> str:
     raise UserError("--init needs tini (Debian: tini) or catatonit: install one of them")
 
 
-def kill_cgroup(container: Container) -> None:
-    """End every process that is still in the container's cgroup. For what a crash left."""
+def cgroups_of(container: Container) -> list[Path]:
+    """The container's cgroups that are there."""
     from unionimage.container import limits
 
-    found = limits.host()
     parent = str(container.record["CgroupParent"]).strip("/")
-    for where in set(found.controllers.values()):
-        path = where / parent / container.id
+    places = (where / parent / container.id for where in set(limits.host().controllers.values()))
+    return [path for path in places if path.is_dir()]
+
+
+def kill_cgroup(container: Container) -> None:
+    """End every process that is still in the container's cgroup. For what a crash left."""
+    for path in cgroups_of(container):
         for file in path.rglob("cgroup.procs"):
             with contextlib.suppress(OSError):
                 for pid in file.read_text().split():
@@ -510,11 +514,7 @@ def kill_cgroup(container: Container) -> None:
 
 def remove_cgroup(container: Container) -> None:
     """Remove the container's empty cgroups, where the runtime did not."""
-    from unionimage.container import limits
-
-    parent = str(container.record["CgroupParent"]).strip("/")
-    for where in set(limits.host().controllers.values()):
-        top = where / parent / container.id
+    for top in cgroups_of(container):
         for path in sorted((*top.rglob("*"), top), reverse=True):
             if path.is_dir():
                 with contextlib.suppress(OSError):

@@ -42,6 +42,24 @@ def bury(inventory: Inventory, container: Container) -> None:
         inventory.delete(container, anonymous_volumes=True)
 
 
+def clear(inventory: Inventory, container: Container) -> None:
+    """What a start left whose command and monitor were killed. Hold `locked()`.
+
+    For a container that does not run, and has no monitor: nothing is done where nothing is left.
+    """
+    if container.monitor_lives():
+        return
+    known = False
+    with contextlib.suppress(UserError):
+        chosen = runtime.find(container.record.get("Runtime"))
+        known = os.path.exists(os.path.join(chosen.state, container.id))
+    if known or networks.live(container)["Networks"] or any(prepare.cgroups_of(container)):
+        _kill_leftovers(inventory, container, {})
+    if container.mounted():
+        prepare.undo(container)
+    networks.forget_live(container)
+
+
 def _kill_leftovers(inventory: Inventory, container: Container, state: Record) -> None:
     pid = int(state.get("Pid") or 0)
     alive = started_by(pid, state.get("PidStart"))
@@ -53,6 +71,7 @@ def _kill_leftovers(inventory: Inventory, container: Container, state: Record) -
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     prepare.kill_cgroup(container)
+    _await_empty(container)
     if alive:
         _await_end(pid, state.get("PidStart"))
     with contextlib.suppress(UserError):
@@ -84,6 +103,16 @@ def _forget_runtime(container: Container) -> None:
     with contextlib.suppress(UserError):
         chosen = runtime.find(container.record.get("Runtime"))
         remove_tree(Path(chosen.state, container.id))
+
+
+def _await_empty(container: Container) -> None:
+    """Wait until what was killed in a container's cgroup has left it."""
+    import time
+
+    for _ in range(200):
+        if not any((path / "cgroup.procs").read_text() for path in prepare.cgroups_of(container)):
+            return
+        time.sleep(0.01)
 
 
 def _await_end(pid: int, start: int | None) -> None:

@@ -115,8 +115,7 @@ def _start(
             time.sleep(0.005)
         if state["Status"] in ALIVE or container.monitor_lives():
             raise Conflict(f"container {container.name} is {state['Status']} already")
-        if container.mounted():  # by a start that was killed
-            prepare.undo(container)
+        remains.clear(inventory, container)  # what a start left that was killed
         chosen = runtime.find(container.record.get("Runtime"))
         # Forked before the work is done: the memory that this touches is not the monitor's.
         begin, answers = _fork_monitor(inventory, container, chosen, client)
@@ -135,7 +134,7 @@ def _start(
                 container.write_state(state | kept | {"Error": ""})
                 _tell(begin, START)
             until_told.pop_all()
-            _hear(container, answers.readline())
+            _hear(inventory, container, answers.readline())
 
 
 def _fork_monitor(
@@ -165,10 +164,10 @@ def _tell(begin: BinaryIO, what: bytes) -> None:
     begin.flush()
 
 
-def _hear(container: Container, answer: bytes) -> None:
+def _hear(inventory: Inventory, container: Container, answer: bytes) -> None:
     """How the start went. Raises UserError if it did not."""
     if not answer:
-        prepare.undo(container)
+        remains.clear(inventory, container)
         raise UserError(f"the monitor of {container.name} died at its start", exit_code=125)
     told = json.loads(answer)
     if "error" in told:
