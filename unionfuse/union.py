@@ -536,7 +536,8 @@ class Union:
         """(name, cookie, entry) of a directory's names behind a cookie, without `.` and `..`.
 
         Every entry counts one lookup as soon as it is produced: who does not hand it on gives
-        it back with `unlist`. Hold the lock while iterating.
+        it back with `unlist`. One without a node counts none: it is about name, type and inode
+        number alone. Hold the lock while iterating.
         """
         directory = self.tree.directory(number)
         for name, next_cookie in self.tree.names_after(directory, cookie):
@@ -552,9 +553,7 @@ class Union:
 
     def unlist(self, number: int) -> None:
         """Take back the lookup of an entry that was not handed on."""
-        with self.lock:
-            if not self.tree.young.give_back(number):
-                self.forget(number, 1)
+        self.forget(number, 1)
 
     def parent(self, number: int) -> int:
         """The node id of a directory's parent; of the root, itself."""

@@ -195,30 +195,12 @@ cdef class YoungFiles:
                     file = file.next_node
         return found
 
-    def look_up(self, uint64_t parent, bytes name):
-        """(node id, inode number) of a young file that is listed, which counts as a lookup.
-
-        None for no such file, and where the kernel may not keep the attributes.
-        """
+    def inode(self, uint64_t parent, bytes name):
+        """The inode number of a young file under a name; 0 for none."""
         cdef young *file
         with self:
             file = young_by_name(&self.table, parent, name, len(name))
-            if file == NULL or file.flags & ACCESS_MODE == READ_WRITE:
-                return None
-            file.lookups += 1
-            self.count(file)
-            return file.node, file.inode
-
-    def give_back(self, uint64_t node):
-        """Undo what `look_up` has counted; whether the node is young."""
-        cdef young *file
-        with self:
-            file = young_by_node(&self.table, node)
-            if file == NULL or file.lookups < 2:
-                return False
-            file.lookups -= 1
-            self.count(file)
-            return True
+            return file.inode if file != NULL else 0
 
     def take(self, uint64_t node):
         """Hand a file over to Python: all that is known of it, None for one that is not young.

@@ -368,7 +368,7 @@ class Requests:
                 full = len(out) + len(record) > size
                 if not full:
                     out += record
-                if full or not plus:
+                if entry.node and (full or not plus):
                     self._union.unlist(entry.node)  # only what READDIRPLUS emits is a lookup
                 if full:
                     break

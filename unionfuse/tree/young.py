@@ -31,9 +31,8 @@ class Young:
         """Make ordinary nodes of all files in a directory."""
 
     def listed(self, directory: Directory, name: bytes) -> Entry | None:
-        """What a listing says of the file that has this name; it counts as a lookup."""
-        return None
+        """What a listing says of the file that has this name: type and inode number.
 
-    def give_back(self, number: int) -> bool:
-        """Take back a lookup that `listed` has counted; False where the node is the tree's."""
-        return False
+        The kernel knows the rest, or the file would not be here; so it counts as no lookup.
+        """
+        return None
