@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from harness.actions import Action, Actor
 from harness.backings import backing_ids
+from harness.layers import Layer
 from harness.mounts import Mounted, Workshop
 from harness.snapshot import assert_equal
 from harness.waiting import wait_until
@@ -26,11 +27,12 @@ NUMBER = 40
 NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY
 NAMES = ("a", "b", "c", "d", "e")
 PLACES = ("x", "y", "x/z")
+BESIDE: Layer = {"new/x/a": "1", "new/x/b": "22", "new/y/c": "3", "new/x/z/d": "4"}
 
 
 def lend(path: Path) -> Path:
-    """A new directory, in which so much has been made that the loop has it."""
-    path.mkdir()
+    """A directory, new or of a layer, in which so much has been made that the loop has it."""
+    path.mkdir(exist_ok=True)
     for number in range(3):
         os.close(os.open(path / f"first{number}", NEW))
         os.stat(path)
@@ -63,6 +65,33 @@ def test_python_hears_nothing_of_files_that_come_and_go(workshop: Workshop) -> N
         os.unlink(here / f"{number}")
     assert python(tree) - before <= 3
     assert os.listdir(here) == [] and os.listdir(tree.upper / "d") == []
+
+
+def test_python_hears_nothing_of_new_names_beside_those_of_layers(workshop: Workshop) -> None:
+    tree = workshop({f"d/{n}": f"{n}" for n in ("old", "gone", "kept")}, options={"stats": None})
+    os.unlink(tree / "d/gone")
+    for number in range(3):
+        os.close(os.open(tree / f"d/first{number}", NEW))
+        os.stat(tree / "d")
+    before = python(tree)
+    for number in range(NUMBER):
+        os.close(os.open(tree / f"d/{number}", NEW))
+    for number in range(0, NUMBER, 2):
+        os.unlink(tree / f"d/{number}")
+    assert python(tree) - before <= 3
+    (tree / "d/gone").write_text("again")
+    with pytest.raises(FileExistsError):
+        os.open(tree / "d/old", NEW)
+    os.unlink(tree / "d/old")
+    os.close(os.open(tree / "d/old", NEW))
+    names = {f"first{n}" for n in range(3)} | {f"{n}" for n in range(1, NUMBER, 2)}
+    names |= {"old", "kept", "gone"}
+    assert set(os.listdir(tree / "d")) == names
+    tree.kill_daemon()
+    assert set(os.listdir(tree / "d")) == names
+    assert (tree / "d/gone").read_text() == "again" and (tree / "d/old").read_text() == ""
+    tree.remount()
+    assert set(os.listdir(tree / "d")) == names
 
 
 def test_names_are_listed_and_deleted_without_python_making_nodes(workshop: Workshop) -> None:
@@ -230,7 +259,7 @@ def young_action(chance: random.Random) -> Action:
 
 def both_lent(tree: Mounted) -> Path:
     root = tree / "new"
-    root.mkdir()
+    root.mkdir(exist_ok=True)
     for place in PLACES:
         lend(root / place)
     return root
@@ -260,8 +289,9 @@ def compare(ours: Mounted, oracle: Mounted, seed: int, steps: int, kills: float 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_actions_have_the_same_outcome(workshop: Workshop, seed: int) -> None:
     options: dict[str, str | None] = {"passthrough": "off"} if seed % 4 == 3 else {}
-    ours = workshop({"low": "x"}, options={"stats": None, **options})
-    oracle = workshop({"low": "x"}, kind="overlay")
+    layer = BESIDE if seed % 2 else {"low": "x"}
+    ours = workshop(layer, options={"stats": None, **options})
+    oracle = workshop(layer, kind="overlay")
     compare(ours, oracle, seed, 600)
     assert_equal(ours.snapshot(), oracle.snapshot(), ("unionfuse", "overlayfs"))
     # Nobody waits for a RELEASE: the last may come late.
@@ -272,8 +302,9 @@ def test_random_actions_have_the_same_outcome(workshop: Workshop, seed: int) -> 
 
 @pytest.mark.parametrize("seed", range(100, 104))
 def test_random_actions_survive_their_daemon(workshop: Workshop, seed: int) -> None:
-    ours = workshop({"low": "x"}, options={"keeper": "on"})
-    oracle = workshop({"low": "x"}, kind="overlay")
+    layer = BESIDE if seed % 2 else {"low": "x"}
+    ours = workshop(layer, options={"keeper": "on"})
+    oracle = workshop(layer, kind="overlay")
     compare(ours, oracle, seed, 150, kills=0.06)
     assert_equal(ours.snapshot(), oracle.snapshot(), ("unionfuse", "overlayfs"))
 

@@ -85,6 +85,7 @@ cdef enum:
     MAX_THREADS = 1024
     OPCODES = 64  # counters; what is above shares the last one
     NAME_MAX = 255
+    CREATE_SIZE = 16  # flags, mode, umask, open_flags; the name
     DT_DIR = 4
     SHORT = 4096  # bytes of a reply
 
@@ -443,14 +444,14 @@ cdef class Loop:
             inode: its number in the mount.
             links: the link count to show; 0 for the one that it has.
             alone: nothing lies below it, so what upper does not have is not there.
-            lent: and what is made in it inherits no ACL.
+            lent: what is made in it inherits no ACL.
         """
         cdef Shown wanted
         if not node or lane_most_files() < SHOWN:
             close(directory)
             return
         wanted.directory, wanted.inode, wanted.links = directory, inode, links
-        wanted.alone, wanted.lent = alone, alone and lent
+        wanted.alone, wanted.lent = alone, lent
         show(self.shown, node, &wanted)
 
     def make_files(self, YoungFiles young, prepare):
@@ -958,9 +959,28 @@ cdef class Loop:
                 if lane_is_absent(shown.directory, body):
                     how = self.absent(thread, reply)
         elif shown.lent and self.young is not None:
-            how = self.answer_young(thread, shown.directory, size, reply)
+            if opcode == UNLINK or shown.alone or self.has_nothing_below(node, body, size):
+                how = self.answer_young(thread, shown.directory, size, reply)
         end_looking(shown)
         return how
+
+    cdef bint has_nothing_below(
+        self, uint64_t parent, const char *body, size_t size
+    ) noexcept nogil:
+        """Whether no layer has the name that a CREATE is about, and upper never had it."""
+        cdef const char *name = body + CREATE_SIZE
+        cdef const char *record
+        cdef int how
+        if self.tables is None or size <= CREATE_SIZE or self.check_name(name, size - CREATE_SIZE):
+            return False
+        how = self.tables.lookup(parent, name, size - CREATE_SIZE - 1, NULL)
+        if how != BELOW:
+            return how == ABSENT
+        return (
+            has_node(&self.index, parent)
+            and find_record(&self.index, parent, name, size - CREATE_SIZE - 1, &record)
+            and record == NULL
+        )
 
     cdef int answer_young(
         self, Thread *thread, int directory, size_t size, Reply *reply

@@ -2,8 +2,8 @@
 """Young files: those that the loop has made in upper, and that Python knows nothing of yet.
 
 Most new files are made, written, closed, perhaps deleted, and nothing else is ever asked of them.
-They are made and deleted here, without the GIL: in directories that nothing lies below and that
-Python has shown to the loop. A young file is a node id, its place, and the descriptor of the open
+They are made and deleted here, without the GIL: in directories that Python has lent to the loop,
+under names that no layer has. A young file is a node id, its place, and the descriptor of the open
 that made it.
 
 Whatever else is asked goes to Python, and Python first hears of the names that have come and gone
@@ -316,7 +316,7 @@ cdef class YoungFiles:
         return found
 
     cdef int create(self, Asked *asked, int directory) noexcept nogil:
-        """Make a file in a directory of upper that nothing lies below, and open it."""
+        """Make a file in a directory of upper, under a name that no layer has, and open it."""
         cdef const unsigned *wanted = <const unsigned *>asked.body  # flags, mode, umask
         cdef young *file
         cdef int how = FOR_PYTHON

@@ -505,7 +505,7 @@ class Lane:
                 if found is not None:
                     directory, inode, alone = found
                     links = 0 if alone else 1  # see attributes.shown
-                    lent = alone and self._lending is not None and self._lending.may_have(node)
+                    lent = self._lending is not None and self._lending.may_have(node)
                     self._loop.show(node, os.dup(directory), inode, links, alone, lent)
 
     def hide(self, node: int) -> None:

@@ -1,7 +1,7 @@
 """Lends directories to the compiled loop, which makes and deletes files in them, and adopts those.
 
-A directory of upper is lent that nothing lies below and that hands no ACL down: what is made in it
-is just what one system call makes. The loop keeps what it has made to itself (_young.pyx) until
+A directory of upper is lent that hands no ACL down: what is made in it is just what one system call
+makes, where no layer has the name. The loop keeps what it has made to itself (_young.pyx) until
 somebody asks for more than it can answer. Before that the union hears which names came and went,
 and a file that is asked about becomes an ordinary node.
 """
@@ -52,7 +52,7 @@ class Lending(Young):
             self.files.pass_files_through()
 
     def may_have(self, number: int) -> bool:
-        """Whether a directory of upper that nothing lies below may be lent. The lock is held."""
+        """Whether a directory of upper may be lent. The lock is held."""
         directory = self._tree.directory(number)
         assert self._tree.upper is not None
         if os.stat(self._tree.upper_directory(directory)).st_dev != self._tree.upper.device:
