@@ -166,7 +166,7 @@ def main() -> None:
     _served_at = path
     spawner.serve(Path(path), int(lock), tasks)
     netavark = importlib.import_module("unionimage.container.netavark")
-    netavark.put_away()  # what was kept for the next container
+    netavark.put_away(patience=5.0)  # what was kept for the next container
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,13 +148,20 @@ def _keep(network: Data) -> None:
     )
 
 
-def put_away(bridge: str | None = None) -> None:
-    """Take away a bridge that nobody is on, with its rules; None: all that were kept from here."""
+def put_away(bridge: str | None = None, patience: float = 0.5) -> None:
+    """Take away a bridge that nobody is on, with its rules; None: all that were kept from here.
+
+    Args:
+        patience: seconds to wait for interfaces of containers that have ended: they go in a moment.
+    """
     for note in sorted(KEPT.glob("*.json")):
         with contextlib.suppress(OSError, ValueError), _locked() as lock:
             kept = json.loads(note.read_bytes())
-            wanted = kept["owner"] == _owner() if bridge is None else note.stem == bridge
-            if wanted and not _in_use(note.stem):
+            if bridge is None:
+                wanted = kept["owner"] == _owner() or not os.path.isdir(kept["owner"].split()[0])
+            else:
+                wanted = note.stem == bridge
+            if wanted and not _in_use(note.stem, patience):
                 _take_away(kept["network"], os.dup(lock))
                 note.unlink()
     if bridge is not None and os.path.exists(f"/sys/class/net/{bridge}") and not _in_use(bridge):
@@ -178,12 +186,15 @@ def _take_away(network: Data, lock: int) -> None:
         _ip(f"link delete {bridge}")
 
 
-def _in_use(bridge: str) -> bool:
-    """Whether anything but what keeps it is on a bridge."""
-    try:
-        return bool(set(os.listdir(f"/sys/class/net/{bridge}/brif")) - {_keeping(bridge)[0]})
-    except FileNotFoundError:
-        return False
+def _in_use(bridge: str, patience: float = 0.0) -> bool:
+    """Whether anything but what keeps it is on a bridge, and stays there so many seconds."""
+    deadline = time.monotonic() + patience
+    with contextlib.suppress(FileNotFoundError):
+        while set(os.listdir(f"/sys/class/net/{bridge}/brif")) - {_keeping(bridge)[0]}:
+            if time.monotonic() >= deadline:
+                return True
+            time.sleep(0.02)
+    return False
 
 
 def _keeping(bridge: str) -> tuple[str, str]:
