@@ -570,10 +570,12 @@ cdef class Loop:
     cdef void serve(self, Thread *thread, size_t size) noexcept nogil:
         cdef const fuse_in_header *header = <const fuse_in_header *>thread.request
         cdef Reply reply
-        cdef int how = self.answer(thread, size, &reply)
         cdef uint32_t opcode = header.opcode if header.opcode < OPCODES else OPCODES - 1
         cdef bint is_due, regret, prepares
+        thread.here[opcode] += 1  # first: a spliced READ is replied to before `answer` returns
+        cdef int how = self.answer(thread, size, &reply)
         if how == FOR_PYTHON:
+            thread.here[opcode] -= 1
             thread.python[opcode] += 1
             spin_open(&self.turns)
             prepares = self.young is not None and self.young.concern(header.nodeid)
@@ -582,7 +584,6 @@ cdef class Loop:
             if is_due:
                 self.send(NULL, header.unique, &reply)
             return
-        thread.here[opcode] += 1
         regret = (
             self.lists_sparsely and opcode == LOOKUP and self.found_file(&reply)
             and is_regretted(&self.sparse, header.nodeid)
