@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from harness import layers as shapes
 from harness.layers import Dir, HardLink, Symlink, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -464,23 +465,51 @@ def test_a_directory_with_marks_is_for_the_union_to_merge(tmp_path: Path) -> Non
     os.close(root)
 
 
-def test_a_walk_has_the_root_merged_by_the_union_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    content = {f"d{n}/sub/x": "" for n in range(5)}
-    layers = [build(tmp_path / name, content) for name in ("top", "base")]
-    for name in ("upper", "work"):
-        (tmp_path / name).mkdir()
-    option = f"lowerdir={layers[0]}:{layers[1]},upperdir={tmp_path}/upper,workdir={tmp_path}/work"
-    options = parse(["-o", option, "/mnt"]).options
-    union = Union(LayerStack.open(options.lowerdir), options)
-    loop = Loop(-1, lambda *_: None)
-    loop.use_tables(union.tree.tables, True)
+@pytest.fixture
+def merged(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Place]]:
+    """What the union merges by itself, not by a table."""
     merged = list[Sequence[Place]]()
     monkeypatch.setattr(
         "unionfuse.tree.merging.merge",
         lambda places, _: (merged.append(places), merge(places, _))[1],
     )
+    return merged
+
+
+def union_of(base: Path, *contents: shapes.Layer, upper: shapes.Layer) -> Union:
+    layers = [build(base / str(number), content) for number, content in enumerate(contents)]
+    build(base / "upper", upper)
+    (base / "work").mkdir()
+    lowers = ":".join(map(str, layers))
+    option = f"lowerdir={lowers},upperdir={base}/upper,workdir={base}/work"
+    options = parse(["-o", option, "/mnt"]).options
+    return Union(LayerStack.open(options.lowerdir), options)
+
+
+def test_a_listing_by_the_union_merges_nothing_for_a_link_count(
+    tmp_path: Path, merged: list[Sequence[Place]]
+) -> None:
+    opaque: shapes.Layer = {"opaque": Dir(opaque="aufs"), "marked": Dir(opaque="kernel")}
+    union = union_of(
+        tmp_path,
+        {"plain/x": "", "alone/x/y": "", **opaque},
+        {"plain/sub/y": "", "opaque/y": "", "marked/y": ""},
+        upper={"new": ""},
+    )
+    with union.lock:
+        listed = {name: entry.attributes.nlink for name, _, entry in union.listing(1, 0)}
+    assert listed == {b"plain": 1, b"opaque": 2, b"marked": 2, b"alone": 3, b"new": 1}
+    assert sorted(places[0].path for places in merged) == [b"", b"marked", b"opaque"]
+    union.close()
+
+
+def test_a_walk_has_the_root_merged_by_the_union_and_nothing_else(
+    tmp_path: Path, merged: list[Sequence[Place]]
+) -> None:
+    content: shapes.Layer = {f"d{n}/sub/x": "" for n in range(5)}
+    union = union_of(tmp_path, content, content, upper={})
+    loop = Loop(-1, lambda *_: None)
+    loop.use_tables(union.tree.tables, True)
     waiting, walked = [1], 0
     while waiting:
         number = waiting.pop()

@@ -5,6 +5,7 @@ What is changed is in upper already. Callers hold the union's lock.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -67,6 +68,9 @@ def _is_merged(tree: Tree, directory: Directory) -> bool:
     if directory.view is None and directory.lowers and not directory.in_upper:
         if len(directory.lowers) == 1 or directory.record:
             return False
+        with contextlib.suppress(OSError):  # then it is what merging it finds
+            if view.merges(directory.lowers):
+                return True
         tree.load(directory)
     if directory.record and not directory.in_upper:
         return False  # the index has the right count already

@@ -224,6 +224,28 @@ def merge(candidates: Sequence[Place], resolve: Resolve) -> ScannedView:
     return ScannedView(merged.stubs(), tuple(merged.places))
 
 
+def merges(candidates: Sequence[Place]) -> bool:
+    """Whether several lower directories are certainly merged; False: only `merge` tells.
+
+    Raises:
+        OSError: one of the first two cannot be entered.
+    """
+    first, second = candidates[0], candidates[1]
+    top = first.layer.directory(first.path)
+    if whiteout.read_marks(top, b"") is not whiteout.NO_MARKS or _has(top, whiteout.OPAQUE_FILE):
+        return False
+    second.layer.directory(second.path)
+    return True
+
+
+def _has(directory: int, name: bytes) -> bool:
+    try:
+        entry_status(directory, name)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def path_below(layer: Layer, path: bytes) -> bytes:
     """Where the layers below have what a layer has at a path, by the redirects on the way to it.
 
