@@ -5,23 +5,18 @@ from __future__ import annotations
 import os
 import stat
 import struct
-import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import layers as shapes
-from harness.layers import Dir, HardLink, Symlink, build
+from harness.layers import HardLink, Symlink, build
+from harness.listing import records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unionfuse.express._lane import Loop
-from unionfuse.layers.layer import LayerStack, Place
-from unionfuse.options import parse
 from unionfuse.tree._tables import Tables
-from unionfuse.tree.view import merge
-from unionfuse.union import Union
 from unionfuse.wire import protocol
 from unionfuse.wire.protocol import Opcode
 
@@ -178,16 +173,6 @@ class Filled:
                 return found
             found += [(name, node) for name, node, _ in records(answer[1])]
             *_, (_, _, cookie) = records(answer[1])
-
-
-def records(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(name, node id, cookie) of each record of READDIRPLUS."""
-    at = 0
-    while at < len(data):
-        (node,) = struct.unpack_from("=Q", data, at)
-        _, cookie, length, _ = protocol.DIRENT.unpack_from(data, at + 128)
-        yield data[at + 152 : at + 152 + length], node, cookie
-        at += (152 + length + 7) & ~7
 
 
 @pytest.fixture
@@ -381,145 +366,3 @@ def test_threads_that_read_and_one_that_changes(filled: Filled) -> None:
     assert not wrong
     assert filled.tables.lookups(filled.number(b"below")) == 1 + sum(answered)
     assert filled.tables.size()[0] <= 11
-
-
-few_names = st.sampled_from(
-    [*"abcdefgh", "n" * 255, "ä", ".dot", ".wh.a", ".wh..wh..opq", "pipe", *map(str, range(90))]
-)
-layers_of_one_directory = st.lists(
-    st.dictionaries(few_names, st.sampled_from(["file", "directory", "link"]), max_size=60),
-    min_size=1,
-    max_size=5,
-)
-
-
-@given(layers_of_one_directory)
-@settings(deadline=None, max_examples=60)
-def test_a_directory_is_merged_as_the_union_merges_it(layers: list[dict[str, str]]) -> None:
-    with tempfile.TemporaryDirectory() as base:
-        for number, content in enumerate(layers):
-            fill(Path(base, str(number), "top"), content)
-        stack = LayerStack.open([os.fsencode(f"{base}/{n}") for n in range(len(layers))])
-        tables = Tables([layer.descriptor for layer in stack.layers])
-        places = [(number, b"", os.stat(base).st_dev, 5 << 53) for number in range(len(layers))]
-        having = tuple(range(len(layers)))
-        tables.add(1, FIRST, (7, 7), places, [(b"top", DIRECTORY, having)])
-        tables.open(1, False)
-        told: list[tuple[int, list[tuple[bytes, int]]]] = []
-
-        def ids(number: int, kinds: list[tuple[bytes, int]]) -> int:
-            told.append((number, kinds))
-            return FIRST + 1000
-
-        merged = merge([Place(layer, b"top") for layer in stack.layers], lambda *_: ())
-        special = any(name.startswith(".wh.") for content in layers for name in content)
-        special = special or any(content.get("pipe") == "file" for content in layers)
-        before = len(os.listdir("/proc/self/fd"))
-        assert tables.merge(FIRST, ids) == (not special)
-        if special:
-            assert len(os.listdir("/proc/self/fd")) == before
-        else:
-            expected = [(name, stub.kind) for name, stub in merged.stubs().items()]
-            assert told == ([(FIRST, expected)] if expected else [])
-            assert tables.names(FIRST, 0, 1000) == [name for name, _ in expected]
-            assert tables.places(FIRST) == [(number, b"top") for number in having]
-            for position, (name, stub) in enumerate(merged.stubs().items()):
-                found = (stub.kind, stub.positions, FIRST + 1000 + position)
-                assert tables.get(FIRST, name) == found
-            assert not tables.merge(FIRST, ids)  # it is here already
-        stack.close()
-
-
-def fill(directory: Path, content: dict[str, str]) -> None:
-    directory.mkdir(parents=True)
-    for name, kind in content.items():
-        if name == "pipe" and kind == "file":
-            os.mkfifo(directory / name)
-        elif kind == "file":
-            (directory / name).touch()
-        elif kind == "link":
-            (directory / name).symlink_to("x")
-        else:
-            (directory / name).mkdir()
-
-
-def test_a_directory_with_marks_is_for_the_union_to_merge(tmp_path: Path) -> None:
-    layer = build(tmp_path / "layer", {"plain/x": "", "opaque": Dir(opaque="kernel"), "file": ""})
-    root = os.open(layer, os.O_PATH)
-    tables = Tables([root])
-    place = (0, b"", os.stat(layer).st_dev, 0)
-    listed = [(b"plain", DIRECTORY, (0,)), (b"opaque", DIRECTORY, (0,)), (b"file", REGULAR, (0,))]
-    tables.add(1, FIRST, NO_INODES, [place], [*listed, (b"gone", DIRECTORY, (0,))])
-    assert not tables.merge(FIRST, lambda *_: FIRST + 10)  # not open yet
-    tables.open(1, False)
-    for number in (FIRST + 1, FIRST + 2, FIRST + 3, FIRST + 4, 1, 0):
-        assert not tables.merge(number, lambda *_: FIRST + 10)
-    assert not tables.merge(FIRST, lambda *_: 0)  # the journal has other ids
-    with pytest.raises(ZeroDivisionError):
-        tables.merge(FIRST, lambda *_: 1 // 0)
-    assert tables.merge(FIRST, lambda *_: FIRST + 10)
-    assert tables.get(FIRST, b"x") == (REGULAR, (0,), FIRST + 10)
-    tables.take(FIRST)
-    tables.release(FIRST)
-    assert not tables.merge(FIRST, lambda *_: FIRST + 20)  # the union's now
-    os.close(root)
-
-
-@pytest.fixture
-def merged(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Place]]:
-    """What the union merges by itself, not by a table."""
-    merged = list[Sequence[Place]]()
-    monkeypatch.setattr(
-        "unionfuse.tree.merging.merge",
-        lambda places, _: (merged.append(places), merge(places, _))[1],
-    )
-    return merged
-
-
-def union_of(base: Path, *contents: shapes.Layer, upper: shapes.Layer) -> Union:
-    layers = [build(base / str(number), content) for number, content in enumerate(contents)]
-    build(base / "upper", upper)
-    (base / "work").mkdir()
-    lowers = ":".join(map(str, layers))
-    option = f"lowerdir={lowers},upperdir={base}/upper,workdir={base}/work"
-    options = parse(["-o", option, "/mnt"]).options
-    return Union(LayerStack.open(options.lowerdir), options)
-
-
-def test_a_listing_by_the_union_merges_nothing_for_a_link_count(
-    tmp_path: Path, merged: list[Sequence[Place]]
-) -> None:
-    opaque: shapes.Layer = {"opaque": Dir(opaque="aufs"), "marked": Dir(opaque="kernel")}
-    union = union_of(
-        tmp_path,
-        {"plain/x": "", "alone/x/y": "", **opaque},
-        {"plain/sub/y": "", "opaque/y": "", "marked/y": ""},
-        upper={"new": ""},
-    )
-    with union.lock:
-        listed = {name: entry.attributes.nlink for name, _, entry in union.listing(1, 0)}
-    assert listed == {b"plain": 1, b"opaque": 2, b"marked": 2, b"alone": 3, b"new": 1}
-    assert sorted(places[0].path for places in merged) == [b"", b"marked", b"opaque"]
-    union.close()
-
-
-def test_a_walk_has_the_root_merged_by_the_union_and_nothing_else(
-    tmp_path: Path, merged: list[Sequence[Place]]
-) -> None:
-    content: shapes.Layer = {f"d{n}/sub/x": "" for n in range(5)}
-    union = union_of(tmp_path, content, content, upper={})
-    loop = Loop(-1, lambda *_: None)
-    loop.use_tables(union.tree.tables, True)
-    waiting, walked = [1], 0
-    while waiting:
-        number = waiting.pop()
-        with union.lock:
-            union.tree.load_for_listing(number)
-            answer = loop.list_from_tables(number, 0, 4096)
-        assert answer is not None
-        found = [(name, node) for name, node, _ in records(answer) if name[:1] != b"."]
-        waiting += [node for name, node in found if name != b"x"]
-        walked += len(found)
-    assert walked == 5 * 3
-    assert len(merged) == 1 and list(union.tree.nodes) == [1]
-    union.close()

@@ -19,7 +19,7 @@ from libc.string cimport memchr, memcmp, memcpy, memset
 from posix.types cimport off_t
 from posix.unistd cimport close, pread
 
-from unionfuse.tree._tables cimport ABSENT, BELOW, FOUND, SPARSE_NAMES, Tables
+from unionfuse.tree._tables cimport ABSENT, ASK as ASK_UNION, BELOW, FOUND, SPARSE_NAMES, Tables
 from unionfuse.wire._wire cimport (
     ATTR_AT, ENTRY_SIZE, RECORD_SIZE, fuse_attr, fuse_dirent, record_length,
 )
@@ -624,6 +624,8 @@ cdef class Loop:
         if sparse and not cookie:
             sparse = note_listing(&self.sparse, node, True)
         got = self.tables.readdir(node, cookie, room, self.valid, &sparse, out)
+        if got < 0 and self.tables.merge_here(node):
+            got = self.tables.readdir(node, cookie, room, self.valid, &sparse, out)
         if not sparse:
             note_listing(&self.sparse, node, False)
         return got
@@ -1133,6 +1135,8 @@ cdef class Loop:
         if name[0] == 46 and (size == 2 or (size == 3 and name[1] == 46)):  # "." and ".."
             return FOR_PYTHON
         how = self.tables.lookup(parent, name, size - 1, entry if self.shows_tables else NULL)
+        if how == ASK_UNION and self.tables.merge_here(parent):
+            how = self.tables.lookup(parent, name, size - 1, entry if self.shows_tables else NULL)
         if how == ABSENT:
             return self.absent(thread, reply)
         if how == BELOW and has_node(&self.index, parent):

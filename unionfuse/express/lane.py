@@ -283,6 +283,7 @@ class Lane:
         self._loop.stop()
         if self._lending is not None:
             self._lending.files.stop()
+        self._union.tree.tables.stop()  # they write to a memory that is about to go
         for _ in range(_WAITERS):
             self._work.put(None)
         if self._pair is not None:

@@ -123,6 +123,7 @@ class SharedJournal(Journal):
         self._named_inside = {parent for parent, _ in self._by_name}
         firsts = [(self._words[at // 8 + 1], directory) for directory, at in self._tables.items()]
         self._old_tables = sorted(firsts)
+        self.has_forerunner = bool(self._old_tables or self._named_inside)
 
     def ids(self) -> list[tuple[int, bool]]:
         """(id, whether it is a directory) of every node that has a name."""
@@ -210,6 +211,7 @@ class SharedJournal(Journal):
     # --- tables of merged directories --------------------------------------------------------
 
     def table_ids(self, directory: int, names: Sequence[tuple[bytes, int]]) -> tuple[int, bool]:
+        self._hear_of_tables()
         if not names:
             return 0, False
         payload = b"".join(bytes((kind >> 12,)) + name + b"\0" for name, kind in names)
@@ -224,12 +226,21 @@ class SharedJournal(Journal):
         self._tables[directory] = at
         return first, False
 
+    def _hear_of_tables(self) -> None:
+        """Take note of what came and went without us."""
+        for directory, at in self.tables.news() if self.tables is not None else ():
+            if at:
+                self._tables[directory] = at
+            else:
+                self.drop_table(directory)
+
     def drop_table(self, directory: int) -> None:
         at = self._tables.pop(directory, None)
         if at is not None:
             self._kill(at)
 
     def drop_all_tables(self) -> None:
+        self._hear_of_tables()
         for directory in list(self._tables):
             self.drop_table(directory)
 
@@ -462,11 +473,13 @@ class SharedJournal(Journal):
 
     def _compact(self) -> None:
         """Copy what counts to the other half, then make that the one that counts."""
-        for number in self._unreachable():
-            self._lost.discard(number)
-            self.drop(number)
-        with self.young or nullcontext():
-            self._move()
+        with self.tables or nullcontext():
+            self._hear_of_tables()
+            for number in self._unreachable():
+                self._lost.discard(number)
+                self.drop(number)
+            with self.young or nullcontext():
+                self._move()
 
     def _move(self) -> None:
         old, old_end = self._start, self._words[Word.END + self._half]

@@ -10,7 +10,7 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, strlen
 from posix.unistd cimport close
 
-from unionfuse.tree._block cimport Block, Group, Name, Place, name_key
+from unionfuse.tree._block cimport TYPE, Block, Group, Name, Place, free_block, name_key
 
 
 cdef extern from "_merge.h" nogil:
@@ -276,3 +276,35 @@ cdef inline void write_group(
         left -= 1
         draft.block.positions[first + left] = draft.having[having - 1].place
         having = draft.having[having - 1].before
+
+
+cdef inline char *names_in_record(const Block *block, size_t *length) noexcept nogil:
+    """The names as a record of the journal has them: of each its type and a NUL behind it.
+
+    NULL: no memory.
+    """
+    cdef uint32_t i
+    cdef size_t room = 1
+    cdef char *text
+    cdef char *at
+    for i in range(block.count):
+        room += block.names[i].length + 2
+    text = at = <char *>malloc(room)
+    if text == NULL:
+        return NULL
+    for i in range(block.count):
+        at[0] = block.names[i].kind & TYPE
+        memcpy(at + 1, block.text + block.names[i].at, block.names[i].length)
+        at += block.names[i].length + 2
+        at[-1] = 0
+    length[0] = at - text
+    return text
+
+
+cdef inline void free_draft(Block *block) noexcept nogil:
+    """Free a block that has not been put anywhere."""
+    cdef uint32_t i
+    for i in range(block.place_count):
+        if block.places[i].descriptor >= 0:
+            close(block.places[i].descriptor)
+    free_block(block)

@@ -2,12 +2,9 @@ cimport cython
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from unionfuse.tree._block cimport Block, Name, Place
+from unionfuse.tree._news cimport News
+from unionfuse.tree._notes cimport Notes, pthread_mutex_t
 from unionfuse.tree._shelf cimport Shelf
-
-
-cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_mutex_t:
-        pass
 
 
 # How a question ended.
@@ -29,8 +26,11 @@ cdef class Tables:
     cdef Shelf shelf
     cdef uint64_t hand  # the slot whose descriptors were closed last
     cdef bint stopped
-    cdef uint64_t *gone
-    cdef uint64_t gone_count, gone_room
+    cdef Notes notes  # None where nothing is written down
+    cdef News news_list
+    cdef uint64_t next_id, last_id  # for names of directories that are merged here
+    cdef bint is_short  # there were too few
+    cdef int pauses  # somebody wants nothing to be merged here
     cdef int open_count, open_limit
 
     cdef int lookup(self, uint64_t parent, const char *name, size_t length, char *out) noexcept nogil
@@ -47,7 +47,10 @@ cdef class Tables:
     cdef void note_opened(self, uint64_t number) noexcept nogil
     cdef int open_file(self, uint64_t number) noexcept nogil
 
-    cdef Block *draft(self, uint64_t number) except? NULL
+    cdef bint merge_here(self, uint64_t number) noexcept nogil
+    cdef bint put_merged(self, Block *block, const char *payload, size_t length) noexcept nogil
+    cdef bint may_merge(self, uint64_t number, Block **above) noexcept nogil
+    cdef Block *draft(self, uint64_t number) noexcept nogil
     cdef void note_open(self, int count) noexcept nogil
     cdef Block *held(self, uint64_t directory) except NULL
     cdef Block *pinned(self, uint64_t number, uint32_t *position) noexcept nogil
@@ -67,4 +70,3 @@ cdef class Tables:
     cdef bint answers(self, const Block *block) noexcept nogil
     cdef void unpin(self, Block *block) noexcept nogil
     cdef void free_if_unused(self, Block *block) noexcept nogil
-    cdef void note_gone(self, uint64_t directory) noexcept nogil

@@ -13,11 +13,14 @@ One mutex guards everything. Nothing is done under it that may wait, and no Pyth
 the garbage collector might run, close a file, and let go of the interpreter's lock to a thread that
 wants the mutex. A directory whose layers are looked at is pinned, and what was found counts only if
 nothing was taken meanwhile.
+
+A directory that is first asked for is merged by who asks, without the union, as long as there is
+nothing special to it and there are ids for its names (`give_ids`).
 """
 
 from libc.errno cimport ENODATA
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 from posix.unistd cimport close
 
@@ -26,7 +29,9 @@ from unionfuse.tree._block cimport (
     block_below, count_listed, count_lookup, fill_groups, fill_names, fill_places, free_block,
     has_extra, is_taken, name_key, position_of, record_size, topmost_place,
 )
-from unionfuse.tree._merge cimport merge_places
+from unionfuse.tree._merge cimport free_draft, merge_places, names_in_record
+from unionfuse.tree._news cimport News, add_piece, has_room
+from unionfuse.tree._notes cimport Notes
 from unionfuse.tree._shelf cimport block_of, find, insert, open_shelf, take_out
 from unionfuse.wire._wire cimport ATTR_AT, ENTRY_SIZE, RECORD_SIZE, fuse_attr, fuse_dirent
 
@@ -48,6 +53,7 @@ cdef extern from "_tables.h" nogil:
 cdef enum:
     DT_DIR = 4
     DT_REG = 8
+    TABLE_RECORD = 6  # in the journal: see survival/journal.py
 
 
 cdef class Tables:
@@ -76,7 +82,7 @@ cdef class Tables:
                     free_block(self.shelf.slots[i])
         free(self.shelf.slots)
         free(self.shelf.sorted)
-        free(self.gone)
+        free(self.news_list.pieces)
         free(self.layers)
         pthread_mutex_destroy(&self.mutex)
 
@@ -126,46 +132,149 @@ cdef class Tables:
             ids: called with (directory, [(name, type bits of the mode)]); returns the id of the
                 first name, 0 where it has to be left to the union.
         """
-        cdef Block *block = self.draft(number)
+        cdef Block *block
         cdef bint is_in = False
         cdef uint64_t first = 0
-        if block == NULL:
-            return False
-        try:
-            with nogil:
-                is_in = merge_places(block, self.layers)
-            if is_in and block.count:
-                first = ids(number, [
-                    (block.text[block.names[i].at:block.names[i].at + block.names[i].length],
-                     block.names[i].kind << 12)
-                    for i in range(block.count)
-                ])
-                is_in = first != 0
-            if is_in:
-                block.first, block.ready = first, True
-                pthread_mutex_lock(&self.mutex)
-                is_in = find(&self.shelf, number) == NULL and insert(&self.shelf, block)
+        with self:
+            block = self.draft(number)
+            if block == NULL:
+                return False
+            try:
+                with nogil:
+                    is_in = merge_places(block, self.layers)
+                if is_in and block.count:
+                    first = ids(number, [
+                        (block.text[block.names[i].at:block.names[i].at + block.names[i].length],
+                         block.names[i].kind << 12)
+                        for i in range(block.count)
+                    ])
+                    is_in = first != 0
                 if is_in:
-                    self.note_open(block.open_count)
-                self.unlock()
-        finally:
-            if not is_in:
-                for i in range(block.place_count):
-                    if block.places[i].descriptor >= 0:
-                        close(block.places[i].descriptor)
-                free_block(block)
+                    block.first, block.ready = first, True
+                    pthread_mutex_lock(&self.mutex)
+                    is_in = insert(&self.shelf, block)
+                    if is_in:
+                        self.note_open(block.open_count)
+                    self.unlock()
+            finally:
+                if not is_in:
+                    free_draft(block)
         return is_in
 
-    cdef Block *draft(self, uint64_t number) except? NULL:
+    # --- what is merged without the union -----------------------------------------------------
+
+    def note_in(self, Notes notes):
+        """Write to a journal which ids names have; `news` says where. Called before anything."""
+        self.notes = notes
+
+    def wants_ids(self):
+        """Whether there are too few ids to merge what was asked for last."""
+        return self.is_short or self.next_id == self.last_id
+
+    def give_ids(self, uint64_t first, uint64_t count):
+        """Use these node ids, which nobody else has, for names of directories merged from now on."""
+        pthread_mutex_lock(&self.mutex)
+        self.next_id, self.last_id, self.is_short = first, first + count, False
+        self.unlock()
+
+    def __enter__(self):
+        """No directory is merged here until `__exit__`, unless the union does."""
+        pthread_mutex_lock(&self.mutex)
+        self.pauses += 1
+        self.unlock()
+        return self
+
+    def __exit__(self, *_):
+        pthread_mutex_lock(&self.mutex)
+        self.pauses -= 1
+        self.unlock()
+
+    def news(self):
+        """(directory, offset of its record in the journal) since this was last asked.
+
+        The offset is 0 where its names had ids and it is gone.
+        """
+        cdef News found
+        pthread_mutex_lock(&self.mutex)
+        found = self.news_list
+        memset(&self.news_list, 0, sizeof(News))
+        self.unlock()
+        try:
+            return [(found.pieces[i].directory, found.pieces[i].note) for i in range(found.count)]
+        finally:
+            free(found.pieces)
+
+    cdef bint merge_here(self, uint64_t number) noexcept nogil:
+        """Hold a directory that is a name in another one, as its layers have it.
+
+        False: it is not here now, and the union has to be asked.
+        """
+        cdef Block *block
+        cdef char *payload = NULL
+        cdef size_t length = 0
+        cdef bint is_in
+        if self.next_id == self.last_id:
+            return False
+        block = self.draft(number)
+        if block == NULL:
+            return False
+        is_in = merge_places(block, self.layers)
+        if is_in and self.notes is not None:
+            payload = names_in_record(block, &length)
+            is_in = payload != NULL
+        if is_in:
+            pthread_mutex_lock(&self.mutex)
+            is_in = self.put_merged(block, payload, length)
+            self.unlock()
+        free(payload)
+        if not is_in:
+            free_draft(block)
+        return is_in
+
+    cdef bint put_merged(self, Block *block, const char *payload, size_t length) noexcept nogil:
+        """Hold a directory that has just been merged, unless something has come in between."""
+        cdef uint64_t note = 0
+        cdef Block *above
+        if self.pauses or not self.may_merge(block.directory, &above):
+            return False
+        if block.count > self.last_id - self.next_id:
+            self.is_short = True
+            return False
+        if self.notes is not None and block.count:
+            if has_room(&self.news_list):
+                note = self.notes.put(
+                    TABLE_RECORD, 0, self.next_id, block.count, length, block.directory, payload,
+                    length, True,
+                )
+            if not note:
+                self.is_short = True  # the union makes room
+                return False
+            add_piece(&self.news_list, block.directory, note)
+        block.first, block.ready = self.next_id if block.count else 0, True
+        if not insert(&self.shelf, block):
+            if note:
+                add_piece(&self.news_list, block.directory, 0)
+            return False
+        self.next_id += block.count
+        self.note_open(block.open_count)
+        return True
+
+    cdef bint may_merge(self, uint64_t number, Block **above) noexcept nogil:
+        """Whether a directory is not here, and is as its layers have it. The mutex is held."""
+        cdef const Name *name
+        above[0] = block_of(&self.shelf, number)
+        if above[0] == NULL or not self.answers(above[0]) or find(&self.shelf, number) != NULL:
+            return False
+        name = &above[0].names[number - above[0].first]
+        return name.kind & (TYPE | TAKEN) == DT_DIR
+
+    cdef Block *draft(self, uint64_t number) noexcept nogil:
         """An empty block for a name that is a directory, with its places; NULL: ask the union."""
         cdef Block *above
         cdef Block *block = NULL
-        cdef Name *name = self.locked_name(number, &above)
-        if (
-            name != NULL and self.answers(above) and name.kind & (TYPE | TAKEN) == DT_DIR
-            and find(&self.shelf, number) == NULL
-        ):
-            block = block_below(above, name, number)
+        pthread_mutex_lock(&self.mutex)
+        if self.may_merge(number, &above):
+            block = block_below(above, &above.names[number - above.first], number)
         self.unlock()
         return block
 
@@ -202,19 +311,6 @@ cdef class Tables:
             block.held = False
             self.free_if_unused(block)
         self.unlock()
-
-    def dropped(self):
-        """The directories whose names had ids and that are gone since this was last asked."""
-        cdef uint64_t i, count
-        cdef uint64_t *gone
-        pthread_mutex_lock(&self.mutex)
-        gone, count = self.gone, self.gone_count
-        self.gone, self.gone_count, self.gone_room = NULL, 0, 0
-        self.unlock()
-        try:
-            return [gone[i] for i in range(count)]
-        finally:
-            free(gone)
 
     def ask(self, uint64_t directory, bytes name):
         """A name in a directory, new or not, is the union's to tell from now on."""
@@ -751,21 +847,10 @@ cdef class Tables:
         if above != NULL and above.names[block.directory - above.first].lookups:
             return
         take_out(&self.shelf, block)
-        if block.first:
-            self.note_gone(block.directory)
+        if block.first and self.notes is not None:
+            add_piece(&self.news_list, block.directory, 0)
         if block.pins:
             block.dead = True
             return
         self.close_places(block)
         free_block(block)
-
-    cdef void note_gone(self, uint64_t directory) noexcept nogil:
-        cdef uint64_t room = self.gone_room * 2 or 64
-        cdef uint64_t *bigger
-        if self.gone_count == self.gone_room:
-            bigger = <uint64_t *>realloc(self.gone, room * sizeof(uint64_t))
-            if not bigger:
-                return  # the journal keeps a record that nobody needs
-            self.gone, self.gone_room = bigger, room
-        self.gone[self.gone_count] = directory
-        self.gone_count += 1

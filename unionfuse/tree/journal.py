@@ -37,6 +37,18 @@ class YoungRecords(Protocol):
         """Copy the records behind this offset; returns where they end."""
 
 
+class TableRecords(Protocol):
+    """Who gives ids to the names of merged directories without being asked (_tables.pyx)."""
+
+    def __enter__(self) -> object:
+        """No more records are written until `__exit__`."""
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def news(self) -> list[tuple[int, int]]:
+        """(directory, offset of its record) of those that came; 0 of those that are gone."""
+
+
 class Handle(NamedTuple):
     """An open file: its number, its node and the flags that it was opened with.
 
@@ -58,6 +70,9 @@ class Journal:
     intents: Intents | None = None
     notes: Notes | None = None
     young: YoungRecords | None = None
+    tables: TableRecords | None = None
+    has_forerunner = False
+    """Whether the kernel may know names by ids that an earlier daemon gave them."""
 
     def __init__(self) -> None:
         self._fresh = FIRST_FRESH_ID

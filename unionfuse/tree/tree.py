@@ -99,6 +99,9 @@ class Tree:
         self.young = Young()
         self._leaves_tables = False
         self.tables = Tables([layer.descriptor for layer in stack.layers])
+        if self.journal.notes is not None:
+            self.tables.note_in(self.journal.notes)
+            self.journal.tables = self.tables
         self.merging = Merging(stack, index, self.tables, self.journal, self.inodes, self.redirects)
         self.root = self._make_root()
 
