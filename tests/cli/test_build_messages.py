@@ -140,3 +140,23 @@ def test_no_module_is_taken_from_the_working_directory(
         builder.run("mount", "base", "mnt")
         builder.run("umount", "mnt")
     assert not taken.exists()
+
+
+def test_a_root_that_is_no_mount_point_is_named(tmp_path: Path) -> None:
+    """As in a plain `chroot`: there the kernel cannot keep mounts to one namespace (EINVAL)."""
+    root = tmp_path / "root"
+    root.mkdir()
+    entries = {path: root / path.name for path in Path("/").iterdir()}
+    for path, place in entries.items():
+        if path.is_symlink():
+            place.symlink_to(path.readlink())
+        elif path.is_dir():
+            place.mkdir()
+    binds = [f"mount --rbind {path} {place}" for path, place in entries.items() if place.is_dir()]
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY Dockerfile /\n")
+    (tmp_path / ".dockerignore").write_text("root\nstore\n")
+    words = ["chroot", root, PROGRAM, "--root", tmp_path / "store", "build", tmp_path]
+    within = ["unshare", "--mount", "sh", "-ec", "\n".join([*binds, 'exec "$@"']), "sh", *words]
+    done = subprocess.run(list(map(str, within)), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "the root directory is no mount point" in done.stderr.splitlines()[-1]

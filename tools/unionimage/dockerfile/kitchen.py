@@ -7,6 +7,7 @@ takes them away with the last process of the build.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -109,7 +110,15 @@ class Kitchen:
             syscalls.unshare(syscalls.CLONE_NEWNS)
         except OSError as error:
             raise UserError(f"cannot make a mount namespace: {error.strerror}") from None
-        syscalls.mount(b"none", b"/", b"none", _MS_REC | _MS_SLAVE, b"")
+        try:
+            syscalls.mount(b"none", b"/", b"none", _MS_REC | _MS_SLAVE, b"")
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise UserError(
+                "the root directory is no mount point, so that what is mounted cannot be kept apart:"
+                " make it one before the chroot (mount --bind DIRECTORY DIRECTORY)"
+            ) from None
         # Shared with the namespaces of the containers: what is unmounted here goes there too.
         syscalls.mount(b"none", b"/", b"none", _MS_REC | _MS_SHARED, b"")
 
