@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from harness import linux
 from harness.containers import COMMAND, Box, boxed, leftovers, monitor_of, nothing_left
 from harness.waiting import wait_until
 
@@ -31,6 +32,13 @@ def servers_of(box: Box, name: str) -> list[int]:
     assert found is not None
     keeper, daemon = found
     return [daemon] if keeper == daemon else [daemon, keeper]
+
+
+def name_of(process: int) -> str:
+    """As `ps` shows it; empty when it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/comm").read_text().strip()
+    return ""
 
 
 @pytest.mark.parametrize("runtime", ["crun", "runc"])
@@ -136,6 +144,25 @@ def test_the_spawner_is_only_a_short_cut(box: Box) -> None:
     box.start("after")
     assert "unionfuse" in box.out("exec", "after", "grep", " / ", "/proc/mounts")
     assert found[0].name
+
+
+def test_the_fork_that_a_spawner_made_ahead_is_replaced(box: Box) -> None:
+    """Where it is killed before anybody asked for it; and each that is asked makes way for one."""
+    box.sh("true")
+    wait_until(lambda: list(box.run_root.glob("spawner-*")), 30, "the spawner")
+    (place,) = box.run_root.glob("spawner-*")
+
+    def spawners() -> list[int]:
+        return [pid for pid in linux.processes_naming(place) if name_of(pid) == "unionfuse-spawn"]
+
+    def waiting() -> int | None:
+        forks = [fork for pid in spawners() for fork in linux.children(pid)]
+        return next((fork for fork in forks if name_of(fork) == "unionfuse-spawn"), None)
+
+    for _ in range(3):
+        ahead = wait_until(waiting, 10, "a fork that was made ahead")
+        os.kill(ahead, signal.SIGKILL)
+        assert box.out("images", "-q")  # the command does not wait for the one that is gone
 
 
 def test_what_a_spawner_forks_is_as_if_the_command_had_forked_it(box: Box) -> None:

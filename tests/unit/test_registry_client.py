@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from harness.hostile import Handler, Hostile, cut_after, cut_upload, drip, stall_after, status
@@ -169,6 +171,14 @@ def test_trouble_that_stays_is_told_in_one_line(hostile: Hostile, client: Client
     assert caught.value.message == (
         f"{hostile.host}: is in trouble (503: disk [31mfull indeed); try again later"
     )
+
+
+def test_which_scheme_it_speaks_is_asked_once(hostile: Hostile, client: Client) -> None:
+    """However many layers are asked for at once."""
+    hostile.trap("GET /v2/$", lambda handler: time.sleep(0.2) or status(200)(handler))
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(lambda _: client.transport.base, range(4)))) == 1
+    assert len(hostile.asked_for("GET /v2/$")) == 1
 
 
 def test_nobody_there_is_told_at_once() -> None:

@@ -158,7 +158,7 @@ def main() -> None:
     for name in IMPORTS:
         importlib.import_module(f"unionimage.{name}")
     for verb in VERBS:
-        cli.load_verb(verb)
+        cli.parser_of(verb, cli.load_verb(verb))
     starting = importlib.import_module("unionimage.container.starting")
     tasks = {"mount": spawner.mount, "start": starting.serve, "command": _command}
     path, lock = sys.argv[1:]

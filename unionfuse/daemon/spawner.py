@@ -5,7 +5,7 @@ Starting an interpreter and importing takes longer than mounting; forked process
 memory of what was imported. The spawner is only ever a short cut: `errand.run` tells when there is
 none, and the caller does it by itself. There is one for each version of the files and for each kind
 of surroundings (user, namespaces, cgroup, limits, capabilities …), so that what it forks is as if
-the caller had forked it. A spawner that nobody asks for five minutes, or whose socket is gone,
+the caller had forked it; one fork is always made ahead. A spawner that nobody asks for five minutes, or whose socket is gone,
 ends; what it forked does not depend on it.
 """
 
@@ -18,6 +18,7 @@ import gc
 import importlib
 import marshal
 import os
+import select
 import signal
 import socket
 import sys
@@ -114,28 +115,52 @@ def serve(path: Path, lock: int, tasks: Mapping[str, Task]) -> None:
     os.close(lock)
     mine = path.stat().st_ino
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
-    server.settimeout(1.0)
+    server.setblocking(False)
     last = time.monotonic()
     while time.monotonic() - last < IDLE and _still_ours(path, mine):
-        try:
-            connection, _ = server.accept()
-        except TimeoutError:
-            continue
-        last = time.monotonic()
-        with connection:
-            if os.fork() == 0:
-                server.close()
-                _answer(connection, tasks)
+        line, childs = socket.socketpair()
+        if os.fork() == 0:
+            line.close()
+            _answer(_await_caller(server, childs), tasks)
+        childs.close()
+        line.settimeout(1.0)
+        while time.monotonic() - last < IDLE and _still_ours(path, mine):
+            with contextlib.suppress(TimeoutError):
+                if line.recv(1):
+                    last = time.monotonic()
+                else:  # it was killed before anybody asked for it
+                    time.sleep(0.1)
+                break
+        line.close()
     if _still_ours(path, mine):
         path.unlink()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
+def _await_caller(server: socket.socket, line: socket.socket) -> socket.socket:
+    """In the child that is forked ahead, so that no caller waits for it: the next connection.
+
+    It tells on `line` that it has one; that line ends with the spawner, and the child with both.
+    """
+    poll = select.poll()
+    poll.register(server, select.POLLIN)
+    poll.register(line, select.POLLIN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    while True:
+        if line.fileno() in dict(poll.poll()):
+            os._exit(0)
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            connection, _ = server.accept()
+            with contextlib.suppress(ConnectionError), line:
+                line.send(b"!")
+            server.close()
+            _call_it_unionfuse()
+            return connection
+
+
 def _answer(connection: socket.socket, tasks: Mapping[str, Task]) -> None:
     """In the child: do it, answer, end."""
     try:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        _call_it_unionfuse()
         connection.settimeout(None)
         data, descriptors, _, _ = socket.recv_fds(connection, LONGEST_MESSAGE, MOST_DESCRIPTORS)
         task, argument, directory, environment, with_signals = marshal.loads(data)

@@ -98,14 +98,23 @@ def load_verb(verb: str) -> ModuleType:
     return importlib.import_module("." + VERBS[verb][0], __name__)
 
 
+_parsers: dict[str, argparse.ArgumentParser] = {}
+
+
 def parser_of(verb: str, module: ModuleType) -> argparse.ArgumentParser:
-    """The parser of a verb; help, completion and manual pages are all made from it."""
+    """The parser of a verb; help, completion and manual pages are all made from it.
+
+    It is made once: a spawner makes those of its verbs before it forks.
+    """
     from unionimage.cli.parser import VerbParser
 
+    if verb in _parsers:
+        return _parsers[verb]
     parser = VerbParser(
         prog=f"unionfuse {verb}", description=VERBS[verb][1] + ".", example=module.EXAMPLE
     )
     module.configure(parser)
+    _parsers[verb] = parser
     return parser
 
 

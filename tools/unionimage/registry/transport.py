@@ -10,6 +10,7 @@ import ipaddress
 import os
 import random
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -96,6 +97,7 @@ class Transport:
         self.limits = limits or Limits.from_environment()
         self.sleep = sleep
         self.scheme = scheme
+        self._finding = threading.Lock()
         self.lenient = self.insecure or is_loopback(self.host)
         self.aborted = False
         self._pool = _pool(self.host, self.lenient)
@@ -118,8 +120,9 @@ class Transport:
     @property
     def base(self) -> str:
         """`https://HOST` or `http://HOST`; the first use asks the registry which one it speaks."""
-        if self.scheme is None:
-            self.scheme = self._find_scheme()
+        with self._finding:
+            if self.scheme is None:
+                self.scheme = self._find_scheme()
         return f"{self.scheme}://{self.host}"
 
     def is_home(self, url: str) -> bool:
