@@ -5,8 +5,8 @@ Starting an interpreter and importing takes longer than mounting; forked process
 memory of what was imported. The spawner is only ever a short cut: `errand.run` tells when there is
 none, and the caller does it by itself. There is one for each version of the files and for each kind
 of surroundings (user, namespaces, cgroup, limits, capabilities …), so that what it forks is as if
-the caller had forked it; one fork is always made ahead. A spawner that nobody asks for five minutes, or whose socket is gone,
-ends; what it forked does not depend on it.
+the caller had forked it; one fork is always made ahead. A spawner that nobody asks for five
+minutes, or whose socket is gone, ends; what it forked does not depend on it.
 """
 
 from __future__ import annotations

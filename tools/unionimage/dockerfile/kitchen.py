@@ -116,7 +116,7 @@ class Kitchen:
             if error.errno != errno.EINVAL:
                 raise
             raise UserError(
-                "the root directory is no mount point, so that what is mounted cannot be kept apart:"
+                "the root directory is no mount point, so what is mounted cannot be kept apart:"
                 " make it one before the chroot (mount --bind DIRECTORY DIRECTORY)"
             ) from None
         # Shared with the namespaces of the containers: what is unmounted here goes there too.
