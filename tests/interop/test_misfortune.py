@@ -217,6 +217,11 @@ def test_memory_stays_small_whatever_the_layer(
     layout.image("x", [layer_tar({"zeros": bytes(250_000_000)})])
     name = f"{registry.host}/zeros:1"
     layout.push("x", name)
+    noise = [layer_tar({f"{n}": os.urandom(1 << 20) * 40}) for n in range(5)]
+    layout.image("several", noise)
+    several = f"{registry.host}/several:1"
+    layout.push("several", several)
+    assert peak_memory(command, "pull", "-q", several) < 65_000_000  # four at once
     assert peak_memory(command, "pull", "-q", name) < 100_000_000
     assert peak_memory(command, "push", "-q", "--compression", "zstd", name) < 100_000_000
 

@@ -13,7 +13,7 @@ from unionimage.errors import BadContent
 
 _FORM = re.compile(r"sha256:[0-9a-f]{64}\Z")
 
-CHUNK = 1 << 20
+CHUNK = 1 << 19
 """Bytes read at once wherever content streams through."""
 
 MAX_JSON = 4 << 20
