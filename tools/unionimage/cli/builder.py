@@ -38,9 +38,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from unionimage.cli.engine import confirm
+    from unionimage.cli.moments import nanoseconds
     from unionimage.dockerfile.records import give_up, records
 
     chosen = filters(args.filter, FILTERS)
+    until = [nanoseconds(value, "until=") for value in chosen.pop("until", [])]
     what = "all of the build cache" if args.all else "cached steps that no image has"
     if not args.force and not confirm(f"This removes {what}."):
         return 1
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         wanted = [
             record
             for record in _beyond(records(store), args.keep_storage)
-            if (args.all or not record.shared) and _matches(record, chosen)
+            if (args.all or not record.shared) and _matches(record, chosen, until)
         ]
         give_up(store, wanted)
         # The layers of steps are in the store; cache mounts are not, and gone already.
@@ -72,15 +74,9 @@ def _beyond(oldest_first: Sequence[Record], keep: int) -> list[Record]:
     return list(oldest_first[: len(oldest_first) - kept])
 
 
-def _matches(record: Record, chosen: dict[str, list[str]]) -> bool:
-    from unionimage.cli.moments import nanoseconds
-
+def _matches(record: Record, chosen: dict[str, list[str]], until: Sequence[int]) -> bool:
     said = {"id": record.id, "type": record.type, "shared": str(record.shared).lower()}
-    for key, values in chosen.items():
-        if key == "until":
-            made = (parse_time(record.created) or 0) * 1_000_000_000
-            if any(made > nanoseconds(value, "until=") for value in values):
-                return False
-        elif not any(said[key].startswith(value) for value in values):
-            return False
-    return True
+    made = (parse_time(record.created) or 0) * 1_000_000_000
+    return all(made <= moment for moment in until) and all(
+        any(said[key].startswith(value) for value in values) for key, values in chosen.items()
+    )

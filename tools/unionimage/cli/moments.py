@@ -15,7 +15,7 @@ def nanoseconds(text: str, option: str) -> int:
 
     try:
         return int(float(text) * 1_000_000_000)
-    except ValueError:
+    except (ValueError, OverflowError):  # "inf" is a float
         pass
     fraction = re.search(r"\.(\d{1,9})\d*", text)  # to the nanosecond, which a float cannot hold
     moment = parse_time(text.replace(fraction.group(0), "") if fraction else text)
