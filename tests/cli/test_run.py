@@ -137,6 +137,11 @@ def test_working_directory_user_and_groups(box: Box) -> None:
     assert set(out.split("\n")[3].split()) == {"1000", "2000", "3000"}
     assert out.split("\n")[4] == "/home/tester"
     assert box.sh("id -u; id -g", "-u", "4711:12").split() == ["4711", "12"]
+    groups = "grep Groups /proc/self/status"
+    assert box.sh(groups).split() == ["Groups:", "0"]
+    assert box.sh(groups, "-u", "4711:12").split() == ["Groups:", "12"]
+    box.start("grouped", "-u", "tester")
+    assert box.out("exec", "grouped", "sh", "-c", groups).split() == ["Groups:", "1000", "2000"]
 
 
 def test_what_follows_the_image_is_its_own(box: Box) -> None:

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -164,6 +165,27 @@ def test_a_runtime_that_dies(box: Box, tmp_path: Path, verb: str) -> None:
     assert nothing_left(box, (identity,))
 
 
+def test_a_runtime_that_says_it_started_what_it_did_not(box: Box, tmp_path: Path) -> None:
+    """crun does where the process is killed that it has forked for its work."""
+    program = tmp_path / "crun"
+    program.write_text(
+        "#!/bin/sh\n"
+        f'for word in "$@"; do [ "$word" = run ] && [ -e {tmp_path}/lying ] && exit 0; done\n'
+        'exec /usr/bin/crun "$@"\n'
+    )
+    program.chmod(0o755)
+    identity = box.start("deceived", "--runtime", str(program))
+    box("stop", "-t", "0", "deceived")
+    (tmp_path / "lying").touch()
+    said = box("start", "deceived", code=1).stderr
+    assert "ended without starting the process" in said
+    assert box.state("deceived")["Status"] == "exited"
+    assert nothing_left(box, (identity,))
+    (tmp_path / "lying").unlink()
+    box("start", "deceived")
+    box("rm", "-f", "deceived")
+
+
 def test_commands_killed_at_odd_moments(box: Box) -> None:
     chance = random.Random(5)
     for number in range(12):
@@ -238,21 +260,44 @@ def test_several_commands_on_one_container(box: Box) -> None:
     assert sorted(one.returncode for one in made) == [0, 125, 125, 125]
 
 
-def test_a_full_disk_stops_the_log_and_not_the_container(box: Box, tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "small", str(small)], check=True)
-    try:
-        box.start("writer", command="sleep 0.5; seq 1 20000; echo done > /finished; sleep 1000")
-        log = box.directory("writer") / "log.json"
-        # what is appended from now on goes to the small disk
-        (small / "log").touch()
-        subprocess.run(["mount", "--bind", str(small / "log"), str(log)], check=True)
-        try:
-            wait_until(lambda: (box.directory("writer") / "upper/finished").exists())
-        finally:
-            subprocess.run(["umount", str(log)], check=True)
-        assert box.names() == ["writer"]
-        box("rm", "-f", "writer")
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "small", str(place)], check=True)
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_stops_the_log_and_not_the_container(box: Box, small_disk: Path) -> None:
+    command = "seq 1 20000; echo done > /finished; sleep 1000"
+    words = ("create", "--name", "writer", "--network", "none", "busybox", "sh", "-c", command)
+    identity = box.out(*words).strip()
+    log = box.directory("writer") / "log.json"
+    log.touch()
+    (small_disk / "log").touch()
+    subprocess.run(["mount", "--bind", str(small_disk / "log"), str(log)], check=True)
+    box("start", "writer")
+    wait_until(lambda: (box.directory("writer") / "upper/finished").exists())
+    assert box.names() == ["writer"]
+    assert "No space left" in box.state("writer")["LogError"]
+    assert 0 < (small_disk / "log").stat().st_size <= 64 << 10
+    box("rm", "-f", "writer")
+    assert nothing_left(box, (identity,))  # the log's mount, too
+
+
+@pytest.mark.parametrize("what", ["container", "volume"])
+def test_what_others_mounted_below_is_not_deleted(box: Box, tmp_path: Path, what: str) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("mine")
+    box("create", "--name", "covered", "--network", "none", "-v", "vol:/v", "busybox", "true")
+    below = box.root / "volumes/vol/_data"
+    if what == "container":
+        below = box.directory("covered") / "upper/deep"
+        below.mkdir()
+    subprocess.run(["mount", "--bind", str(precious), str(below)], check=True)
+    box("rm", "covered")
+    box("volume", "rm", "vol")
+    assert (precious / "file").read_text() == "mine"
+    assert nothing_left(box)

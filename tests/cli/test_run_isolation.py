@@ -230,6 +230,17 @@ def test_cpu_and_process_limits(box: Box, runtime: str) -> None:
     assert "can't fork" in done.stderr
 
 
+@RUNTIMES
+def test_no_limit_of_processes(box: Box, runtime: str) -> None:
+    for number in ("-1", "0"):
+        box.start(f"many{number}", "--pids-limit", number, "--runtime", runtime)
+        assert cgroup(box, f"many{number}", "pids", "pids.max", "pids.max") == "max"
+    box("update", "--pids-limit", "9", "many0")
+    assert cgroup(box, "many0", "pids", "pids.max", "pids.max") == "9"
+    box("update", "--pids-limit", "-1", "many0")
+    assert cgroup(box, "many0", "pids", "pids.max", "pids.max") in ("max", "4194304")
+
+
 def test_limits_that_cannot_be_enforced_are_refused(box: Box) -> None:
     bfq = any("[bfq]" in path.read_text() for path in Path("/sys/block").glob("*/queue/scheduler"))
     done = box(

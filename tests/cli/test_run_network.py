@@ -1,6 +1,7 @@
 """Networks: nothing, the host's, bridges with addresses, published ports and names."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -44,6 +45,11 @@ def test_host_is_the_hosts(box: Box) -> None:
         Path("/sys/class/net").iterdir()
         and [path.name for path in Path("/sys/class/net").iterdir()]
     )
+    command = ("busybox", "sh", "-c", "hostname; cat /etc/hostname; echo $HOSTNAME")
+    said = box.out("run", "--rm", "--network", "host", *command)
+    assert set(said.split()) == {os.uname().nodename}
+    named = box.out("run", "--rm", "--network", "host", "--hostname", "other", *command)
+    assert set(named.split()) == {"other"}
 
 
 def test_published_port_answers_from_the_host(box: Box) -> None:

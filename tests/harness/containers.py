@@ -182,7 +182,7 @@ def nothing_left(box: Box, marks: tuple[str, ...] = ()) -> bool:
     deadline = time.monotonic() + 5
     while (left := leftovers(box, marks)) != nothing and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert left == nothing
+    assert left == nothing, left
     return True
 
 

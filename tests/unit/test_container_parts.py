@@ -59,10 +59,11 @@ def test_limits_as_the_runtime_takes_them() -> None:
     wanted = {"Memory": 64 << 20, "PidsLimit": -1, "NanoCpus": 500_000_000}
     found = limits.resources(wanted, host)
     assert found["memory"]["limit"] == 64 << 20
-    assert found["pids"] == {"limit": -1}
+    assert "pids" not in found
+    assert limits.resources({"PidsLimit": 7}, host)["pids"] == {"limit": 7}
     assert found["cpu"] == {"period": 100_000, "quota": 50_000}
     nothing = limits.Host(0, {})
-    for key, value in wanted.items():
+    for key, value in (wanted | {"PidsLimit": 7}).items():
         with pytest.raises(UserError, match="cannot be enforced"):
             limits.resources({key: value}, nothing)
     assert limits.resources({}, nothing) == {}

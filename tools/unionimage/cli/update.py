@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
             if host_config.get("AutoRemove") and args.restart not in (None, "no"):
                 raise UserError("a container that was run with --rm cannot have a restart policy")
             wanted = limits.resources(host_config)
+            if changes.get("PidsLimit", 1) <= 0:
+                wanted["pids"] = {"limit": limits.MOST_PIDS}
             if container.state()["Status"] in ALIVE and create.limits_of(args):
                 chosen = runtime.find(container.record.get("Runtime"))
                 chosen.update(container.id, wanted)

@@ -215,9 +215,12 @@ def process(
     granted: Sequence[str],
 ) -> Spec:
     """The OCI process object, for the first process and for `exec` alike."""
+    # With its own group, as docker does: who leaves that one by set-gid is still denied what a mode
+    # denies to it.
+    groups = list(dict.fromkeys((user.gid, *user.groups)))
     result: Spec = {
         "terminal": bool(config.get("Tty")),
-        "user": {"uid": user.uid, "gid": user.gid, "additionalGids": list(user.groups)},
+        "user": {"uid": user.uid, "gid": user.gid, "additionalGids": groups},
         "args": list(arguments),
         "env": list(environment),
         "cwd": config.get("WorkingDir") or "/",

@@ -52,6 +52,8 @@ def record(
         "IdMappings": [],
     }
     _networking(args, result)
+    if result["NetworkMode"] == "host" and not args.hostname:
+        config["Hostname"] = os.uname().nodename
     _namespaces(args, result, containers)
     _check(result)
     return result

@@ -19,6 +19,7 @@ from unionimage.errors import UserError
 
 MINIMUM_MEMORY = 6 << 20  # docker's
 CPU_PERIOD = 100_000
+MOST_PIDS = 1 << 22  # the kernel's own: where a limit is to be lifted
 UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
 
 
@@ -112,10 +113,10 @@ def resources(config: Mapping[str, Any], found: Host | None = None) -> dict[str,
         result["memory"] = memory
     if cpu := _cpu(config, found):
         result["cpu"] = cpu
-    limit = config.get("PidsLimit")
-    if limit:
+    limit = config.get("PidsLimit") or 0
+    if limit > 0:  # crun writes what stands for no limit into pids.max, which refuses it
         found.require("pids", "--pids-limit")
-        result["pids"] = {"limit": limit if limit > 0 else -1}
+        result["pids"] = {"limit": limit}
     if block := _block_io(config, found):
         result["blockIO"] = block
     return result

@@ -28,7 +28,7 @@ from unionimage.container import bundle, limits, logs, sleeping, wire
 from unionimage.container.clients import Client, Clients
 from unionimage.container.processes import signal_number, start_time
 from unionimage.container.runtime import Runtime
-from unionimage.container.state import Container, now
+from unionimage.container.state import NEVER, Container, now
 from unionimage.container.streams import Streams
 from unionimage.errors import UserError
 
@@ -257,7 +257,8 @@ class Monitor:
 
     def _failed_start(self, error: UserError) -> None:
         code = error.exit_code if error.exit_code in (126, 127) else 128
-        self._write(Status="created", Pid=0, ExitCode=code, Error=error.message)
+        status = "created" if self._state["StartedAt"] == NEVER else "exited"
+        self._write(Status=status, Pid=0, ExitCode=code, Error=error.message)
         with contextlib.suppress(OSError):
             self._hooks.unmount()
         for client in self._clients:

@@ -121,6 +121,7 @@ class Runtime(NamedTuple):
         verb += ["--bundle", str(bundle), "--pid-file", str(pid_file)]
         if console_socket is not None:
             verb += ["--console-socket", console_socket]
+        Path(pid_file).unlink(missing_ok=True)
         with _log_file(self.state) as log:
             arguments = ("--log", log, "--log-format", "json", *verb, container)
             code = self.spawn(*arguments, stdin=stdin, stdout=stdout, stderr=stderr).wait()
@@ -129,7 +130,12 @@ class Runtime(NamedTuple):
             self.delete(container, force=True)
             message = message or f"{self.name} ended with exit code {code}"
             raise _start_failure(message, bundle)
-        return int(Path(pid_file).read_text())
+        try:
+            return int(Path(pid_file).read_text())
+        except (FileNotFoundError, ValueError):  # crun, where what it forked for it was killed
+            self.delete(container, force=True)
+            message = f"{self.name} ended without starting the process: try again"
+            raise failure(message) from None
 
     def start(self, container: str) -> None:
         """Start what `start_detached(create_only=True)` created."""

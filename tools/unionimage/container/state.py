@@ -347,7 +347,16 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory tree; one that is not there is fine, a mount point below is not."""
+    """Remove a directory tree; one that is not there is fine.
+
+    What somebody mounted below is detached before: it is not ours to delete.
+    """
+    from unionfuse import mounting, syscalls
+
+    below = os.path.realpath(os.fsencode(path)) + b"/"
+    for place in reversed([one.path for one in mounting.mounts() if one.path.startswith(below)]):
+        with contextlib.suppress(OSError):
+            syscalls.umount(place, syscalls.MNT_DETACH)
     with contextlib.suppress(FileNotFoundError):
         for _, directories, files, descriptor in os.fwalk(path, topdown=False):
             for name in files:
