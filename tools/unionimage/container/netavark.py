@@ -220,9 +220,10 @@ def empty_namespace(interfaces: Iterable[str]) -> Iterator[str]:
     It stands in for a container's: the engine gives up where an interface is not there.
     """
     made = "".join(f"ip link add {name} type bridge; " for name in interfaces)
-    script = f"{made}echo; exec sleep 60"
+    script = f"{made}echo; exec cat"  # it ends with the pipe, that is with us, however we end
     keeper = subprocess.Popen(
         ["unshare", "-n", "sh", "-c", script],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env=_environment(),
